@@ -1,0 +1,167 @@
+"""Plain-PyTorch twins of every op, in float64: the only oracle the kernels are judged by.
+
+A schedule table is float32 ``[N + 1, 5]``; row n holds the coefficients of diffusion step n (ᾱ_0 = 1):
+
+====== =========================================================
+column value
+====== =========================================================
+0      √ᾱ_n
+1      √(1 − ᾱ_n)
+2      1 / √α_n
+3      −β_n / (√α_n √(1 − ᾱ_n))
+4      √β̃_n, β̃_n = β_n (1 − ᾱ_{n−1}) / (1 − ᾱ_n)
+====== =========================================================
+
+Randomness is counter-based (Philox4x32-10, then Box–Muller): key = seed, counter = (quad of elements within the row,
+row id low, row id high, step | draw << 24). Each function here returns float64 on the device of its input.
+"""
+
+from __future__ import annotations
+
+import math
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+SQRT_ALPHA_BAR, SQRT_ONE_MINUS_ALPHA_BAR, POSTERIOR_X, POSTERIOR_EPS, POSTERIOR_STD = range(5)
+TABLE_COLUMNS = 5
+MAX_STEP = (1 << 24) - 1
+
+_MASK = 0xFFFFFFFF
+
+
+class Draw(IntEnum):
+    """Which of the independent draws of a step a noise value belongs to."""
+
+    REVERSE = 0
+    FORWARD = 1
+    INITIAL = 2
+    RESAMPLE = 3
+
+
+def philox(seed: int, row_id: Tensor, quads: Tensor, c3: Tensor | int) -> Tensor:
+    """Philox4x32-10 words (Salmon et al., SC'11) as int64 ``[rows, quads, 4]`` for ``row_id [rows]`` and ``quads [Q]``.
+
+    ``c3`` is the fourth counter word, one for all rows or int64 ``[rows]``.
+    """
+    rows = row_id.to(torch.int64)[:, None]
+    c = [
+        quads.to(torch.int64)[None, :].expand(rows.shape[0], -1) & _MASK,
+        (rows & _MASK).expand(-1, quads.shape[0]),
+        ((rows >> 32) & _MASK).expand(-1, quads.shape[0]),
+        torch.as_tensor(c3, dtype=torch.int64, device=rows.device).reshape(-1, 1).expand(rows.shape[0], quads.shape[0]),
+    ]
+    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    for _ in range(10):
+        # The product wraps modulo 2**64; both halves survive it.
+        p0, p1 = c[0] * 0xD2511F53, c[2] * 0xCD9E8D57
+        c = [((p1 >> 32) & _MASK) ^ c[1] ^ k0, p1 & _MASK, ((p0 >> 32) & _MASK) ^ c[3] ^ k1, p0 & _MASK]
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
+    return torch.stack(c, dim=-1)
+
+
+def box_muller(words: Tensor) -> Tensor:
+    """Four standard normals from each four words: ``(r₀ cos θ₀, r₀ sin θ₀, r₁ cos θ₁, r₁ sin θ₁)``.
+
+    r = √(−2 ln u) with u = w·2⁻³² + 2⁻³³ rounded to float32 by definition, so that kernels can be exact in it;
+    θ = 2π·w·2⁻³².
+    """
+    u = (words[..., 0::2].to(torch.float32) * 2.0**-32 + 2.0**-33).to(torch.float64)
+    r = torch.sqrt(-2.0 * torch.log(u))
+    theta = words[..., 1::2].to(torch.float64) * (2.0 * math.pi * 2.0**-32)
+    return torch.stack((r * torch.cos(theta), r * torch.sin(theta)), dim=-1).flatten(-2)
+
+
+def randn(
+    shape: tuple[int, ...],
+    *,
+    seed: int,
+    row_id: Tensor | None = None,
+    step: int | Tensor = 0,
+    draw: int = Draw.INITIAL,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Standard normal noise of ``shape [B, ...]``; element e of row b depends on (seed, row_id[b], step, draw, e) alone."""
+    batch, width = shape[0], math.prod(shape[1:])
+    rows = torch.arange(batch, device=device) if row_id is None else row_id
+    quads = torch.arange((width + 3) // 4, device=rows.device)
+    c3 = torch.as_tensor(step, dtype=torch.int64, device=rows.device) | (int(draw) << 24)
+    return box_muller(philox(seed, rows, quads, c3)).flatten(1)[:, :width].reshape(shape)
+
+
+def _column(table: Tensor, step: int | Tensor, column: int, like: Tensor) -> Tensor:
+    """Coefficient of each row, shaped to broadcast against ``like [B, ...]``."""
+    values = table.to(torch.float64)[:, column][torch.as_tensor(step, device=table.device, dtype=torch.int64)]
+    return values if values.ndim == 0 else values.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def masked_reverse_step(
+    x: Tensor,
+    eps: Tensor,
+    observed: Tensor,
+    available: Tensor,
+    table: Tensor,
+    step: int | Tensor,
+    *,
+    seed: int,
+    row_id: Tensor | None = None,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """ADMC eq. 3–4 for ``x, eps, observed [B, M, D]`` and ``available [B, M]``; see :func:`modafill.ops.masked_reverse_step`."""
+    step = torch.as_tensor(step, dtype=torch.int64, device=table.device)
+    z = randn(tuple(x.shape), seed=seed, row_id=row_id, step=step, draw=Draw.REVERSE, device=x.device)
+    z = z if noise is None else noise.to(torch.float64)
+    generated = _column(table, step, POSTERIOR_X, x) * x + _column(table, step, POSTERIOR_EPS, x) * eps
+    generated = generated + _column(table, step, POSTERIOR_STD, x) * z
+    renoised = _column(table, step - 1, SQRT_ALPHA_BAR, x) * observed
+    renoised = renoised + _column(table, step - 1, SQRT_ONE_MINUS_ALPHA_BAR, x) * z
+    return torch.where(available[..., None], renoised, generated)
+
+
+def add_noise(
+    x: Tensor,
+    table: Tensor,
+    step: int | Tensor,
+    *,
+    seed: int,
+    row_id: Tensor | None = None,
+    noise: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Forward process (ADMC eq. 1, CDTP eq. 4): ``(√ᾱ_n x + √(1 − ᾱ_n) ε, ε)`` for ``x [B, ...]``."""
+    z = randn(tuple(x.shape), seed=seed, row_id=row_id, step=step, draw=Draw.FORWARD, device=x.device)
+    z = z if noise is None else noise.to(torch.float64)
+    noisy = _column(table, step, SQRT_ALPHA_BAR, x) * x + _column(table, step, SQRT_ONE_MINUS_ALPHA_BAR, x) * z
+    return noisy, z
+
+
+def ddim_step(
+    x: Tensor,
+    eps: Tensor,
+    table: Tensor,
+    step: int | Tensor,
+    prev_step: int | Tensor,
+    *,
+    eta: float = 0.0,
+    seed: int | None = None,
+    row_id: Tensor | None = None,
+    clip: float | None = None,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """CDTP eq. 8–9 for any stride ``step → prev_step`` and ``x, eps [B, ...]``; see :func:`modafill.ops.ddim_step`."""
+    x, eps = x.to(torch.float64), eps.to(torch.float64)
+    signal, sigma = _column(table, step, SQRT_ALPHA_BAR, x), _column(table, step, SQRT_ONE_MINUS_ALPHA_BAR, x)
+    prev_signal = _column(table, prev_step, SQRT_ALPHA_BAR, x)
+    prev_sigma = _column(table, prev_step, SQRT_ONE_MINUS_ALPHA_BAR, x)
+    x0 = (x - sigma * eps) / signal
+    if clip is not None:
+        x0 = x0.clamp(-clip, clip)
+        eps = (x - signal * x0) / sigma
+    if eta == 0.0:
+        return prev_signal * x0 + prev_sigma * eps
+    std = eta * prev_sigma / sigma * torch.sqrt(1.0 - (signal / prev_signal) ** 2)
+    if noise is None:
+        if seed is None:
+            raise ValueError("seed: got None, expected an integer because eta > 0 draws noise")
+        noise = randn(tuple(x.shape), seed=seed, row_id=row_id, step=step, draw=Draw.REVERSE, device=x.device)
+    return prev_signal * x0 + torch.sqrt(prev_sigma**2 - std**2) * eps + std * noise
