@@ -1,0 +1,117 @@
+"""The reverse loops: short functions that read like the algorithms they implement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from modafill import ops
+from modafill.diffusion.schedule import Schedule
+from modafill.ops.reference import Draw
+
+Denoiser = Callable[[Tensor, int], Tensor]
+
+SAMPLE_SHIFT = 48
+
+
+def sample_row_ids(row_id: Tensor, n_samples: int) -> Tensor:
+    """Row ids of K independent samples of each row, int64 ``[K · B]``, sample-major.
+
+    Sample k of row r has id ``r + k·2⁴⁸``: the first samples stay the same when K grows. Row ids must lie in [0, 2⁴⁸).
+    """
+    if not 1 <= n_samples < 1 << 15:
+        raise ValueError(f"n_samples: got {n_samples}, expected 1…{(1 << 15) - 1}")
+    k = torch.arange(n_samples, dtype=torch.int64, device=row_id.device)
+    return ((k << SAMPLE_SHIFT)[:, None] + row_id[None, :]).flatten()
+
+
+def strided_steps(start_step: int, evaluations: int) -> list[int]:
+    """Steps ``start_step = t_0 > t_1 > … > 0`` visited by a sampler with that many network evaluations, evenly spaced."""
+    if not 1 <= evaluations <= start_step:
+        raise ValueError(f"evaluations: got {evaluations}, expected 1…{start_step} (the start step)")
+    return [round(start_step * (1 - i / evaluations)) for i in range(evaluations + 1)]
+
+
+def sample_replace(
+    predict_eps: Denoiser,
+    observed: Tensor,
+    available: Tensor,
+    schedule: Schedule,
+    *,
+    start_step: int = 50,
+    seed: int,
+    row_id: Tensor | None = None,
+    init: str = "unit",
+) -> Tensor:
+    """ADMC's reverse process (§3.2–3.3): ancestral steps from ``start_step``, observed tokens replaced after each.
+
+    Args:
+        predict_eps: ε_θ(x ``[B, M, D]``, step).
+        observed: ``[B, M, D]``; values of missing tokens are never read.
+        available: bool ``[B, M]``.
+        start_step: n, the step at which the reverse process starts (30, 50 and 80 in Table 4).
+        seed: 64-bit key of the noise.
+        row_id: int64 ``[B]`` in [0, 2⁶³); a row's noise depends on (seed, row id) alone. Default: 0…B−1.
+        init: missing tokens start as N(0, I) (``"unit"``, the paper's text) or as √(1 − ᾱ_n) N(0, I) (``"scaled"``,
+            which has the noise level that the network expects at step n).
+
+    Returns:
+        ``[B, M, D]``: observed tokens bit-exact, missing ones generated.
+    """
+    schedule.check_step("start_step", start_step)
+    if init not in ("unit", "scaled"):
+        raise ValueError(f"init: got {init!r}, expected 'unit' or 'scaled'")
+    table = schedule.table.to(observed.device)
+    start = ops.randn(tuple(observed.shape), seed=seed, row_id=row_id, step=start_step, device=observed.device)
+    start = start.to(observed.dtype)
+    if init == "scaled":
+        start = start * float(schedule.table[start_step, ops.reference.SQRT_ONE_MINUS_ALPHA_BAR])
+    noised, _ = ops.add_noise(observed, table, start_step, seed=seed, row_id=row_id)
+    x = torch.where(available[..., None], noised, start)
+    for n in range(start_step, 0, -1):
+        eps = predict_eps(x, n)
+        x = ops.masked_reverse_step(x, eps, observed, available, table, n, seed=seed, row_id=row_id)
+    return x
+
+
+def sample_clean(
+    predict_v: Denoiser,
+    observed: Tensor,
+    available: Tensor,
+    schedule: Schedule,
+    *,
+    steps: list[int],
+    eta: float = 0.0,
+    seed: int,
+    row_id: Tensor | None = None,
+) -> Tensor:
+    """DDIM over missing tokens (CDTP eq. 8–9) with the observed tokens clean at every step.
+
+    Args:
+        predict_v: v_θ(x ``[B, M, D]``, step), v = √ᾱ ε − √(1 − ᾱ) x₀ (Salimans & Ho 2022). ε-prediction would divide
+            the network's error by √ᾱ, which is 10⁻² at the first step.
+        observed: ``[B, M, D]``; values of missing tokens are never read.
+        available: bool ``[B, M]``.
+        steps: the visited steps, descending, last one 0 (:func:`strided_steps`).
+        eta: 0 is deterministic DDIM, 1 is ancestral sampling.
+        seed, row_id: as in :func:`sample_replace`.
+
+    Returns:
+        ``[B, M, D]``: observed tokens bit-exact, missing ones generated.
+    """
+    for step in steps[:-1]:
+        schedule.check_step("steps", step)
+    table = schedule.table.to(observed.device)
+    keep = available[..., None]
+    start = ops.randn(tuple(observed.shape), seed=seed, row_id=row_id, draw=Draw.INITIAL, device=observed.device)
+    x = torch.where(keep, observed, start.to(observed.dtype))
+    for n, previous in pairwise(steps):
+        signal = float(schedule.table[n, ops.reference.SQRT_ALPHA_BAR])
+        sigma = float(schedule.table[n, ops.reference.SQRT_ONE_MINUS_ALPHA_BAR])
+        eps = signal * predict_v(x, n) + sigma * x
+        x = ops.ddim_step(x, eps, table, n, previous, eta=eta, seed=seed, row_id=row_id)
+        x = torch.where(keep, observed, x)
+    return x

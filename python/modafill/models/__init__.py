@@ -1,0 +1,1 @@
+"""Networks alone: no data loading, no training loop."""

@@ -1,0 +1,138 @@
+"""ADN: the attention-based diffusion network over modality tokens (ADMC §3.2)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from modafill.diffusion import Schedule, sample_clean, sample_replace, sample_row_ids, strided_steps
+from modafill.models.admc.config import ADMCConfig
+
+
+def step_embedding(step: Tensor, width: int) -> Tensor:
+    """Sinusoids ``[B, width]`` of diffusion steps ``[B]`` (Ho et al. 2020)."""
+    half = width // 2
+    frequency = torch.exp(torch.arange(half, device=step.device) * (-math.log(10_000.0) / half))
+    angle = step[:, None].to(frequency.dtype) * frequency
+    return torch.cat([angle.sin(), angle.cos(), angle.new_zeros(len(step), width - 2 * half)], dim=1)
+
+
+class ADN(nn.Module):
+    """Self-attention denoiser over tokens ``[B, M, D]``.
+
+    The paper leaves open how a token knows its step and its modality: here a sinusoidal step embedding through an MLP and
+    a learned modality embedding are added to every token (attention alone cannot tell modalities apart). With
+    ``conditioning="clean"`` an embedding also says whether a token is observed.
+
+    Args:
+        n_modalities: M.
+        config: numbers of the model.
+    """
+
+    def __init__(self, n_modalities: int, config: ADMCConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.n_modalities = n_modalities
+        d = config.adn_width or config.width
+        self.width = d
+        self.project_in = nn.Identity() if d == config.width else nn.Linear(config.width, d)
+        self.modality = nn.Parameter(torch.randn(n_modalities, d) * 0.02)
+        self.state = nn.Parameter(torch.randn(2, d) * 0.02) if config.conditioning == "clean" else None
+        self.step_mlp = nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, d))
+        layer = nn.TransformerEncoderLayer(
+            d, config.adn_heads, config.adn_feedforward, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.encoder = nn.TransformerEncoder(
+            layer, config.adn_layers, norm=nn.LayerNorm(d), enable_nested_tensor=False
+        )
+        self.project_out = nn.Linear(d, config.width)
+        self._schedule = config.schedule()
+
+    @property
+    def schedule(self) -> Schedule:
+        """The noise schedule."""
+        return self._schedule
+
+    @property
+    def last_step(self) -> int:
+        """Largest diffusion step used: N for ``"replace"``, the one with ᾱ ≥ ``min_alpha_bar`` for ``"clean"``."""
+        if self.config.conditioning == "replace":
+            return self.schedule.steps
+        return self.schedule.last_step(self.config.min_alpha_bar)
+
+    def forward(self, x: Tensor, step: Tensor | int, available: Tensor | None = None) -> Tensor:
+        """ε (``"replace"``) or v (``"clean"``) ``[B, M, D]`` for tokens ``x`` at ``step`` (int or int64 ``[B]``)."""
+        if isinstance(step, int):
+            step = torch.full((1,), step, dtype=torch.int64, device=x.device)
+        h = self.project_in(x) + self.modality + self.step_mlp(step_embedding(step, self.width))[:, None]
+        if self.state is not None:
+            if available is None:
+                raise ValueError("available: got None, expected a bool [B, M] because conditioning is 'clean'")
+            h = h + self.state[available.to(torch.int64)]
+        return self.project_out(self.encoder(h))
+
+    @torch.no_grad()
+    def sample(
+        self,
+        tokens: Tensor,
+        available: Tensor,
+        *,
+        n_samples: int = 1,
+        seed: int = 0,
+        row_id: Tensor | None = None,
+        start_step: int | None = None,
+        sampling_steps: int | None = None,
+        chunk_size: int = 4096,
+    ) -> Tensor:
+        """K completions ``[K, B, M, D]`` of ``tokens [B, M, D]``: observed tokens bit-exact, missing ones generated.
+
+        Complete rows cost nothing; values of missing tokens are never read. ``start_step`` applies to ``"replace"``,
+        ``sampling_steps`` to ``"clean"``; None takes the configuration's. ``chunk_size``: rows of one network call.
+        """
+        if tokens.ndim != 3 or tokens.shape[1:] != (self.n_modalities, self.config.width):
+            expected = f"[B, {self.n_modalities}, {self.config.width}]"
+            raise ValueError(f"tokens: got shape {list(tokens.shape)}, expected {expected}")
+        if available.dtype != torch.bool or available.shape != tokens.shape[:2]:
+            raise ValueError(
+                f"available: got {available.dtype} {list(available.shape)}, expected bool {list(tokens.shape[:2])}"
+            )
+        bad = (~available.any(1)).nonzero().flatten().tolist()
+        if bad:
+            raise ValueError(f"available: nothing is observed in rows {bad[:5]}, expected at least one modality in each")
+        rows = torch.arange(len(tokens), device=tokens.device) if row_id is None else row_id
+        todo = (~available.all(1)).nonzero().flatten()
+        tokens = torch.where(available[..., None], tokens, 0.0)
+        out = tokens.expand(n_samples, *tokens.shape).clone()
+        sample_ids = sample_row_ids(rows[todo], n_samples)
+        index = todo.repeat(n_samples)
+        parts = []
+        for at in range(0, len(index), chunk_size):
+            part = slice(at, at + chunk_size)
+            observed, mask = tokens[index[part]], available[index[part]]
+            if self.config.conditioning == "replace":
+                done = sample_replace(
+                    self,
+                    observed,
+                    mask,
+                    self.schedule,
+                    start_step=self.config.start_step if start_step is None else start_step,
+                    seed=seed,
+                    row_id=sample_ids[part],
+                    init=self.config.init,
+                )
+            else:
+                done = sample_clean(
+                    lambda x, n, mask=mask: self(x, n, mask),
+                    observed,
+                    mask,
+                    self.schedule,
+                    steps=strided_steps(self.last_step, sampling_steps or self.config.sampling_steps),
+                    seed=seed,
+                    row_id=sample_ids[part],
+                )
+            parts.append(done)
+        if parts:
+            out[:, todo] = torch.cat(parts).reshape(n_samples, len(todo), *tokens.shape[1:])
+        return out
