@@ -1,0 +1,257 @@
+"""Writing a feature store, block by block, so that a reader sees either a whole file or none."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import h5py
+import numpy as np
+
+FORMAT = "modafill-store"
+VERSION = 1
+# A shuffled read fetches whole chunks, a sequential one wants few of them.
+CHUNK_BYTES = 1 << 18
+
+
+class StoreWriter:
+    """Appends blocks of samples to a new feature store.
+
+    The data go to a temporary file beside ``path``, which takes its place on :meth:`close`. Use it as a context
+    manager: an exception removes the temporary file and leaves whatever stood at ``path``.
+
+    Args:
+        path: the store to create or replace (``.h5``).
+        modalities: names, in the order of the columns of ``available``.
+        widths: name → D.
+        kinds: name → ``"vector"`` or ``"sequence"``.
+        steps: name → T for sequences that all have T steps; other sequences are ragged.
+        task: JSON-able description kept with the data: ``label`` (see :class:`~modafill.data.Labels`), ``window``,
+            ``group``.
+        columns: name → D names of feature columns.
+        dtype: of the stored values, float32 or float16.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        modalities: Sequence[str],
+        widths: Mapping[str, int],
+        kinds: Mapping[str, str],
+        steps: Mapping[str, int] | None = None,
+        task: Mapping[str, Any] | None = None,
+        columns: Mapping[str, Sequence[str]] | None = None,
+        dtype: str = "float32",
+    ) -> None:
+        self.path = Path(path)
+        self.modalities = tuple(modalities)
+        self.widths = {name: int(widths[name]) for name in self.modalities}
+        self.kinds = {name: kinds[name] for name in self.modalities}
+        self.steps = dict(steps or {})
+        if not self.modalities or len(set(self.modalities)) != len(self.modalities):
+            raise ValueError(f"modalities: got {list(modalities)}, expected distinct names")
+        for name in self.modalities:
+            if not name or "/" in name or name == ".":
+                raise ValueError(f"modalities: got {name!r}, expected a name without '/'")
+            if self.kinds[name] not in ("vector", "sequence"):
+                raise ValueError(f"kinds[{name!r}]: got {self.kinds[name]!r}, expected 'vector' or 'sequence'")
+            if self.widths[name] < 1 or self.steps.get(name, 1) < 1:
+                raise ValueError(f"widths[{name!r}]: got {self.widths[name]}, expected at least 1 column and 1 step")
+        if dtype not in ("float32", "float16"):
+            raise ValueError(f"dtype: got {dtype!r}, expected 'float32' or 'float16'")
+        self._rows = 0
+        self._columns_given: set[str] | None = None
+        handle, self._temporary = tempfile.mkstemp(prefix=f".{self.path.name}.", suffix=".part", dir=self.path.parent)
+        os.close(handle)
+        try:
+            self._file = h5py.File(self._temporary, "w")
+            self._file.attrs.update(
+                format=FORMAT,
+                version=VERSION,
+                modalities=json.dumps(self.modalities),
+                task=json.dumps(dict(task or {})),
+            )
+            for name in self.modalities:
+                self._create_modality(name, dtype, (columns or {}).get(name))
+            self._grow("available", np.zeros((0, len(self.modalities)), dtype=bool))
+        except BaseException:
+            self.abort()
+            raise
+
+    def _create_modality(self, name: str, dtype: str, columns: Sequence[str] | None) -> None:
+        tail: tuple[int, ...] = (self.widths[name],)
+        if name in self.steps:
+            tail = (self.steps[name], *tail)
+        self._grow(f"modalities/{name}/values", np.zeros((0, *tail), dtype=dtype))
+        if self.kinds[name] == "sequence" and name not in self.steps:
+            self._grow(f"modalities/{name}/offsets", np.zeros(1, dtype=np.int64))
+        if columns is not None:
+            if len(columns) != self.widths[name]:
+                raise ValueError(f"columns[{name!r}]: got {len(columns)} names, expected {self.widths[name]}")
+            self._grow(f"modalities/{name}/columns", np.asarray(columns, dtype=object))
+
+    def append(
+        self,
+        features: Mapping[str, np.ndarray | Sequence[np.ndarray]],
+        *,
+        available: np.ndarray | None = None,
+        lengths: Mapping[str, np.ndarray] | None = None,
+        generated: np.ndarray | None = None,
+        ids: Sequence[str] | np.ndarray | None = None,
+        labels: Mapping[str, np.ndarray] | None = None,
+        groups: Mapping[str, np.ndarray] | None = None,
+        splits: Mapping[str, np.ndarray] | None = None,
+        order: np.ndarray | None = None,
+    ) -> None:
+        """Append ``n`` samples.
+
+        Every block must bring the same optional columns as the first one.
+
+        Args:
+            features: name → ``[n, D]`` for a vector, ``[n, T, D]`` for a sequence (of ``lengths[name]`` valid steps
+                each), or a list of ``n`` arrays ``[t, D]`` for a ragged one. Values of entries that are neither
+                available nor generated are not kept.
+            available: bool ``[n, M]``, True = observed (default: all).
+            lengths: name → int ``[n]`` for padded ragged sequences (default: all T steps).
+            generated: bool ``[n, M]``: the value was filled in, not observed; disjoint from ``available``.
+            ids: ``n`` strings, unique by convention (default: the row number).
+            labels: name → ``[n, …]`` numbers or ``[n]`` strings.
+            groups: name → ``[n]``, such as the dialogue or the speaker.
+            splits: name → ``[n]`` strings, such as ``train``.
+            order: ``[n]`` numbers, the place of a sample in its group.
+
+        Raises:
+            ValueError: a shape or name does not fit; nothing of the block is promised to be in the file, so the writer
+                must then be aborted (leaving the ``with`` block does so).
+        """
+        if set(features) != set(self.modalities):
+            raise ValueError(f"features: got {list(features)}, expected {list(self.modalities)}")
+        n = len(features[self.modalities[0]])
+        if available is None:
+            available = np.ones((n, len(self.modalities)), dtype=bool)
+        for what, mask in (("available", available), ("generated", generated)):
+            if mask is not None and (mask.dtype != bool or mask.shape != (n, len(self.modalities))):
+                raise ValueError(f"{what}: got {mask.dtype} {mask.shape}, expected bool {(n, len(self.modalities))}")
+        if generated is not None and (available & generated).any():
+            raise ValueError("generated: got entries that are also available, expected only missing ones")
+        extra = {"ids": np.asarray(ids if ids is not None else np.arange(self._rows, self._rows + n).astype(str))}
+        if generated is not None:
+            extra["generated"] = generated
+        if order is not None:
+            extra["order"] = np.asarray(order)
+        for kind, named in (("labels", labels), ("groups", groups), ("splits", splits)):
+            extra.update({f"{kind}/{name}": np.asarray(values) for name, values in (named or {}).items()})
+        if self._columns_given is None:
+            self._columns_given = set(extra)
+        if set(extra) != self._columns_given:
+            raise ValueError(
+                f"append: got the columns {sorted(extra)}, expected {sorted(self._columns_given)} as before"
+            )
+        for column, values in extra.items():
+            if len(values) != n:
+                raise ValueError(f"{column}: got {len(values)} entries, expected {n}")
+
+        kept = available if generated is None else available | generated
+        for m, name in enumerate(self.modalities):
+            self._append_values(name, features[name], kept[:, m], (lengths or {}).get(name), n)
+        self._grow("available", available)
+        for column, values in extra.items():
+            self._grow(column, values)
+        self._rows += n
+
+    def _append_values(
+        self, name: str, values: np.ndarray | Sequence[np.ndarray], kept: np.ndarray, lengths: np.ndarray | None, n: int
+    ) -> None:
+        width, path = self.widths[name], f"modalities/{name}"
+        ragged = self.kinds[name] == "sequence" and name not in self.steps
+        if not ragged:
+            array = np.asarray(values)
+            tail = (self.steps[name], width) if name in self.steps else (width,)
+            if array.shape != (n, *tail):
+                raise ValueError(f"features[{name!r}]: got shape {array.shape}, expected {(n, *tail)}")
+            self._grow(f"{path}/values", np.where(kept.reshape(n, *[1] * len(tail)), array, 0))
+            return
+        if lengths is None:
+            lengths = np.array([len(row) for row in values], dtype=np.int64)
+        if len(values) != n or len(lengths) != n:
+            raise ValueError(f"features[{name!r}]: got {len(values)} rows and {len(lengths)} lengths, expected {n}")
+        frames = []
+        for i in np.flatnonzero(kept).tolist():
+            row = np.asarray(values[i])
+            if row.ndim != 2 or row.shape[1] != width or not 1 <= lengths[i] <= len(row):
+                raise ValueError(
+                    f"features[{name!r}]: got shape {row.shape} and length {lengths[i]} in row {self._rows + i}, "
+                    f"expected [T, {width}] and a length in 1…T"
+                )
+            frames.append(row[: lengths[i]])
+        offsets = self._file[f"{path}/offsets"]
+        if frames:
+            self._grow(f"{path}/values", np.concatenate(frames))
+        self._grow(f"{path}/offsets", offsets[-1] + np.cumsum(np.where(kept, lengths, 0), dtype=np.int64))
+
+    def _grow(self, path: str, values: np.ndarray) -> None:
+        if path in self._file:
+            data = self._file[path]
+            if data.shape[1:] != values.shape[1:]:
+                raise ValueError(
+                    f"{path}: got shape {values.shape}, expected [n, {', '.join(map(str, data.shape[1:]))}]"
+                )
+            start = len(data)
+            data.resize(start + len(values), axis=0)
+            if len(values):
+                data[start:] = values.astype(object) if values.dtype.kind == "U" else values
+            return
+        text = values.dtype.kind in "UO"
+        row_bytes = 16 if text else values.dtype.itemsize * int(np.prod(values.shape[1:]))
+        self._file.create_dataset(
+            path,
+            data=values.astype(object) if text else values,
+            dtype=h5py.string_dtype() if text else values.dtype,
+            maxshape=(None, *values.shape[1:]),
+            chunks=(max(1, CHUNK_BYTES // row_bytes), *values.shape[1:]),
+        )
+
+    def close(self) -> None:
+        """Finish the file and put it in its place.
+
+        Raises:
+            ValueError: no sample was appended.
+        """
+        if not self._rows:
+            self.abort()
+            raise ValueError(f"{self.path}: no samples were written, expected at least one")
+        try:
+            self._file.close()
+            with open(self._temporary, "rb") as file:
+                os.fsync(file.fileno())
+            umask = os.umask(0)
+            os.umask(umask)
+            # mkstemp makes the file private; a store gets the permissions of any other new file.
+            os.chmod(self._temporary, 0o666 & ~umask)
+            os.replace(self._temporary, self.path)
+        except BaseException:
+            self.abort()
+            raise
+
+    def abort(self) -> None:
+        """Throw away what was written."""
+        if hasattr(self, "_file"):
+            self._file.close()
+        Path(self._temporary).unlink(missing_ok=True)
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
