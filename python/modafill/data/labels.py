@@ -1,0 +1,154 @@
+"""Labels as class numbers: given classes, or quantiles of a score with thresholds from the training part."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+KINDS = ("class", "quantiles")
+
+
+def check_label_spec(spec: Mapping[str, Any]) -> None:
+    """Raise ValueError unless ``spec`` is a label specification (see :meth:`Labels.fit`)."""
+    kind = spec.get("kind")
+    if kind not in KINDS:
+        raise ValueError(f"label: got kind {kind!r}, expected one of {list(KINDS)}")
+    allowed = {"name", "kind"} | ({"classes", "round"} if kind == "quantiles" else set())
+    if set(spec) - allowed:
+        raise ValueError(f"label: got the keys {sorted(set(spec) - allowed)}, expected only {sorted(allowed)}")
+    k = spec.get("classes")
+    if kind == "quantiles" and (not isinstance(k, int) or isinstance(k, bool) or k < 2):
+        raise ValueError(f"label: got classes {k!r}, expected at least 2 quantiles")
+
+
+@dataclass(frozen=True)
+class Labels:
+    """A fitted rule from label values to classes 0 … n_classes - 1.
+
+    Attributes:
+        name: the label column.
+        kind: ``"class"`` or ``"quantiles"``.
+        values: the class values in order (``"class"``), integers or strings.
+        thresholds: k - 1 rising thresholds (``"quantiles"``); a value equal to a threshold belongs to the class below.
+        decimals: to how many decimals a score is rounded first, or None.
+    """
+
+    name: str
+    kind: str
+    values: tuple[int | str, ...] = ()
+    thresholds: tuple[float, ...] = ()
+    decimals: int | None = None
+
+    @classmethod
+    def fit(cls, spec: Mapping[str, Any], values: np.ndarray, train_rows: np.ndarray) -> Labels:
+        """Fit the rule on the training part and check that every value can be encoded.
+
+        Args:
+            spec: ``{"name": …, "kind": "class"}`` for integers or strings, or ``{"name": …, "kind": "quantiles",
+                "classes": k, "round": decimals}`` for a score; ``round`` may be left out.
+            values: ``[N]``, all labels.
+            train_rows: ints, the training part.
+
+        Raises:
+            ValueError: malformed specification, NaN, a value outside the training part's classes, fewer than two
+                classes, or a quantile class that no training sample falls into.
+        """
+        check_label_spec(spec)
+        name, kind = str(spec.get("name", "label")), spec["kind"]
+        train = _flat(name, values)[np.asarray(train_rows)]
+        if not len(train):
+            raise ValueError(f"label {name!r}: the training part is empty")
+        if kind == "class":
+            fitted = cls(name, kind, values=tuple(np.unique(_as_classes(name, train)).tolist()))
+            if fitted.n_classes < 2:
+                raise ValueError(f"label {name!r}: the training part has only the class {fitted.values[0]!r}")
+        else:
+            decimals, k = spec.get("round"), spec["classes"]
+            scores = _as_scores(name, train, decimals)
+            thresholds = np.quantile(scores, np.arange(1, k) / k)
+            fitted = cls(name, kind, thresholds=tuple(thresholds.tolist()), decimals=decimals)
+            counts = np.bincount(fitted.encode(train), minlength=k)
+            if not counts.all():
+                raise ValueError(
+                    f"label {name!r}: {k} quantiles leave classes empty (training counts {counts.tolist()})"
+                )
+        fitted.encode(values)
+        return fitted
+
+    @property
+    def n_classes(self) -> int:
+        return len(self.values) if self.kind == "class" else len(self.thresholds) + 1
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The values as strings; for quantiles ``≤5``, ``5–5.8`` (5 left out), ``>5.8``."""
+        if self.kind == "class":
+            return tuple(str(value) for value in self.values)
+        at = [f"{threshold:.4g}" for threshold in self.thresholds]
+        return (f"≤{at[0]}", *(f"{low}–{high}" for low, high in zip(at, at[1:], strict=False)), f">{at[-1]}")
+
+    def encode(self, values: np.ndarray) -> np.ndarray:
+        """The classes of label values: int64 ``[n]``.
+
+        Raises:
+            ValueError: NaN, or a value that is none of the classes.
+        """
+        flat = _flat(self.name, values)
+        if self.kind == "quantiles":
+            return np.searchsorted(self.thresholds, _as_scores(self.name, flat, self.decimals), side="left")
+        classes = _as_classes(self.name, flat)
+        number = {value: i for i, value in enumerate(self.values)}
+        unknown = [value for value in np.unique(classes).tolist() if value not in number]
+        if unknown:
+            shown = ", ".join(map(repr, unknown[:5]))
+            raise ValueError(
+                f"label {self.name!r}: got {shown}, expected one of the training part's {list(self.values)}"
+            )
+        return np.array([number[value] for value in classes.tolist()], dtype=np.int64)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; :meth:`from_dict` reads it."""
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "values": list(self.values),
+            "thresholds": list(self.thresholds),
+            "decimals": self.decimals,
+        }
+
+    @classmethod
+    def from_dict(cls, state: Mapping[str, Any]) -> Labels:
+        """The rule that :meth:`to_dict` described."""
+        return cls(state["name"], state["kind"], tuple(state["values"]), tuple(state["thresholds"]), state["decimals"])
+
+
+def _flat(name: str, values: np.ndarray) -> np.ndarray:
+    array = np.asarray(values)
+    if array.ndim == 2 and array.shape[1] == 1:
+        array = array[:, 0]
+    if array.ndim != 1:
+        raise ValueError(f"label {name!r}: got shape {array.shape}, expected one value per sample")
+    if array.dtype.kind == "f" and np.isnan(array).any():
+        rows = np.flatnonzero(np.isnan(array))
+        raise ValueError(f"label {name!r}: got NaN in {len(rows)} samples, the first in row {rows[0]}")
+    return array
+
+
+def _as_classes(name: str, values: np.ndarray) -> np.ndarray:
+    if values.dtype.kind in "biu":
+        return values.astype(np.int64)
+    if values.dtype.kind in "UO":
+        return values.astype(str)
+    if values.dtype.kind == "f" and (values == np.round(values)).all():
+        return values.astype(np.int64)
+    raise ValueError(f"label {name!r}: got {values.dtype} with fractions, expected integers or strings as classes")
+
+
+def _as_scores(name: str, values: np.ndarray, decimals: int | None) -> np.ndarray:
+    if values.dtype.kind not in "biuf":
+        raise ValueError(f"label {name!r}: got {values.dtype}, expected numbers to take quantiles of")
+    scores = values.astype(np.float64)
+    return scores if decimals is None else np.round(scores, decimals)
