@@ -13,7 +13,8 @@ column value
 ====== =========================================================
 
 Randomness is counter-based (Philox4x32-10, then Box–Muller): key = seed, counter = (quad of elements within the row,
-row id low, row id high, step | draw << 24). Each function here returns float64 on the device of its input.
+row id low, row id high, step | draw << 24). Each function here returns float64 on the device of its input; a step
+outside the schedule gives NaN.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Draw(IntEnum):
     RESAMPLE = 3
 
 
-def philox(seed: int, row_id: Tensor, quads: Tensor, c3: Tensor | int) -> Tensor:
+def philox(seed: int | Tensor, row_id: Tensor, quads: Tensor, c3: Tensor | int) -> Tensor:
     """Philox4x32-10 words (Salmon et al., SC'11) as int64 ``[rows, quads, 4]`` for ``row_id [rows]`` and ``quads [Q]``.
 
     ``c3`` is the fourth counter word, one for all rows or int64 ``[rows]``.
@@ -76,7 +77,7 @@ def box_muller(words: Tensor) -> Tensor:
 def randn(
     shape: tuple[int, ...],
     *,
-    seed: int,
+    seed: int | Tensor,
     row_id: Tensor | None = None,
     step: int | Tensor = 0,
     draw: int = Draw.INITIAL,
@@ -86,14 +87,22 @@ def randn(
     batch, width = shape[0], math.prod(shape[1:])
     rows = torch.arange(batch, device=device) if row_id is None else row_id
     quads = torch.arange((width + 3) // 4, device=rows.device)
-    c3 = torch.as_tensor(step, dtype=torch.int64, device=rows.device) | (int(draw) << 24)
-    return box_muller(philox(seed, rows, quads, c3)).flatten(1)[:, :width].reshape(shape)
+    step = torch.as_tensor(step, dtype=torch.int64, device=rows.device)
+    z = box_muller(philox(seed, rows, quads, step | (int(draw) << 24))).flatten(1)[:, :width]
+    return torch.where(((step >= 0) & (step <= MAX_STEP)).reshape(-1, 1), z, math.nan).reshape(shape)
 
 
-def _column(table: Tensor, step: int | Tensor, column: int, like: Tensor) -> Tensor:
-    """Coefficient of each row, shaped to broadcast against ``like [B, ...]``."""
-    values = table.to(torch.float64)[:, column][torch.as_tensor(step, device=table.device, dtype=torch.int64)]
-    return values if values.ndim == 0 else values.reshape(-1, *[1] * (like.ndim - 1))
+def _column(table: Tensor, step: Tensor, column: int, like: Tensor) -> Tensor:
+    """Coefficient of each row, shaped to broadcast against ``like [B, ...]``; NaN for a step outside the schedule."""
+    inside = (step >= 0) & (step < len(table))
+    values = torch.where(inside, table.to(torch.float64)[:, column][torch.where(inside, step, 0)], math.nan)
+    return values.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _steps(step: int | Tensor, table: Tensor) -> Tensor:
+    """``step`` on the table's device, far outside the schedule where it is not in 1…N."""
+    step = torch.as_tensor(step, dtype=torch.int64, device=table.device)
+    return torch.where((step >= 1) & (step < len(table)), step, -MAX_STEP)
 
 
 def masked_reverse_step(
@@ -104,12 +113,12 @@ def masked_reverse_step(
     table: Tensor,
     step: int | Tensor,
     *,
-    seed: int,
+    seed: int | Tensor,
     row_id: Tensor | None = None,
     noise: Tensor | None = None,
 ) -> Tensor:
     """ADMC eq. 3–4 for ``x, eps, observed [B, M, D]`` and ``available [B, M]``; see :func:`modafill.ops.masked_reverse_step`."""
-    step = torch.as_tensor(step, dtype=torch.int64, device=table.device)
+    x, eps, observed, step = x.to(torch.float64), eps.to(torch.float64), observed.to(torch.float64), _steps(step, table)
     z = randn(tuple(x.shape), seed=seed, row_id=row_id, step=step, draw=Draw.REVERSE, device=x.device)
     z = z if noise is None else noise.to(torch.float64)
     generated = _column(table, step, POSTERIOR_X, x) * x + _column(table, step, POSTERIOR_EPS, x) * eps
@@ -124,11 +133,12 @@ def add_noise(
     table: Tensor,
     step: int | Tensor,
     *,
-    seed: int,
+    seed: int | Tensor,
     row_id: Tensor | None = None,
     noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Forward process (ADMC eq. 1, CDTP eq. 4): ``(√ᾱ_n x + √(1 − ᾱ_n) ε, ε)`` for ``x [B, ...]``."""
+    x, step = x.to(torch.float64), _steps(step, table)
     z = randn(tuple(x.shape), seed=seed, row_id=row_id, step=step, draw=Draw.FORWARD, device=x.device)
     z = z if noise is None else noise.to(torch.float64)
     noisy = _column(table, step, SQRT_ALPHA_BAR, x) * x + _column(table, step, SQRT_ONE_MINUS_ALPHA_BAR, x) * z
@@ -143,13 +153,15 @@ def ddim_step(
     prev_step: int | Tensor,
     *,
     eta: float = 0.0,
-    seed: int | None = None,
+    seed: int | Tensor | None = None,
     row_id: Tensor | None = None,
     clip: float | None = None,
     noise: Tensor | None = None,
 ) -> Tensor:
     """CDTP eq. 8–9 for any stride ``step → prev_step`` and ``x, eps [B, ...]``; see :func:`modafill.ops.ddim_step`."""
-    x, eps = x.to(torch.float64), eps.to(torch.float64)
+    x, eps, step = x.to(torch.float64), eps.to(torch.float64), _steps(step, table)
+    prev_step = torch.as_tensor(prev_step, dtype=torch.int64, device=table.device)
+    prev_step = torch.where(prev_step < step, prev_step, -MAX_STEP)
     signal, sigma = _column(table, step, SQRT_ALPHA_BAR, x), _column(table, step, SQRT_ONE_MINUS_ALPHA_BAR, x)
     prev_signal = _column(table, prev_step, SQRT_ALPHA_BAR, x)
     prev_sigma = _column(table, prev_step, SQRT_ONE_MINUS_ALPHA_BAR, x)

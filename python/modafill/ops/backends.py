@@ -1,0 +1,301 @@
+"""Which backend runs an op and why, and what the ops share: argument checks, the direct path, registration."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modafill.ops import reference
+
+try:
+    from modafill import _C
+except ImportError as error:  # a source tree that was never built still has the reference backend
+    _C = None
+    _NATIVE_ERROR = str(error)
+
+BACKENDS = ("cpu", "cuda", "triton", "reference")
+ENVIRONMENT = "MODAFILL_BACKEND"
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OPS = ("masked_reverse_step", "ddim_step", "add_noise", "randn")
+
+library = torch.library.Library("modafill", "DEF")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a call would run, and why not something faster.
+
+    Attributes:
+        op: the op's name.
+        backend: ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``.
+        reason: why this one.
+        rejected: for each backend that is preferred to it but cannot run, why not.
+    """
+
+    op: str
+    backend: str
+    reason: str
+    rejected: dict[str, str]
+
+    def __str__(self) -> str:
+        return "\n".join(
+            [
+                f"{self.op}: {self.backend} ({self.reason})",
+                *(f"  not {name}: {why}" for name, why in self.rejected.items()),
+            ]
+        )
+
+
+def explain(
+    op: str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, backend: str = "auto"
+) -> Choice:
+    """What ``modafill.ops.<op>`` runs for tensors of ``dtype`` on ``device``.
+
+    Raises:
+        ValueError: ``op`` or ``backend`` is no name of one.
+        RuntimeError: ``backend`` names one that cannot run.
+    """
+    if op not in OPS:
+        raise ValueError(f"op: got {op!r}, expected one of {', '.join(OPS)}")
+    return _choose(op, torch.device(device), dtype, requested(backend))
+
+
+def requested(backend: str) -> str:
+    """The backend asked for by argument or, for ``"auto"``, by the environment."""
+    return os.environ.get(ENVIRONMENT) or "auto" if backend == "auto" else backend
+
+
+@functools.lru_cache(maxsize=256)
+def _choose(op: str, device: torch.device, dtype: torch.dtype, backend: str) -> Choice:
+    if backend != "auto":
+        if backend not in BACKENDS:
+            raise ValueError(f"backend: got {backend!r}, expected auto, {', '.join(BACKENDS)}")
+        why = _why_not(backend, device, dtype)
+        if why is not None:
+            raise RuntimeError(f"{op}: the {backend} backend cannot run: {why}")
+        return Choice(op, backend, "asked for by name", {})
+    rejected: dict[str, str] = {}
+    for name in ("cpu",) if device.type == "cpu" else ("cuda", "triton"):
+        why = _why_not(name, device, dtype)
+        if why is None:
+            return Choice(op, name, f"fastest for {_name(dtype)} on {device.type}", rejected)
+        rejected[name] = why
+    return Choice(op, "reference", "nothing faster can run", rejected)
+
+
+def _why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """What keeps ``backend`` from running, or None."""
+    if backend == "reference":
+        return None
+    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type != ("cpu" if backend == "cpu" else "cuda") and not (interpreted and device.type == "cpu"):
+        return f"the tensors are on {device.type}"
+    dtypes = CPU_DTYPES if backend == "cpu" else GPU_DTYPES
+    if dtype not in dtypes:
+        return f"it takes {', '.join(map(_name, dtypes))}, not {_name(dtype)}"
+    if backend == "triton":
+        return None if importlib.util.find_spec("triton") else "triton is not installed"
+    if _C is None:
+        return f"the compiled extension does not import: {_NATIVE_ERROR}"
+    if backend == "cpu" and not hasattr(_C, "randn"):
+        return "not built"
+    if backend == "cuda":
+        if not _C.cuda_architectures:
+            return "modafill was built without CUDA"
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            return f"it needs compute capability 8.0 or later, the device has {major}.{minor}"
+    return None
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def select(op: str, device: torch.device, dtype: torch.dtype, backend: str) -> str:
+    """The name of the backend that runs this call."""
+    return _choose(op, device, dtype, requested(backend)).backend
+
+
+def runs_directly(*tensors: Any) -> bool:
+    """True where nothing could tell a call of the extension from a call of the registered op.
+
+    That is: nothing traces, no dispatch or function mode and no functorch transform is active, no gradient is wanted
+    and every tensor is a plain one.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._is_tracing()
+        or torch.autograd.forward_ad._current_level >= 0
+    ):
+        return False
+    grad = torch.is_grad_enabled()
+    for t in tensors:
+        if isinstance(t, Tensor) and (
+            (type(t) is not Tensor and type(t) is not torch.nn.Parameter) or (grad and t.requires_grad)
+        ):
+            return False
+    return True
+
+
+def describe(value: Any) -> str:
+    """``value`` as an error message shows it."""
+    if isinstance(value, Tensor):
+        return f"{_name(value.dtype)} {list(value.shape)} on {value.device}"
+    return f"{type(value).__name__} {value!r}"
+
+
+def check_tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {describe(value)}, expected a tensor")
+
+
+def check_rows(name: str, x: Tensor) -> None:
+    """``x`` holds floating-point rows ``[B, ...]``."""
+    check_tensor(name, x)
+    if not x.is_floating_point() or x.ndim == 0:
+        raise ValueError(f"{name}: got {describe(x)}, expected a floating-point tensor [B, ...]")
+
+
+def check_same(name: str, value: Tensor, x: Tensor) -> None:
+    """``value`` has the shape, dtype and device of ``x``."""
+    check_tensor(name, value)
+    if value.shape != x.shape or value.dtype != x.dtype or value.device != x.device:
+        raise ValueError(f"{name}: got {describe(value)}, expected {describe(x)}, as x")
+
+
+def check_table(table: Tensor, x: Tensor) -> None:
+    check_tensor("table", table)
+    if (
+        table.dtype != torch.float32
+        or table.ndim != 2
+        or table.shape[1] != reference.TABLE_COLUMNS
+        or table.shape[0] < 2
+        or table.device != x.device
+        or not table.is_contiguous()
+    ):
+        stride = "" if table.is_contiguous() else ", not contiguous"
+        raise ValueError(
+            f"table: got {describe(table)}{stride}, expected contiguous float32 [N + 1, {reference.TABLE_COLUMNS}]"
+            f" on {x.device}, as Schedule.table is"
+        )
+
+
+def check_step(
+    name: str, step: int, step_tensor: Tensor | None, batch: int, device: torch.device, low: int, high: int
+) -> None:
+    """One step for all rows or one for each; values in a CPU tensor are checked where they are read."""
+    if step_tensor is None:
+        if not low <= step <= high:
+            raise ValueError(f"{name}: got {step}, expected a diffusion step in {low}…{high}")
+    elif (
+        step_tensor.dtype != torch.int64
+        or step_tensor.device != device
+        or tuple(step_tensor.shape) not in ((), (batch,))
+    ):
+        raise ValueError(
+            f"{name}: got {describe(step_tensor)}, expected an integer or int64 [] or [{batch}] on {device}"
+        )
+
+
+def check_step_values(name: str, step_tensor: Tensor | None, low: int, high: int) -> None:
+    """Steps in a CPU tensor lie in the schedule; a device tensor is never read back."""
+    if step_tensor is not None and step_tensor.is_cpu:
+        for value in step_tensor.reshape(-1).unique().tolist():
+            check_step(name, value, None, 0, step_tensor.device, low, high)
+
+
+def check_noise(seed_tensor: Tensor | None, row_id: Tensor | None, batch: int, device: torch.device) -> None:
+    if seed_tensor is not None and (
+        seed_tensor.dtype != torch.int64 or seed_tensor.ndim != 0 or seed_tensor.device != device
+    ):
+        raise ValueError(f"seed: got {describe(seed_tensor)}, expected an integer or int64 [] on {device}")
+    if row_id is not None:
+        check_tensor("row_id", row_id)
+        if row_id.dtype != torch.int64 or tuple(row_id.shape) != (batch,) or row_id.device != device:
+            raise ValueError(f"row_id: got {describe(row_id)}, expected int64 [{batch}] on {device}")
+
+
+def check_out(out: Tensor, x: Tensor, *inputs: Tensor) -> None:
+    """``out`` is contiguous, like ``x``, and is one of the ``inputs`` or overlaps none of them."""
+    check_same("out", out, x)
+    if not out.is_contiguous():
+        raise ValueError(f"out: got strides {out.stride()} for shape {list(out.shape)}, expected a contiguous tensor")
+    begin, size = out.data_ptr(), out.numel() * out.element_size()
+    for value in inputs:
+        if begin != value.data_ptr() and begin < value.data_ptr() + size and value.data_ptr() < begin + size:
+            raise ValueError(
+                "out: got a tensor that overlaps a part of an input, expected one of its own or exactly an input"
+            )
+
+
+def split_step(name: str, step: int | Tensor) -> tuple[int, Tensor | None]:
+    """A step argument as the registered ops take it."""
+    if isinstance(step, Tensor):
+        return 0, step
+    if isinstance(step, float):
+        raise TypeError(f"{name}: got {describe(step)}, expected an integer or an int64 tensor")
+    return step, None
+
+
+def split_seed(seed: int | Tensor) -> tuple[int, Tensor | None]:
+    """A seed argument as the registered ops take it: 64 bits, two's complement."""
+    if isinstance(seed, Tensor):
+        return 0, seed
+    if seed is None or isinstance(seed, float):
+        raise TypeError(f"seed: got {describe(seed)}, expected an integer or an int64 tensor")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed: got {seed}, expected a 64-bit integer")
+    return (seed - 2**64 if seed >= 2**63 else seed), None
+
+
+def check_out_allowed(out: Tensor | None) -> None:
+    """The registered ops are functional: ``out`` needs the direct path."""
+    if out is not None:
+        raise ValueError("out: got a tensor while a gradient is needed or a transform is active, expected None")
+
+
+def pointer(value: Tensor | None) -> int:
+    return 0 if value is None else value.data_ptr()
+
+
+def launch(op: str, backend: str, device: torch.device, *args: int | float) -> None:
+    """Call the extension's function for ``op`` with torch's thread count or current stream as the last argument."""
+    if backend == "cpu":
+        getattr(_C, op)(*args, torch.get_num_threads())
+    else:
+        with torch.cuda.device(device):
+            getattr(_C, f"{op}_cuda")(*args, torch._C._cuda_getCurrentRawStream(device.index))
+
+
+def register(name: str, schema: str, run: Callable, fake: Callable, differentiable: Callable | None = None) -> Any:
+    """Define ``modafill::<name>``; ``differentiable`` is its implementation for autograd."""
+    library.define(f"{name}{schema}")
+    library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"modafill::{name}", fake, lib=library)
+    if differentiable is not None:
+        library.impl(name, differentiable, "Autograd")
+    return getattr(torch.ops.modafill, name).default
+
+
+def row_coefficients(table: Tensor, step: int, step_tensor: Tensor | None, like: Tensor) -> Tensor:
+    """Rows of ``table`` for the backward passes, ``[B or 1, ..., 5]`` in the precision of ``like [B, ...]``."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    if step_tensor is None:
+        rows = table[step : step + 1]
+    else:
+        rows = table.index_select(0, step_tensor.reshape(-1).clamp(0, table.shape[0] - 1))
+    return rows.to(dtype).reshape(-1, *[1] * (like.ndim - 1), table.shape[1])

@@ -1,0 +1,136 @@
+"""One DDIM step of any stride."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modafill.ops import backends, reference
+
+_SCHEMA = (
+    "(Tensor x, Tensor eps, Tensor table, SymInt step, Tensor? step_tensor, SymInt prev_step,"
+    " Tensor? prev_step_tensor, float eta, SymInt seed, Tensor? seed_tensor, Tensor? row_id, float? clip, str backend)"
+    " -> Tensor"
+)
+
+
+def _check(
+    x: Tensor,
+    eps: Tensor,
+    table: Tensor,
+    step: int,
+    step_tensor: Tensor | None,
+    prev_step: int,
+    prev_step_tensor: Tensor | None,
+    eta: float,
+    seed_tensor: Tensor | None,
+    row_id: Tensor | None,
+    clip: float | None,
+) -> None:
+    backends.check_rows("x", x)
+    backends.check_same("eps", eps, x)
+    backends.check_table(table, x)
+    last = table.shape[0] - 1
+    backends.check_step("step", step, step_tensor, x.shape[0], x.device, 1, last)
+    # A stride of integers is known whole; a stride that involves a tensor is bounded by what is known of it.
+    before = step - 1 if step_tensor is None else last - 1
+    backends.check_step("prev_step", prev_step, prev_step_tensor, x.shape[0], x.device, 0, before)
+    backends.check_noise(seed_tensor, row_id, x.shape[0], x.device)
+    if not 0.0 <= eta <= 1.0:
+        raise ValueError(f"eta: got {eta}, expected a value in [0, 1]")
+    if clip is not None and not clip > 0.0:
+        raise ValueError(f"clip: got {clip}, expected None or a positive bound")
+
+
+def _run(
+    x: Tensor,
+    eps: Tensor,
+    table: Tensor,
+    step: int,
+    step_tensor: Tensor | None,
+    prev_step: int,
+    prev_step_tensor: Tensor | None,
+    eta: float,
+    seed: int,
+    seed_tensor: Tensor | None,
+    row_id: Tensor | None,
+    clip: float | None,
+    backend: str,
+    out: Tensor | None = None,
+) -> Tensor:
+    _check(x, eps, table, step, step_tensor, prev_step, prev_step_tensor, eta, seed_tensor, row_id, clip)
+    backend = backends.select("ddim_step", x.device, x.dtype, backend)
+    if out is not None:
+        backends.check_out(out, x, x, eps)
+    if backend == "reference":
+        result = reference.ddim_step(
+            x,
+            eps,
+            table,
+            step if step_tensor is None else step_tensor,
+            prev_step if prev_step_tensor is None else prev_step_tensor,
+            eta=eta,
+            seed=seed if seed_tensor is None else seed_tensor,
+            row_id=row_id,
+            clip=clip,
+        )
+        return result.to(x.dtype) if out is None else out.copy_(result)
+    raise NotImplementedError
+
+
+def _fake(
+    x: Tensor,
+    eps: Tensor,
+    table: Tensor,
+    step: int,
+    step_tensor: Tensor | None,
+    prev_step: int,
+    prev_step_tensor: Tensor | None,
+    eta: float,
+    seed: int,
+    seed_tensor: Tensor | None,
+    row_id: Tensor | None,
+    clip: float | None,
+    backend: str,
+) -> Tensor:
+    _check(x, eps, table, step, step_tensor, prev_step, prev_step_tensor, eta, seed_tensor, row_id, clip)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+_op = backends.register("ddim_step", _SCHEMA, _run, _fake)
+
+
+def ddim_step(
+    x: Tensor,
+    eps: Tensor,
+    table: Tensor,
+    step: int | Tensor,
+    prev_step: int | Tensor,
+    *,
+    eta: float = 0.0,
+    seed: int | Tensor | None = None,
+    row_id: Tensor | None = None,
+    clip: float | None = None,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """DDIM step t → t' (CDTP eq. 8–9; Song et al. 2021, eq. 12)."""
+    if eta > 0.0 and seed is None:
+        raise ValueError("seed: got None, expected an integer because eta > 0 draws noise")
+    args = (
+        x,
+        eps,
+        table,
+        *backends.split_step("step", step),
+        *backends.split_step("prev_step", prev_step),
+        float(eta),
+        *backends.split_seed(0 if seed is None else seed),
+        row_id,
+        None if clip is None else float(clip),
+    )
+    if backends.runs_directly(x, eps, table, step, prev_step, seed, row_id, out):
+        return _run(*args, backend, out)
+    backends.check_out_allowed(out)
+    return _op(*args, backend)
