@@ -149,3 +149,13 @@ class Batch:
                 i = int(bad.nonzero()[0, 0])
                 lowest = int(observed[i])
                 raise ValueError(f"lengths[{name!r}]: got {int(lengths[i])} in row {i}, expected {lowest}…{x.shape[1]}")
+
+
+def valid_steps(batch: Batch, m: int) -> Tensor:
+    """Where modality number ``m`` has values (not missing, not padding): bool ``[B]``, for a sequence ``[B, L]``."""
+    name = batch.modalities[m]
+    seen = batch.available[:, m]
+    if name not in batch.lengths:
+        return seen
+    steps = torch.arange(batch.features[name].shape[1], device=seen.device)
+    return seen[:, None] & (steps < batch.lengths[name][:, None])

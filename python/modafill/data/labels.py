@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -72,9 +73,7 @@ class Labels:
             fitted = cls(name, kind, thresholds=tuple(thresholds.tolist()), decimals=decimals)
             counts = np.bincount(fitted.encode(train), minlength=k)
             if not counts.all():
-                raise ValueError(
-                    f"label {name!r}: {k} quantiles leave classes empty (training counts {counts.tolist()})"
-                )
+                raise ValueError(f"label {name!r}: {k} quantiles give the training counts {counts.tolist()}, one is 0")
         fitted.encode(values)
         return fitted
 
@@ -88,7 +87,7 @@ class Labels:
         if self.kind == "class":
             return tuple(str(value) for value in self.values)
         at = [f"{threshold:.4g}" for threshold in self.thresholds]
-        return (f"≤{at[0]}", *(f"{low}–{high}" for low, high in zip(at, at[1:], strict=False)), f">{at[-1]}")
+        return (f"≤{at[0]}", *(f"{low}–{high}" for low, high in pairwise(at)), f">{at[-1]}")
 
     def encode(self, values: np.ndarray) -> np.ndarray:
         """The classes of label values: int64 ``[n]``.
@@ -104,9 +103,7 @@ class Labels:
         unknown = [value for value in np.unique(classes).tolist() if value not in number]
         if unknown:
             shown = ", ".join(map(repr, unknown[:5]))
-            raise ValueError(
-                f"label {self.name!r}: got {shown}, expected one of the training part's {list(self.values)}"
-            )
+            raise ValueError(f"label {self.name!r}: got {shown}, expected the training part's {list(self.values)}")
         return np.array([number[value] for value in classes.tolist()], dtype=np.int64)
 
     def to_dict(self) -> dict[str, Any]:

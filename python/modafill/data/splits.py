@@ -34,9 +34,9 @@ def make_splits(
 ) -> list[Split]:
     """Divide a store's samples for training and testing.
 
-    A split column is used as it is (``train``, ``valid``/``val``/``dev``, ``test``), with the validation part carved out
-    of the training part if it has none. Otherwise the folds are made of whole groups where there is a group column, and
-    stratified by class where there is none. Validation is carved out of each fold's training part in the same manner.
+    A split column is used as it is (``train``, ``valid``/``val``/``dev``, ``test``), with the validation part carved
+    out of the training part if it has none. Otherwise the folds are made of whole groups where there is a group column,
+    and stratified by class where there is none. Validation is carved out of each fold's training part the same way.
     One fold without a split column is a plain hold-out of a fifth.
 
     Args:

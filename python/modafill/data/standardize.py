@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modafill.data.batch import Batch
+from modafill.data.batch import Batch, valid_steps
 from modafill.data.patterns import name_rows
 from modafill.data.store import FeatureStore
 
@@ -19,8 +19,8 @@ FIT_ROWS = 1024
 class Standardizer:
     """Subtracts each column's mean and divides by its standard deviation.
 
-    A column that is constant in the training part becomes 0. A modality that the training part never observes is left as
-    it is (mean 0, deviation 1) and named in :attr:`unseen`.
+    A column that is constant in the training part becomes 0. A modality that the training part never observes is left
+    as it is (mean 0, deviation 1) and named in :attr:`unseen`.
 
     Attributes:
         mean: name → float64 ``[D]``.
@@ -70,7 +70,7 @@ class Standardizer:
                             f"modality {name!r}: got NaN or infinity in {name_rows(batch.row_id[bad].tolist())}, "
                             "expected finite values where observed"
                         )
-                    sums[name].add(x[_valid(batch, m, name)].numpy())
+                    sums[name].add(x[valid_steps(batch, m)].numpy())
         return cls(
             {name: torch.from_numpy(s.mean) for name, s in sums.items()},
             {name: torch.from_numpy(s.std()) for name, s in sums.items()},
@@ -96,7 +96,7 @@ class Standardizer:
             y = (x - mean) * scale
             if self.clip is not None:
                 y = y.clamp(-self.clip, self.clip)
-            valid = _valid(batch, m, name)
+            valid = valid_steps(batch, m)
             features[name] = torch.where(valid[..., None], y, y.new_zeros(()))
         return replace(batch, features=features)
 
@@ -164,12 +164,3 @@ class _Moments:
             return np.ones_like(self.mean)
         # The second moment of a constant column may be a rounding error above 0; its range is not.
         return np.where(self.high > self.low, np.sqrt(self.centred / self.count), 0)
-
-
-def _valid(batch: Batch, m: int, name: str) -> Tensor:
-    """bool ``[B]`` or ``[B, L]``: observed, and not padding."""
-    seen = batch.available[:, m]
-    if name not in batch.lengths:
-        return seen
-    steps = torch.arange(batch.features[name].shape[1], device=seen.device)
-    return seen[:, None] & (steps < batch.lengths[name][:, None])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -42,6 +42,7 @@ class FeatureStore:
         modalities: names, in the order of the columns of availability.
         widths: name → D.
         kinds: name → ``"vector"`` or ``"sequence"``, as :meth:`read` returns them.
+        dtypes: name → dtype on disk.
         max_lengths: name → the longest sequence, for sequences.
         label_names, group_names, split_names: what there is.
         task: the description that came with the data: label specification, window, group.
@@ -89,6 +90,7 @@ class FeatureStore:
         if not self._rows:
             raise ValueError("it has no samples")
         self.widths: dict[str, int] = {}
+        self.dtypes: dict[str, str] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._ragged: set[str] = set()
         for name in self.modalities:
@@ -122,6 +124,7 @@ class FeatureStore:
         if rows != self._rows:
             raise ValueError(f"modality {name!r} has {rows} samples, expected {self._rows}")
         self.widths[name] = values.shape[-1]
+        self.dtypes[name] = str(values.dtype)
         self._shapes[name] = values.shape[1:]
 
     @property
@@ -441,9 +444,3 @@ class FeatureStore:
 def _reason(error: BaseException) -> str:
     """The first line of a library's message, without its outer quotes."""
     return (str(error).splitlines() or [type(error).__name__])[0].strip("'\"")
-
-
-def task_of(label: Mapping[str, Any] | None, *, window: int | None = None, group: str | None = None) -> dict[str, Any]:
-    """The ``task`` of a store: what is to be predicted, from how many turns, and which samples belong together."""
-    given = {"label": None if label is None else dict(label), "window": window, "group": group}
-    return {key: value for key, value in given.items() if value is not None}

@@ -17,6 +17,7 @@ FORMAT = "modafill-store"
 VERSION = 1
 # A shuffled read fetches whole chunks, a sequential one wants few of them.
 CHUNK_BYTES = 1 << 18
+CHUNK_ROWS = 4096
 
 
 class StoreWriter:
@@ -214,7 +215,7 @@ class StoreWriter:
             data=values.astype(object) if text else values,
             dtype=h5py.string_dtype() if text else values.dtype,
             maxshape=(None, *values.shape[1:]),
-            chunks=(max(1, CHUNK_BYTES // row_bytes), *values.shape[1:]),
+            chunks=(max(1, min(CHUNK_ROWS, CHUNK_BYTES // row_bytes)), *values.shape[1:]),
         )
 
     def close(self) -> None:
