@@ -1,5 +1,207 @@
+// The Python module: raw pointers, sizes and a thread count or stream handle in, so that it needs no torch to build.
 #include <pybind11/pybind11.h>
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "cpu/ops.h"
+#ifdef MODAFILL_CUDA_ARCHITECTURES
+#include "cuda/ops.h"
+#endif
 
 namespace py = pybind11;
 
-PYBIND11_MODULE(_C, m) { m.attr("cuda_architectures") = py::tuple(); }
+namespace modafill {
+namespace {
+
+struct CpuOps {
+  const char *name;
+  decltype(&baseline::masked_reverse_step) masked_reverse_step;
+  decltype(&baseline::ddim_step) ddim_step;
+  decltype(&baseline::add_noise) add_noise;
+  decltype(&baseline::randn) randn;
+};
+
+#define MODAFILL_OPS_OF(isa) {#isa, isa::masked_reverse_step, isa::ddim_step, isa::add_noise, isa::randn}
+
+// The best instruction set this processor has, or the one that MODAFILL_CPU_ISA names.
+CpuOps choose_cpu_ops() {
+  const char *const wanted = std::getenv("MODAFILL_CPU_ISA");
+  const auto fits = [&](const char *name, bool supported) {
+    if (!wanted || !*wanted)
+      return supported;
+    if (std::string(wanted) != name)
+      return false;
+    if (!supported)
+      throw std::runtime_error(std::string("MODAFILL_CPU_ISA: this processor does not have ") + name);
+    return true;
+  };
+#ifdef MODAFILL_X86
+  __builtin_cpu_init();
+  const bool has_v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+                      __builtin_cpu_supports("bmi2");
+  const bool has_v4 = has_v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+  if (fits("v4", has_v4))
+    return MODAFILL_OPS_OF(v4);
+  if (fits("v3", has_v3))
+    return MODAFILL_OPS_OF(v3);
+#endif
+  if (fits("baseline", true))
+    return MODAFILL_OPS_OF(baseline);
+  throw std::runtime_error(std::string("MODAFILL_CPU_ISA: got ") + wanted + ", expected baseline, v3 or v4");
+}
+
+template <class T>
+T *pointer(uintptr_t address) {
+  return reinterpret_cast<T *>(address);
+}
+
+Steps steps(uintptr_t values, int64_t stride, int64_t value) { return {pointer<const int64_t>(values), stride, value}; }
+
+NoiseKey noise_key(uintptr_t seeds, int64_t seed, uintptr_t row_ids) {
+  return {pointer<const int64_t>(seeds), seed, pointer<const int64_t>(row_ids)};
+}
+
+MaskedReverseStepArgs masked_reverse_step_args(int dtype, uintptr_t out, uintptr_t x, uintptr_t eps, uintptr_t observed,
+                                               uintptr_t available, uintptr_t table, int64_t last_step,
+                                               uintptr_t step_values, int64_t step_stride, int64_t step,
+                                               uintptr_t seeds, int64_t seed, uintptr_t row_ids, int64_t batch,
+                                               int64_t modalities, int64_t width) {
+  return {static_cast<DType>(dtype),
+          pointer<void>(out),
+          pointer<const void>(x),
+          pointer<const void>(eps),
+          pointer<const void>(observed),
+          pointer<const bool>(available),
+          {pointer<const float>(table), last_step},
+          steps(step_values, step_stride, step),
+          noise_key(seeds, seed, row_ids),
+          batch,
+          modalities,
+          width};
+}
+
+DdimStepArgs ddim_step_args(int dtype, uintptr_t out, uintptr_t x, uintptr_t eps, uintptr_t table, int64_t last_step,
+                            uintptr_t step_values, int64_t step_stride, int64_t step, uintptr_t prev_step_values,
+                            int64_t prev_step_stride, int64_t prev_step, double eta, double clip, uintptr_t seeds,
+                            int64_t seed, uintptr_t row_ids, int64_t batch, int64_t width) {
+  return {static_cast<DType>(dtype),
+          pointer<void>(out),
+          pointer<const void>(x),
+          pointer<const void>(eps),
+          {pointer<const float>(table), last_step},
+          steps(step_values, step_stride, step),
+          steps(prev_step_values, prev_step_stride, prev_step),
+          eta,
+          clip,
+          noise_key(seeds, seed, row_ids),
+          batch,
+          width};
+}
+
+AddNoiseArgs add_noise_args(int dtype, uintptr_t noisy, uintptr_t noise, uintptr_t x, uintptr_t table,
+                            int64_t last_step, uintptr_t step_values, int64_t step_stride, int64_t step,
+                            uintptr_t seeds, int64_t seed, uintptr_t row_ids, int64_t batch, int64_t width) {
+  return {static_cast<DType>(dtype),
+          pointer<void>(noisy),
+          pointer<void>(noise),
+          pointer<const void>(x),
+          {pointer<const float>(table), last_step},
+          steps(step_values, step_stride, step),
+          noise_key(seeds, seed, row_ids),
+          batch,
+          width};
+}
+
+RandnArgs randn_args(int dtype, uintptr_t out, uintptr_t step_values, int64_t step_stride, int64_t step,
+                     uintptr_t seeds, int64_t seed, uintptr_t row_ids, uint32_t draw, int64_t batch, int64_t width) {
+  return {static_cast<DType>(dtype),
+          pointer<void>(out),
+          steps(step_values, step_stride, step),
+          noise_key(seeds, seed, row_ids),
+          draw,
+          batch,
+          width};
+}
+
+// Every step in memory is in [low, high(row)]; integers were checked before they came here.
+template <class High>
+void check_steps(const char *name, const Steps &steps, int64_t batch, int64_t low, High high) {
+  if (!steps.values)
+    return;
+  for (int64_t row = 0; row < (steps.stride ? batch : 1); ++row) {
+    const int64_t step = steps.values[row];
+    if (step < low || step > high(row))
+      throw std::invalid_argument(std::string(name) + ": got " + std::to_string(step) + " in row " +
+                                  std::to_string(row) + ", expected a diffusion step in " + std::to_string(low) +
+                                  "\u2026" + std::to_string(high(row)));
+  }
+}
+
+void check(const MaskedReverseStepArgs &args) {
+  check_steps("step", args.step, args.batch, 1, [&](int64_t) { return args.table.last; });
+}
+
+void check(const AddNoiseArgs &args) {
+  check_steps("step", args.step, args.batch, 1, [&](int64_t) { return args.table.last; });
+}
+
+void check(const RandnArgs &args) {
+  check_steps("step", args.step, args.batch, 0, [](int64_t) { return kMaxStep; });
+}
+
+void check(const DdimStepArgs &args) {
+  check_steps("step", args.step, args.batch, 1, [&](int64_t) { return args.table.last; });
+  check_steps("prev_step", args.prev_step, args.batch, 0, [&](int64_t row) { return step_of(args.step, row) - 1; });
+}
+
+template <class Args>
+using CudaOp = const char *(*)(const Args &, void *);
+
+// Binds `name`, whose last argument is the thread count, and `name`_cuda, whose last argument is the stream.
+template <class Args, class... A>
+void define(py::module_ &m, const std::string &name, Args (*make)(A...), void (*cpu)(const Args &, int),
+            std::common_type_t<CudaOp<Args>> cuda) {
+  m.def(name.c_str(), [=](A... a, int threads) {
+    const Args args = make(a...);
+    const py::gil_scoped_release release;
+    check(args);
+    cpu(args, threads);
+  });
+  if (cuda)
+    m.def((name + "_cuda").c_str(), [=](A... a, uintptr_t stream) {
+      if (const char *const error = cuda(make(a...), pointer<void>(stream)))
+        throw std::runtime_error(name + ": " + error);
+    });
+}
+
+} // namespace
+} // namespace modafill
+
+#ifdef MODAFILL_CUDA_ARCHITECTURES
+#define MODAFILL_CUDA_OP(op) modafill::cuda::op
+#else
+#define MODAFILL_CUDA_OP(op) nullptr
+#define MODAFILL_CUDA_ARCHITECTURES ""
+#endif
+
+PYBIND11_MODULE(_C, m) {
+  using namespace modafill;
+  const CpuOps cpu = choose_cpu_ops();
+  m.attr("cpu_isa") = cpu.name;
+  m.attr("cuda_architectures") = MODAFILL_CUDA_ARCHITECTURES;
+#ifdef _OPENMP
+  m.attr("openmp") = true;
+#else
+  m.attr("openmp") = false;
+#endif
+  define(m, "masked_reverse_step", masked_reverse_step_args, cpu.masked_reverse_step,
+         MODAFILL_CUDA_OP(masked_reverse_step));
+  define(m, "ddim_step", ddim_step_args, cpu.ddim_step, MODAFILL_CUDA_OP(ddim_step));
+  define(m, "add_noise", add_noise_args, cpu.add_noise, MODAFILL_CUDA_OP(add_noise));
+  define(m, "randn", randn_args, cpu.randn, MODAFILL_CUDA_OP(randn));
+}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -47,7 +48,26 @@ def _run(
             row_id=row_id,
         )
         return noisy.to(x.dtype), noise.to(x.dtype)
-    raise NotImplementedError
+    x, step_tensor, row_id = x.contiguous(), backends.contiguous(step_tensor), backends.contiguous(row_id)
+    noisy, noise = torch.empty_like(x), torch.empty_like(x)
+    backends.launch(
+        "add_noise",
+        backend,
+        x.device,
+        backends.DTYPE_CODES[x.dtype],
+        noisy.data_ptr(),
+        noise.data_ptr(),
+        x.data_ptr(),
+        table.data_ptr(),
+        steps,
+        *backends.step_args(step, step_tensor),
+        backends.pointer(seed_tensor),
+        seed,
+        backends.pointer(row_id),
+        x.shape[0],
+        math.prod(x.shape[1:]),
+    )
+    return noisy, noise
 
 
 def _fake(

@@ -106,8 +106,6 @@ def _why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | No
         return None if importlib.util.find_spec("triton") else "triton is not installed"
     if _C is None:
         return f"the compiled extension does not import: {_NATIVE_ERROR}"
-    if backend == "cpu" and not hasattr(_C, "randn"):
-        return "not built"
     if backend == "cuda":
         if not _C.cuda_architectures:
             return "modafill was built without CUDA"
@@ -270,6 +268,15 @@ def check_out_allowed(out: Tensor | None) -> None:
 
 def pointer(value: Tensor | None) -> int:
     return 0 if value is None else value.data_ptr()
+
+
+def step_args(step: int, step_tensor: Tensor | None) -> tuple[int, int, int]:
+    """(address, stride, value) of a step, as the extension takes it."""
+    return (0, 0, step) if step_tensor is None else (step_tensor.data_ptr(), step_tensor.ndim, 0)
+
+
+def contiguous(value: Tensor | None) -> Tensor | None:
+    return None if value is None else value.contiguous()
 
 
 def launch(op: str, backend: str, device: torch.device, *args: int | float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -44,6 +45,19 @@ def _check(
         raise ValueError(f"clip: got {clip}, expected None or a positive bound")
 
 
+def _check_step_values(
+    step: int, step_tensor: Tensor | None, prev_step: int, prev_step_tensor: Tensor | None, last: int
+) -> None:
+    """Steps in CPU tensors lie in the schedule and go down; device tensors are never read back."""
+    backends.check_step_values("step", step_tensor, 1, last)
+    backends.check_step_values("prev_step", prev_step_tensor, 0, last)
+    now = step if step_tensor is None else step_tensor
+    before = prev_step if prev_step_tensor is None else prev_step_tensor
+    later = torch.as_tensor(before >= now)
+    if later.is_cpu and bool(later.any()):
+        raise ValueError(f"prev_step: got {before} for step {now}, expected an earlier step")
+
+
 def _run(
     x: Tensor,
     eps: Tensor,
@@ -65,6 +79,7 @@ def _run(
     if out is not None:
         backends.check_out(out, x, x, eps)
     if backend == "reference":
+        _check_step_values(step, step_tensor, prev_step, prev_step_tensor, table.shape[0] - 1)
         result = reference.ddim_step(
             x,
             eps,
@@ -77,7 +92,32 @@ def _run(
             clip=clip,
         )
         return result.to(x.dtype) if out is None else out.copy_(result)
-    raise NotImplementedError
+    x, eps = x.contiguous(), eps.contiguous()
+    step_tensor, prev_step_tensor = backends.contiguous(step_tensor), backends.contiguous(prev_step_tensor)
+    row_id = backends.contiguous(row_id)
+    if out is None:
+        out = torch.empty_like(x)
+    backends.launch(
+        "ddim_step",
+        backend,
+        x.device,
+        backends.DTYPE_CODES[x.dtype],
+        out.data_ptr(),
+        x.data_ptr(),
+        eps.data_ptr(),
+        table.data_ptr(),
+        table.shape[0] - 1,
+        *backends.step_args(step, step_tensor),
+        *backends.step_args(prev_step, prev_step_tensor),
+        eta,
+        math.inf if clip is None else clip,
+        backends.pointer(seed_tensor),
+        seed,
+        backends.pointer(row_id),
+        x.shape[0],
+        math.prod(x.shape[1:]),
+    )
+    return out
 
 
 def _fake(

@@ -73,7 +73,29 @@ def _run(
             row_id=row_id,
         )
         return result.to(x.dtype) if out is None else out.copy_(result)
-    raise NotImplementedError
+    x, eps, observed, available = x.contiguous(), eps.contiguous(), observed.contiguous(), available.contiguous()
+    step_tensor, row_id = backends.contiguous(step_tensor), backends.contiguous(row_id)
+    if out is None:
+        out = torch.empty_like(x)
+    backends.launch(
+        "masked_reverse_step",
+        backend,
+        x.device,
+        backends.DTYPE_CODES[x.dtype],
+        out.data_ptr(),
+        x.data_ptr(),
+        eps.data_ptr(),
+        observed.data_ptr(),
+        available.data_ptr(),
+        table.data_ptr(),
+        steps,
+        *backends.step_args(step, step_tensor),
+        backends.pointer(seed_tensor),
+        seed,
+        backends.pointer(row_id),
+        *x.shape,
+    )
+    return out
 
 
 def _fake(

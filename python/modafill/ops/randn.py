@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -62,7 +63,24 @@ def _run(
             device=device,
         )
         return result.to(dtype) if out is None else out.copy_(result)
-    raise NotImplementedError
+    step_tensor, row_id = backends.contiguous(step_tensor), backends.contiguous(row_id)
+    if out is None:
+        out = torch.empty(shape, dtype=dtype, device=device)
+    backends.launch(
+        "randn",
+        backend,
+        out.device,
+        backends.DTYPE_CODES[dtype],
+        out.data_ptr(),
+        *backends.step_args(step, step_tensor),
+        backends.pointer(seed_tensor),
+        seed,
+        backends.pointer(row_id),
+        draw,
+        shape[0],
+        math.prod(shape[1:]),
+    )
+    return out
 
 
 def _fake(

@@ -171,9 +171,14 @@ def ddim_step(
         eps = (x - signal * x0) / sigma
     if eta == 0.0:
         return prev_signal * x0 + prev_sigma * eps
-    std = eta * prev_sigma / sigma * torch.sqrt(1.0 - (signal / prev_signal) ** 2)
+    ratio = signal / prev_signal
+    # 1 − ratio², from whichever column of the float32 table is the more exact one.
+    spread = torch.where(prev_sigma < prev_signal, (sigma**2 - prev_sigma**2) / prev_signal**2, 1.0 - ratio**2)
+    std = eta * prev_sigma / sigma * torch.sqrt(spread)
+    # σ'² − std² as a sum of squares, which rounding of the table cannot make negative.
+    direction = torch.sqrt((1.0 - eta**2) * prev_sigma**2 + (eta * prev_sigma**2 * ratio / sigma) ** 2)
     if noise is None:
         if seed is None:
             raise ValueError("seed: got None, expected an integer because eta > 0 draws noise")
         noise = randn(tuple(x.shape), seed=seed, row_id=row_id, step=step, draw=Draw.REVERSE, device=x.device)
-    return prev_signal * x0 + torch.sqrt(prev_sigma**2 - std**2) * eps + std * noise
+    return prev_signal * x0 + direction * eps + std * noise

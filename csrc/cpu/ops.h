@@ -1,0 +1,24 @@
+// The CPU ops: one set of functions for each instruction set the extension was compiled for.
+#pragma once
+
+#include "../common/step.h"
+
+namespace modafill {
+
+#define MODAFILL_DECLARE_OPS(isa)                                                                                      \
+  namespace isa {                                                                                                      \
+  void masked_reverse_step(const MaskedReverseStepArgs &args, int threads);                                            \
+  void ddim_step(const DdimStepArgs &args, int threads);                                                               \
+  void add_noise(const AddNoiseArgs &args, int threads);                                                               \
+  void randn(const RandnArgs &args, int threads);                                                                      \
+  }
+
+MODAFILL_DECLARE_OPS(baseline)
+#ifdef MODAFILL_X86
+MODAFILL_DECLARE_OPS(v3)
+MODAFILL_DECLARE_OPS(v4)
+#endif
+
+#undef MODAFILL_DECLARE_OPS
+
+} // namespace modafill

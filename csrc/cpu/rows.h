@@ -1,0 +1,150 @@
+// What the CPU ops share: element types, noise by the chunk, loops over rows and threads.
+#pragma once
+
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "ops.h"
+
+namespace modafill {
+// Internal linkage: a copy for each instruction set.
+namespace {
+
+// Elements that one thread works on at a time; the noise of a chunk stays in the first-level cache.
+constexpr int kChunk = 1024;
+
+// Fewer elements than this do not pay for a second thread.
+constexpr int64_t kElementsPerThread = 16384;
+
+// Outputs larger than this leave the caches anyway and are written past them.
+constexpr int64_t kStreamedBytes = int64_t{1} << 25;
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+template <class T>
+struct Element {
+  using Compute = T;
+  static MODAFILL_INLINE T load(T value) { return value; }
+  static MODAFILL_INLINE T store(T value) { return value; }
+};
+
+template <>
+struct Element<BFloat16> {
+  using Compute = float;
+  static MODAFILL_INLINE float load(BFloat16 value) { return float_of(static_cast<uint32_t>(value.bits) << 16); }
+  // Round to nearest, ties to even; NaN stays NaN.
+  static MODAFILL_INLINE BFloat16 store(float value) {
+    const uint32_t bits = bits_of(value);
+    const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+    return {static_cast<uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded)};
+  }
+};
+
+template <class T>
+using Compute = typename Element<T>::Compute;
+
+// out[i] = f(i), i < count; out may be what f reads at i.
+template <class T, class F>
+MODAFILL_INLINE void fill(T *out, int count, F f) {
+#pragma omp simd
+  for (int i = 0; i < count; ++i)
+    out[i] = Element<T>::store(f(i));
+}
+
+// Normals of `count` elements of a row from element `begin`, a multiple of 4; z has room for kChunk.
+MODAFILL_INLINE void fill_normals(uint64_t seed, uint64_t row_id, uint32_t draw, int64_t begin, int count, float *z) {
+  constexpr int kLanes = 16;
+  const uint32_t first = static_cast<uint32_t>(begin / 4);
+  const int quads = (count + 3) / 4;
+  for (int group = 0; group < quads; group += kLanes) {
+#pragma omp simd
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const Normals n = normals(seed, row_id, draw, first + static_cast<uint32_t>(group + lane));
+      float *quad = z + 4 * (group + lane);
+      quad[0] = n.z0;
+      quad[1] = n.z1;
+      quad[2] = n.z2;
+      quad[3] = n.z3;
+    }
+  }
+}
+
+// body(row, begin, count) for every chunk of every row of `width` elements.
+template <class F>
+MODAFILL_INLINE void for_each_chunk(int64_t batch, int64_t width, int threads, F body) {
+  const int64_t chunks = (width + kChunk - 1) / kChunk, tasks = batch * chunks;
+  const auto run = [&](int64_t first, int64_t last) {
+    for (int64_t task = first; task < last; ++task) {
+      const int64_t row = task / chunks, begin = task % chunks * kChunk;
+      body(row, begin, static_cast<int>(width - begin < kChunk ? width - begin : kChunk));
+    }
+  };
+#ifdef _OPENMP
+  const int64_t useful = batch * width / kElementsPerThread;
+  const int team = static_cast<int>(useful < threads ? useful : threads);
+  if (team > 1) {
+#pragma omp parallel num_threads(team)
+    {
+      const int64_t id = omp_get_thread_num(), count = omp_get_num_threads();
+      run(tasks * id / count, tasks * (id + 1) / count);
+    }
+    return;
+  }
+#endif
+  run(0, tasks);
+}
+
+// Where a chunk of output is computed: in place, or beside it and then written past the caches.
+template <class T>
+class Destination {
+public:
+  MODAFILL_INLINE Destination(T *out, int64_t total) : out_(out), streamed_(total * sizeof(T) > kStreamedBytes) {}
+  MODAFILL_INLINE T *data() { return streamed_ ? staged_ : out_; }
+  MODAFILL_INLINE void flush(int count) {
+#ifdef __SSE2__
+    if (!streamed_)
+      return;
+    int i = 0;
+    for (; i < count && reinterpret_cast<uintptr_t>(out_ + i) % 16; ++i)
+      out_[i] = staged_[i];
+    constexpr int kVector = 16 / sizeof(T);
+    for (; i + kVector <= count; i += kVector)
+      _mm_stream_si128(reinterpret_cast<__m128i *>(out_ + i),
+                       _mm_loadu_si128(reinterpret_cast<const __m128i *>(staged_ + i)));
+    for (; i < count; ++i)
+      out_[i] = staged_[i];
+#endif
+  }
+
+private:
+  T *out_;
+#ifdef __SSE2__
+  bool streamed_;
+  alignas(64) T staged_[kChunk];
+#else
+  static constexpr bool streamed_ = false;
+  static constexpr T *staged_ = nullptr;
+#endif
+};
+
+// f(T{}) for the element type that `dtype` names.
+template <class F>
+MODAFILL_INLINE void for_dtype(DType dtype, F f) {
+  switch (dtype) {
+  case DType::kFloat64:
+    return f(double{});
+  case DType::kBFloat16:
+    return f(BFloat16{});
+  default:
+    return f(float{});
+  }
+}
+
+} // namespace
+} // namespace modafill
