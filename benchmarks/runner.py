@@ -1,0 +1,237 @@
+"""Checks every provider against the oracle, then times them in turns; knows nothing of any op."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+ROOFLINES = ("triad", "copy")
+
+# A call shorter than this is timed several times a turn, after an untimed one that wakes the worker threads.
+_SHORT_NS = 2_000_000
+_LONGEST_BURST = 10
+_MIN_ROUNDS, _MAX_ROUNDS = 5, 2000
+
+
+class Unavailable(Exception):
+    """A provider that cannot run here; its text is the reason, which is printed."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """Verdict of the gate: ``max_error`` is the largest |provider − float64 reference| over the compared elements."""
+
+    correct: bool
+    max_error: float
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A provider ready to be timed on one case.
+
+    Attributes:
+        run: makes one call on the buffer set of the given index and returns its result.
+        check: the correctness gate, on set 0.
+        traffic: bytes that one call has to move at least.
+    """
+
+    run: Callable[[int], Any]
+    check: Callable[[], Check]
+    traffic: int
+
+
+class Problem(Protocol):
+    """The inputs of one case and who can work on them."""
+
+    @property
+    def sets(self) -> int:
+        """How many buffer sets there are."""
+
+    @property
+    def builders(self) -> Mapping[str, Callable[[], Contender]]:
+        """By provider name, what makes the contender; it compiles and warms up, and raises Unavailable."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One group of rows: providers of one op at one size, to be compared with each other alone.
+
+    Attributes:
+        mode: ``"fresh"`` where each call allocates its result, ``"out"`` where it writes into a buffer that is reused.
+        shape: of the op's main tensor, batch first.
+        threads: ``torch.set_num_threads`` during the case.
+        problem: allocates the inputs.
+        quick: leave out what takes long to prepare.
+    """
+
+    op: str
+    mode: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    threads: int
+    problem: Callable[[Case], Problem]
+    quick: bool = False
+
+
+def run_case(case: Case, *, seconds: float, notice: Callable[[str], None] = lambda _: None) -> list[dict[str, Any]]:
+    """The rows of ``case``, spending about ``seconds`` of timed work on each; what is left out goes to ``notice``."""
+    with _threads(case.threads), torch.no_grad():
+        problem = case.problem(case)
+        contenders: dict[str, Contender] = {}
+        checks: dict[str, Check] = {}
+        for name, build in problem.builders.items():
+            try:
+                contender = build()
+                checks[name] = contender.check()
+            except Unavailable as reason:
+                notice(f"{name} left out of {case.op}: {reason}")
+            else:
+                contenders[name] = contender
+        timer = _CudaTimer(case.device, problem.sets) if case.device.type == "cuda" else _CpuTimer(problem.sets)
+        samples = measure({n: c.run for n, c in contenders.items()}, timer, seconds=seconds)
+        peaks = {name: _peak_memory(contender.run, case.device) for name, contender in contenders.items()}
+    quantiles = {name: _percentiles(times) for name, times in samples.items()}
+    speed = {name: contenders[name].traffic / (quantiles[name][1] * 1e6) for name in contenders}
+    roofline = max((speed[name] for name in ROOFLINES if name in speed), default=None)
+    return [
+        {
+            "op": case.op,
+            "mode": case.mode,
+            "shape": list(case.shape),
+            "batch": case.shape[0],
+            "dtype": str(case.dtype).removeprefix("torch."),
+            "device": case.device.type,
+            "threads": case.threads,
+            "provider": name,
+            "p20_ms": quantiles[name][0],
+            "p50_ms": quantiles[name][1],
+            "p80_ms": quantiles[name][2],
+            "samples": len(samples[name]),
+            "gb_per_s": speed[name],
+            "roofline_fraction": None if roofline is None else speed[name] / roofline,
+            "peak_memory_bytes": peaks[name],
+            "correct": checks[name].correct,
+            "max_error": checks[name].max_error,
+        }
+        for name in contenders
+    ]
+
+
+class Timer(Protocol):
+    """Times calls of one contender, each on the next buffer set."""
+
+    def __call__(self, run: Callable[[int], Any], calls: int, *, settle: bool) -> list[int]:
+        """Nanoseconds of each of ``calls`` calls, after an untimed one if ``settle``."""
+
+
+def measure(runs: Mapping[str, Callable[[int], Any]], timer: Timer, *, seconds: float) -> dict[str, list[int]]:
+    """Nanoseconds of each call, by name.
+
+    The contenders take turns, and each round starts with the next one, so that a drift of the machine's clock or load
+    meets all of them. Rounds go on until ``seconds`` have passed for each contender.
+    """
+    bursts = {name: _burst(timer(run, 3, settle=True)) for name, run in runs.items()}
+    samples: dict[str, list[int]] = {name: [] for name in runs}
+    names: Sequence[str] = list(runs)
+    deadline = time.perf_counter() + seconds * len(names)
+    for index in range(_MAX_ROUNDS):
+        if index >= _MIN_ROUNDS and time.perf_counter() > deadline:
+            break
+        first = index % len(names) if names else 0
+        for name in (*names[first:], *names[:first]):
+            samples[name] += timer(runs[name], bursts[name], settle=bursts[name] > 1)
+    return samples
+
+
+def _burst(trial: Sequence[int]) -> int:
+    return max(1, min(_LONGEST_BURST, _SHORT_NS // max(1, int(statistics.median(trial)))))
+
+
+class _CpuTimer:
+    """Wall-clock time of each call.
+
+    Every call, of whichever contender, takes the next buffer set; the sets together are at least twice the last-level
+    cache, so that inputs come from memory at every size. The result is freed after the clock is read.
+    """
+
+    def __init__(self, sets: int) -> None:
+        self._sets = sets
+        self._next = 0
+
+    def __call__(self, run: Callable[[int], Any], calls: int, *, settle: bool) -> list[int]:
+        if settle:
+            run(self._advance())
+        times = []
+        for _ in range(calls):
+            index = self._advance()
+            start = time.perf_counter_ns()
+            result = run(index)
+            times.append(time.perf_counter_ns() - start)
+            del result
+        return times
+
+    def _advance(self) -> int:
+        self._next = (self._next + 1) % self._sets
+        return self._next
+
+
+class _CudaTimer:
+    """Time between CUDA events around each call.
+
+    A buffer of twice the L2 cache is zeroed before each call: it empties the cache, and gives the host time to queue
+    the call, so that what is measured is the device's time and not the launch from Python.
+    """
+
+    def __init__(self, device: torch.device, sets: int) -> None:
+        size = torch.cuda.get_device_properties(device).L2_cache_size
+        self._flush = torch.empty(2 * size, dtype=torch.int8, device=device)
+        self._sets = sets
+
+    def __call__(self, run: Callable[[int], Any], calls: int, *, settle: bool) -> list[int]:
+        if settle:
+            run(0)
+        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(calls)]
+        for index, (start, end) in enumerate(events):
+            self._flush.zero_()
+            start.record()
+            result = run(index % self._sets)
+            end.record()
+            del result
+        torch.cuda.synchronize()
+        return [int(start.elapsed_time(end) * 1e6) for start, end in events]
+
+
+def _peak_memory(run: Callable[[int], Any], device: torch.device) -> int | None:
+    """Bytes that one call allocates beyond what is there already; None on the CPU, where torch does not count them."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run(0)
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def _percentiles(nanoseconds: Sequence[int]) -> tuple[float, float, float]:
+    """The 20th, 50th and 80th percentile in milliseconds."""
+    p20, p50, p80 = np.percentile(nanoseconds, [20, 50, 80]) / 1e6
+    return float(p20), float(p50), float(p80)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
