@@ -1,14 +1,12 @@
 // What the CPU ops share: element types, noise by the chunk, loops over rows and threads.
 #pragma once
 
-#ifdef __SSE2__
-#include <emmintrin.h>
-#endif
 #ifdef _OPENMP
 #include <omp.h>
 #endif
 
 #include "ops.h"
+#include "philox_lanes.h"
 
 namespace modafill {
 // Internal linkage: a copy for each instruction set.
@@ -59,13 +57,17 @@ MODAFILL_INLINE void fill(T *out, int count, F f) {
 
 // Normals of `count` elements of a row from element `begin`, a multiple of 4; z has room for kChunk.
 MODAFILL_INLINE void fill_normals(uint64_t seed, uint64_t row_id, uint32_t draw, int64_t begin, int count, float *z) {
-  constexpr int kLanes = 16;
   const uint32_t first = static_cast<uint32_t>(begin / 4);
   const int quads = (count + 3) / 4;
   for (int group = 0; group < quads; group += kLanes) {
+    LaneWords w;
+    philox_lanes(seed,
+                 {first + static_cast<uint32_t>(group), static_cast<uint32_t>(row_id), static_cast<uint32_t>(row_id >> 32),
+                  draw},
+                 w);
 #pragma omp simd
     for (int lane = 0; lane < kLanes; ++lane) {
-      const Normals n = normals(seed, row_id, draw, first + static_cast<uint32_t>(group + lane));
+      const Normals n = box_muller({w.w0[lane], w.w1[lane], w.w2[lane], w.w3[lane]});
       float *quad = z + 4 * (group + lane);
       quad[0] = n.z0;
       quad[1] = n.z1;
