@@ -28,11 +28,19 @@ def sample_row_ids(row_id: Tensor, n_samples: int) -> Tensor:
     return ((k << SAMPLE_SHIFT)[:, None] + row_id[None, :]).flatten()
 
 
-def strided_steps(start_step: int, evaluations: int) -> list[int]:
-    """Steps ``start_step = t_0 > t_1 > … > 0`` visited by a sampler with that many network evaluations, evenly spaced."""
+def angular_steps(schedule: Schedule, start_step: int, evaluations: int) -> list[int]:
+    """Steps ``start_step = t_0 > t_1 > … > 0`` of a sampler with at most that many network evaluations.
+
+    Evenly spaced in the angle φ with √ᾱ = cos φ: a DDIM step on a v-prediction is a rotation by the difference of angles
+    (Salimans & Ho 2022, app. D), so equal angles make equally long steps. Steps that coincide are visited once.
+    """
+    schedule.check_step("start_step", start_step)
     if not 1 <= evaluations <= start_step:
         raise ValueError(f"evaluations: got {evaluations}, expected 1…{start_step} (the start step)")
-    return [round(start_step * (1 - i / evaluations)) for i in range(evaluations + 1)]
+    angle = torch.arccos(schedule.alpha_bar.sqrt())
+    wanted = angle[start_step] * (1 - torch.arange(1, evaluations, dtype=torch.float64) / evaluations)
+    nearest = (angle[1:start_step, None] - wanted).abs().argmin(0) + 1 if start_step > 1 else wanted.long()
+    return [start_step, *sorted(set(nearest.tolist()), reverse=True), 0]
 
 
 def sample_replace(
@@ -95,7 +103,7 @@ def sample_clean(
             the network's error by √ᾱ, which is 10⁻² at the first step.
         observed: ``[B, M, D]``; values of missing tokens are never read.
         available: bool ``[B, M]``.
-        steps: the visited steps, descending, last one 0 (:func:`strided_steps`).
+        steps: the visited steps, descending, last one 0 (:func:`angular_steps`).
         eta: 0 is deterministic DDIM, 1 is ancestral sampling.
         seed, row_id: as in :func:`sample_replace`.
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from modafill.diffusion import Schedule, sample_clean, sample_replace, sample_row_ids, strided_steps
+from modafill.diffusion import Schedule, angular_steps, sample_clean, sample_replace, sample_row_ids
 from modafill.models.admc.config import ADMCConfig
 
 
@@ -128,7 +128,7 @@ class ADN(nn.Module):
                     observed,
                     mask,
                     self.schedule,
-                    steps=strided_steps(self.last_step, sampling_steps or self.config.sampling_steps),
+                    steps=angular_steps(self.schedule, self.last_step, sampling_steps or self.config.sampling_steps),
                     seed=seed,
                     row_id=sample_ids[part],
                 )

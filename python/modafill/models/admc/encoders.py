@@ -66,7 +66,7 @@ _KINDS: dict[str, type[_LSTM] | type[_TextCNN] | type[_MLP]] = {"lstm": _LSTM, "
 
 
 class ModalityEncoder(nn.Module):
-    """Encoder of one modality with its input statistics and its unimodal classifier.
+    """Encoder of one modality, with the statistics that standardise its input.
 
     ``"lstm"``: one unidirectional layer, max over time. ``"textcnn"``: convolutions of 3, 4, 5 words, ReLU, max over time,
     linear, ReLU (both as in MMIN, whose features the paper uses). ``"mlp"``: one vector per sample. Departure: MMIN takes
@@ -76,14 +76,13 @@ class ModalityEncoder(nn.Module):
         name: the modality.
         in_width: feature width D.
         sequence: True for ``[B, L, D]`` input, False for ``[B, D]``.
-        n_classes: classes of the unimodal classifier.
         config: numbers of the model.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, name: str, in_width: int, sequence: bool, n_classes: int, config: ADMCConfig) -> None:
+    def __init__(self, name: str, in_width: int, sequence: bool, config: ADMCConfig) -> None:
         super().__init__()
         kind = config.encoders.get(name, "auto")
         if kind == "auto":
@@ -95,7 +94,6 @@ class ModalityEncoder(nn.Module):
         self.register_buffer("mean", torch.zeros(in_width))
         self.register_buffer("std", torch.ones(in_width))
         self.encoder = _KINDS[kind](in_width, config)
-        self.classifier = Classifier(config.width, config.classifier_hidden, n_classes, config.encoder_dropout)
 
     def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Embeddings ``[B, width]`` of ``x [B, D]`` or ``[B, L, D]`` with true ``lengths [B]`` (default: all of L)."""
@@ -108,6 +106,14 @@ class ModalityEncoder(nn.Module):
             lengths = torch.full((x.shape[0],), x.shape[1], dtype=torch.int64, device=x.device)
         return self.encoder(x, lengths)
 
-    def classify(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Logits ``[B, classes]`` of the unimodal classifier."""
-        return self.classifier(self(x, lengths))
+
+class UnimodalClassifier(nn.Module):
+    """What ITFN trains for one modality: an encoder and a 2-layer classifier, ``[B, …] → [B, classes]`` logits."""
+
+    def __init__(self, encoder: ModalityEncoder, n_classes: int, config: ADMCConfig) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.classifier = Classifier(config.width, config.classifier_hidden, n_classes, config.encoder_dropout)
+
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> Tensor:
+        return self.classifier(self.encoder(x, lengths))

@@ -1,0 +1,88 @@
+"""Completions of tokens ``[B, M, D]`` without a network."""
+
+from __future__ import annotations
+
+import torch
+from sklearn.linear_model import Ridge
+from torch import Tensor
+
+from modafill import ops
+from modafill.data import missing_patterns, pattern_index
+from modafill.diffusion import sample_row_ids
+
+
+class _ConstantFill:
+    def __init__(self, constant: Tensor) -> None:
+        self.constant = constant
+
+    def point(self, tokens: Tensor, available: Tensor) -> Tensor:
+        """Tokens with the constant ``[M, D]`` in place of the missing ones."""
+        return torch.where(available[..., None], tokens, self.constant)
+
+    def sample(self, tokens: Tensor, available: Tensor, n_samples: int, seed: int, row_id: Tensor) -> Tensor:
+        """K equal completions ``[K, B, M, D]``: a constant claims to be certain."""
+        return self.point(tokens, available).expand(n_samples, *tokens.shape)
+
+
+class ZeroFill(_ConstantFill):
+    """Missing embeddings become zero vectors ("w/o ADN"); ``mean, std [M, D]`` are those that standardised the tokens."""
+
+    def __init__(self, mean: Tensor, std: Tensor) -> None:
+        super().__init__(-mean / std)
+
+
+class MeanFill(_ConstantFill):
+    """Missing tokens become the mean of the training tokens ``[N, M, D]``."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        super().__init__(tokens.mean(0))
+
+
+class RidgeFill:
+    """Ridge regression from the observed to the missing tokens, one per pattern, with Gaussian residuals.
+
+    The penalty is the best on the validation part, where the residuals' standard deviation is taken too.
+
+    Args:
+        tokens, valid_tokens: complete rows ``[N, M, D]`` of the training and validation parts.
+        penalties: grid of ridge penalties.
+    """
+
+    def __init__(
+        self, tokens: Tensor, valid_tokens: Tensor, penalties: tuple[float, ...] = (1.0, 10.0, 100.0, 1e3, 1e4)
+    ) -> None:
+        self.patterns = missing_patterns(tokens.shape[1])
+        self.models: list[Ridge] = []
+        self.spreads: list[Tensor] = []
+        for pattern in self.patterns:
+            x, y = tokens[:, pattern].flatten(1).numpy(), tokens[:, ~pattern].flatten(1).numpy()
+            x_valid, y_valid = valid_tokens[:, pattern].flatten(1).numpy(), valid_tokens[:, ~pattern].flatten(1).numpy()
+            candidates = [Ridge(alpha=penalty).fit(x, y) for penalty in penalties]
+            residuals = [y_valid - model.predict(x_valid) for model in candidates]
+            best = min(range(len(candidates)), key=lambda i: float((residuals[i] ** 2).mean()))
+            self.models.append(candidates[best])
+            self.spreads.append(torch.from_numpy(residuals[best].std(0)))
+
+    def point(self, tokens: Tensor, available: Tensor) -> Tensor:
+        """Tokens with the regression's prediction in place of the missing ones."""
+        return self._fill(tokens, available, None)
+
+    def sample(self, tokens: Tensor, available: Tensor, n_samples: int, seed: int, row_id: Tensor) -> Tensor:
+        """K completions ``[K, B, M, D]``: prediction plus independent Gaussian residuals."""
+        noise = ops.randn((n_samples * len(tokens), *tokens.shape[1:]), seed=seed, row_id=sample_row_ids(row_id, n_samples))
+        noise = noise.reshape(n_samples, *tokens.shape)
+        return torch.stack([self._fill(tokens, available, z) for z in noise])
+
+    def _fill(self, tokens: Tensor, available: Tensor, noise: Tensor | None) -> Tensor:
+        out = torch.where(available[..., None], tokens, 0.0)
+        pattern = pattern_index(available)
+        for index, (mask, model, spread) in enumerate(zip(self.patterns, self.models, self.spreads, strict=True)):
+            rows = (pattern == index).nonzero().flatten()
+            if len(rows) == 0:
+                continue
+            missing = (~mask).nonzero().flatten()
+            filled = torch.from_numpy(model.predict(tokens[rows][:, mask].flatten(1).numpy())).to(tokens.dtype)
+            if noise is not None:
+                filled = filled + spread * noise[rows][:, missing].flatten(1)
+            out[rows[:, None], missing] = filled.reshape(len(rows), len(missing), -1)
+        return out

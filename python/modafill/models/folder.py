@@ -1,0 +1,51 @@
+"""Models as folders: ``config.json`` and ``model.safetensors``. Loading one executes no code of its maker."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from modafill.files import read_tensors, replacing, write_json, write_tensors
+
+FORMAT_VERSION = 1
+
+
+def save_folder(path: Path, model: nn.Module, config: dict[str, Any]) -> None:
+    """Write ``model`` and ``config`` to the folder ``path``, whole or not at all."""
+    with replacing(path) as beside:
+        beside.mkdir()
+        write_json(beside / "config.json", {"format_version": FORMAT_VERSION, **config})
+        write_tensors(beside / "model.safetensors", model.state_dict())
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """``config.json`` of a model folder; ValueError names what is wrong with it."""
+    file = path / "config.json"
+    if not file.is_file():
+        raise ValueError(f"{path}: no config.json there, expected a folder written by save_pretrained")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{file}: not valid JSON ({error})") from error
+    if config.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{file}: format version {config.get('format_version')}, this modafill reads version {FORMAT_VERSION}"
+        )
+    return config
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Fill ``model`` from the safetensors file ``path``; a checkpoint of other names or shapes raises ValueError."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    tensors, _ = read_tensors(path)
+    own = model.state_dict()
+    for name in sorted(set(own) | set(tensors)):
+        found = list(tensors[name].shape) if name in tensors else "nothing"
+        expected = list(own[name].shape) if name in own else "nothing"
+        if found != expected:
+            raise ValueError(f"{path}: {name}: got {found}, expected {expected}; the checkpoint is of another model")
+    model.load_state_dict(tensors)

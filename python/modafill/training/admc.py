@@ -1,0 +1,315 @@
+"""ADMC's training: encoders, diffusion networks, fusion networks, one fold and seed at a time (ADMC §3, Fig. 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics.functional.classification import multiclass_recall
+
+from modafill import ops
+from modafill.data import Batch, FeatureStore, Labels, Split, Standardizer, missing_patterns, random_available
+from modafill.files import derive_seed, read_tensors, write_tensors
+from modafill.models.admc import ADMC, ADN, ADMCConfig, Fusion, ModalitySpec
+from modafill.models.baselines import MeanFill, RidgeFill, ZeroFill
+from modafill.ops.reference import SQRT_ALPHA_BAR, SQRT_ONE_MINUS_ALPHA_BAR
+from modafill.training.loop import Report, Stage, train_stage
+
+RIVALS = ("zero", "mean", "ridge")
+
+
+class FoldTrainer:
+    """Trains everything that one fold and seed needs into one folder, skipping what is done.
+
+    Args:
+        folder: ``stages/*.safetensors`` and the assembled ``model/`` go here.
+        store: features; windowed where sequences are windows of turns.
+        split: row numbers of the training, validation and test parts.
+        labels: classes of every row, thresholds fitted on the training part.
+        config: numbers of the model; its ``conditioning`` is replaced by each of ``conditionings``.
+        conditionings: diffusion networks to train; the first one goes into ``model/``.
+        seed: of weights, order, dropout and noise.
+        report: progress, called as ``(stage, epoch, epochs, scalars)``.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        store: FeatureStore,
+        split: Split,
+        labels: Labels,
+        config: ADMCConfig,
+        conditionings: tuple[str, ...],
+        seed: int,
+        accelerator: Accelerator,
+        report: Report,
+    ) -> None:
+        self.folder, self.store, self.split, self.labels = folder, store, split, labels
+        self.config, self.conditionings, self.seed = config, conditionings, seed
+        self.accelerator, self.report = accelerator, report
+        self.device = accelerator.device
+        self.target = torch.from_numpy(labels.classes).to(self.device)
+        self.available = torch.from_numpy(store.available())
+        self.specs = {
+            name: ModalitySpec(store.widths[name], store.kinds[name] == "sequence") for name in store.modalities
+        }
+        torch.manual_seed(derive_seed(seed, "weights"))
+        self.model = ADMC(self.specs, labels.n_classes, self._config(conditionings[0]), labels.names).to(self.device)
+        self.adns = {conditionings[0]: self.model.adn}
+        for conditioning in conditionings[1:]:
+            self.adns[conditioning] = ADN(len(self.specs), self._config(conditioning)).to(self.device)
+        self.complete_fusion = Fusion(len(self.specs), labels.n_classes, config).to(self.device)
+
+    def _config(self, conditioning: str) -> ADMCConfig:
+        return replace(self.config, conditioning=conditioning)
+
+    @property
+    def stages(self) -> Path:
+        """Folder of finished and unfinished stages."""
+        return self.folder / "stages"
+
+    def run(self) -> None:
+        """Train what is not trained yet and write the assembled system to ``model/``."""
+        self.train_encoders()
+        self.embed()
+        for conditioning in self.conditionings:
+            self.train_diffusion(conditioning)
+        self.train_fusion("complete", self.complete_fusion, lambda rows: self.tokens[rows], self._rows_with(None))
+        for method in (*RIVALS, *self.conditionings):
+            for index in range(len(missing_patterns(len(self.specs)))):
+                self.train_fusion_for(method, index)
+        for conditioning, adn in self.adns.items():
+            enhanced = self.enhanced_for(conditioning)
+            self.model.adn = adn
+            self.train_fusion(
+                f"enhanced-{conditioning}",
+                enhanced,
+                lambda rows: self.model.enhance(self.tokens[rows], seed=self.seed, row_id=rows),
+                self._rows_with(None),
+            )
+        self.model.adn = self.adns[self.conditionings[0]]
+        if self.accelerator.is_main_process and not (self.folder / "model").is_dir():
+            self.model.save_pretrained(self.folder / "model", seed=self.seed)
+
+    def train_encoders(self) -> None:
+        """ITFN: each encoder by its own classifier, or all with one fusion network (``joint_encoders``)."""
+        statistics = Standardizer.fit(self.store, self.split.train)
+        for name, unimodal in self.model.unimodal.items():
+            unimodal.encoder.mean.copy_(statistics.mean[name])
+            unimodal.encoder.std.copy_(statistics.std[name])
+        if self.config.joint_encoders:
+            joint = _Joint(self.model.unimodal, Fusion(len(self.specs), self.labels.n_classes, self.config))
+            self._fit_on_store("encoders-joint", joint.to(self.device), lambda batch: (batch,), self._rows_with(None))
+            return
+        for m, (name, unimodal) in enumerate(self.model.unimodal.items()):
+            keep = self.available[:, m]
+            self._fit_on_store(
+                f"encoder-{name}",
+                unimodal,
+                lambda batch, name=name: (batch.features[name], batch.lengths.get(name)),
+                (self.split.train[keep[self.split.train].numpy()], self.split.valid[keep[self.split.valid].numpy()]),
+            )
+
+    def _fit_on_store(
+        self, name: str, model: nn.Module, inputs: Callable[[Batch], tuple[Any, ...]], rows: tuple[Any, Any]
+    ) -> None:
+        train, valid = rows
+        _check_rows(name, train, valid)
+
+        def batches(epoch: int, rank: int, processes: int) -> Iterator[Batch]:
+            shuffle = derive_seed(self.seed, name, "order", epoch)
+            for batch in self.store.iter_batches(train, self.config.batch_size, shuffle_seed=shuffle):
+                if len(batch) >= processes:
+                    yield (batch if processes == 1 else batch.select(slice(rank, None, processes))).to(self.device)
+
+        def loss(wrapped: nn.Module, batch: Batch, epoch: int) -> Tensor:
+            return F.cross_entropy(wrapped(*inputs(batch)), self.target[batch.row_id])
+
+        def validate() -> float:
+            parts = [batch.to(self.device) for batch in self.store.iter_batches(valid, 1024)]
+            logits = torch.cat([model(*inputs(batch)) for batch in parts])
+            return self._score(logits, torch.cat([batch.row_id for batch in parts]))
+
+        self._train(Stage(name, model, batches, loss, self.config.encoder_epochs, self.config.learning_rate, validate))
+
+    def embed(self) -> None:
+        """Tokens of all rows, ``[N, M, D]``, by the frozen encoders; kept beside the stages."""
+        path = self.stages / "tokens.safetensors"
+        if path.is_file():
+            tensors, _ = read_tensors(path)
+            self.model.scaler.load_state_dict({"mean": tensors["mean"], "std": tensors["std"]})
+            self.tokens = tensors["tokens"].to(self.device)
+            return
+        parts = []
+        with torch.no_grad():
+            for batch in self.store.iter_batches(torch.arange(len(self.store)).numpy(), 1024):
+                parts.append(self.model.embed(batch.to(self.device)))
+        embeddings = torch.cat(parts)
+        train = torch.from_numpy(self.split.train)
+        self.model.scaler.fit(embeddings[train], self.available[train], self.config.latent_scale)
+        self.tokens = torch.where(self.available.to(self.device)[..., None], self.model.scaler(embeddings), 0.0)
+        if self.accelerator.is_main_process:
+            state = self.model.scaler.state_dict()
+            write_tensors(path, {"tokens": self.tokens, **state})
+        self.accelerator.wait_for_everyone()
+
+    def train_diffusion(self, conditioning: str) -> None:
+        """ADN on the complete rows of the training part: ε-MSE (``"replace"``) or v-MSE on hidden tokens (``"clean"``)."""
+        adn, name = self.adns[conditioning], f"adn-{conditioning}"
+        train, _ = self._rows_with(None)
+        schedule = diffusion_loss(adn, self.tokens, derive_seed(self.seed, name))
+
+        def batches(epoch: int, rank: int, processes: int) -> Iterator[Tensor]:
+            yield from _index_batches(
+                train, self.config.batch_size, derive_seed(self.seed, name, "order", epoch), rank, processes, self.device
+            )
+
+        ema = self.config.ema_decay if conditioning == "clean" else 0.0
+        self._train(Stage(name, adn, batches, schedule, self.config.adn_epochs, self.config.learning_rate, ema_decay=ema))
+
+    def fill(self, method: str) -> Any:
+        """The rival or diffusion network by that name, with ``sample(tokens, available, n_samples, seed, row_id)``."""
+        train, valid = self._rows_with(None)
+        if method == "zero":
+            return ZeroFill(self.model.scaler.mean, self.model.scaler.std)
+        if method == "mean":
+            return MeanFill(self.tokens[train])
+        if method == "ridge":
+            return RidgeFill(self.tokens[train].cpu(), self.tokens[valid].cpu())
+        return self.adns[method]
+
+    def fusion_for(self, method: str, index: int) -> Fusion:
+        """A new fusion network, or the assembled system's own where the method is the first conditioning."""
+        if method == self.conditionings[0]:
+            return self.model.fusions[index]
+        return self._new_fusion(f"fusion-{method}-{index}", None)
+
+    def enhanced_for(self, conditioning: str) -> Fusion:
+        """As :meth:`fusion_for`, for MMER."""
+        if conditioning == self.conditionings[0]:
+            return self.model.enhanced
+        return self._new_fusion(f"enhanced-{conditioning}", 2 * self.config.width)
+
+    def _new_fusion(self, name: str, in_width: int | None) -> Fusion:
+        torch.manual_seed(derive_seed(self.seed, name, "weights"))
+        return Fusion(len(self.specs), self.labels.n_classes, self.config, in_width).to(self.device)
+
+    def train_fusion_for(self, method: str, index: int) -> None:
+        """MMCR: the fusion network of one pattern on tokens completed by ``method``."""
+        pattern = missing_patterns(len(self.specs))[index]
+
+        def complete(rows: Tensor) -> Tensor:
+            available = pattern.to(self.device).expand(len(rows), -1)
+            seed = derive_seed(self.seed, "complete", index)
+            return self.fill(method).sample(self.tokens[rows], available, n_samples=1, seed=seed, row_id=rows)[0]
+
+        self.train_fusion(
+            f"fusion-{method}-{index}", self.fusion_for(method, index), complete, self._rows_with(pattern)
+        )
+
+    def train_fusion(
+        self, name: str, fusion: Fusion, complete: Callable[[Tensor], Tensor], rows: tuple[Tensor, Tensor]
+    ) -> None:
+        """Train a fusion network on completed tokens, best on validation."""
+        train, valid = rows
+        cache: dict[str, Tensor] = {}
+
+        def tokens(part: str, part_rows: Tensor) -> Tensor:
+            if part not in cache:
+                cache[part] = complete(part_rows)
+            return cache[part]
+
+        def batches(epoch: int, rank: int, processes: int) -> Iterator[Tensor]:
+            order = derive_seed(self.seed, name, "order", epoch)
+            positions = torch.arange(len(train), device=self.device)
+            yield from _index_batches(positions, self.config.batch_size, order, rank, processes, self.device)
+
+        def loss(wrapped: nn.Module, at: Tensor, epoch: int) -> Tensor:
+            return F.cross_entropy(wrapped(tokens("train", train)[at]), self.target[train[at]])
+
+        def validate() -> float:
+            return self._score(fusion(tokens("valid", valid)), valid)
+
+        self._train(Stage(name, fusion, batches, loss, self.config.fusion_epochs, self.config.learning_rate, validate))
+
+    def _rows_with(self, pattern: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Training and validation rows in which all of ``pattern`` (None: every modality) is really observed."""
+        wanted = torch.ones(len(self.specs), dtype=torch.bool) if pattern is None else pattern
+        usable = self.available[:, wanted].all(1)
+        train, valid = torch.from_numpy(self.split.train), torch.from_numpy(self.split.valid)
+        train, valid = train[usable[train]], valid[usable[valid]]
+        _check_rows("complete rows" if pattern is None else "rows of a pattern", train, valid)
+        return train.to(self.device), valid.to(self.device)
+
+    def _score(self, logits: Tensor, rows: Tensor) -> float:
+        return float(multiclass_recall(logits, self.target[rows], num_classes=self.labels.n_classes, average="macro"))
+
+    def _train(self, stage: Stage) -> None:
+        stage.patience = self.config.patience if stage.validate is not None else None
+        stage.key = {"config": self.config.to_dict(), "rows": len(self.split.train), "data": self.store.path.name}
+        train_stage(stage, self.stages, self.accelerator, seed=self.seed, report=self.report)
+
+
+class _Joint(nn.Module):
+    """Encoders and a fusion network trained together ("w/o ITFN", the unrestricted networks of ADMC Table 5)."""
+
+    def __init__(self, unimodal: nn.ModuleDict, fusion: Fusion) -> None:
+        super().__init__()
+        self.unimodal, self.fusion = unimodal, fusion
+
+    def forward(self, batch: Batch) -> Tensor:
+        tokens = [u.encoder(batch.features[name], batch.lengths.get(name)) for name, u in self.unimodal.items()]
+        return self.fusion(torch.stack(tokens, dim=1))
+
+
+def diffusion_loss(adn: ADN, tokens: Tensor, seed: int) -> Callable[[nn.Module, Tensor, int], Tensor]:
+    """Loss of rows ``[B]`` of complete ``tokens [N, M, D]`` in an epoch.
+
+    ``"replace"``: MSE of ε over all tokens, steps 1…N (ADMC §3.2). ``"clean"``: MSE of v over the hidden tokens of a
+    random pattern per row, steps 1…``last_step``. Steps, patterns and noise of a row depend on (seed, epoch, row) alone.
+    """
+    table = adn.schedule.table.to(tokens.device)
+    clean = adn.config.conditioning == "clean"
+
+    @lru_cache(maxsize=1)
+    def steps(epoch: int) -> Tensor:
+        generator = torch.Generator().manual_seed(derive_seed(seed, "steps", epoch))
+        return torch.randint(1, adn.last_step + 1, (len(tokens),), generator=generator).to(tokens.device)
+
+    def loss(model: nn.Module, rows: Tensor, epoch: int) -> Tensor:
+        step = steps(epoch)[rows]
+        x0 = tokens[rows]
+        noisy, noise = ops.add_noise(x0, table, step, seed=derive_seed(seed, "noise", epoch), row_id=rows)
+        if not clean:
+            return F.mse_loss(model(noisy, step), noise)
+        available = random_available(rows, tokens.shape[1], seed=seed, draw=epoch)
+        coefficients = table[step][:, :, None, None]
+        v = coefficients[:, SQRT_ALPHA_BAR] * noise - coefficients[:, SQRT_ONE_MINUS_ALPHA_BAR] * x0
+        predicted = model(torch.where(available[..., None], x0, noisy), step, available)
+        return F.mse_loss(predicted[~available], v[~available])
+
+    return loss
+
+
+def _index_batches(
+    rows: Tensor, batch_size: int, seed: int, rank: int, processes: int, device: torch.device
+) -> Iterator[Tensor]:
+    """Shuffled batches of ``rows``; each process gets every ``processes``-th row of each batch."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).to(device)
+    for batch in order.split(batch_size):
+        if len(batch) >= processes:
+            yield rows[batch[rank::processes]]
+
+
+def _check_rows(what: str, train: Any, valid: Any) -> None:
+    if len(train) == 0 or len(valid) == 0:
+        raise ValueError(
+            f"{what}: {len(train)} training and {len(valid)} validation samples, expected at least one of each"
+        )

@@ -1,0 +1,181 @@
+"""One training loop for every stage of every model: accelerate, best-on-validation, resumable at any moment."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from modafill.files import derive_seed, read_tensors, write_tensors
+
+Report = Callable[[str, int, int, dict[str, float]], None]
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says where and why."""
+
+
+@dataclass
+class Stage:
+    """One network to train.
+
+    Attributes:
+        name: file name of the result and prefix of its scalars.
+        model: the network; holds the result after :func:`train_stage`.
+        batches: ``(epoch, rank, processes)`` → this process's share of each batch of the epoch. Must depend on nothing else.
+        loss: ``(model, batch, epoch)`` → scalar loss; the model it gets may be wrapped for several processes.
+        validate: score of the current weights, larger is better; None keeps the last (or averaged) weights.
+        epochs: at most so many.
+        learning_rate: Adam's.
+        patience: epochs without a better score before it stops; None never stops early.
+        ema_decay: decay per update of the averaged weights that become the result; 0 for none.
+        grad_clip: largest gradient norm.
+        key: what else the result depends on; a checkpoint of another key is refused.
+    """
+
+    name: str
+    model: nn.Module
+    batches: Callable[[int, int, int], Iterable[Any]]
+    loss: Callable[[nn.Module, Any, int], Tensor]
+    epochs: int
+    learning_rate: float
+    validate: Callable[[], float] | None = None
+    patience: int | None = None
+    ema_decay: float = 0.0
+    grad_clip: float = 1.0
+    key: dict[str, Any] = field(default_factory=dict)
+
+
+def linear_decay(epochs: int) -> Callable[[int], float]:
+    """ADMC's "Lambda LR" as MMIN codes it: constant for the first half of the epochs, then linearly towards 0."""
+    constant = epochs - epochs // 2
+    return lambda epoch: 1.0 - max(0, epoch + 1 - constant) / (epochs // 2 + 1)
+
+
+def train_stage(
+    stage: Stage,
+    folder: Path,
+    accelerator: Accelerator,
+    *,
+    seed: int,
+    report: Report,
+    checkpoint_seconds: float = 20.0,
+) -> None:
+    """Train ``stage`` or load its finished result, ``folder/<name>.safetensors``.
+
+    A run that was killed goes on from its last checkpoint (``<name>.resume.safetensors``) and ends with the same bits as
+    one that was not: data order, dropout and noise of an epoch depend on (seed, stage, epoch) alone.
+
+    Args:
+        checkpoint_seconds: at least so long between two checkpoints; no influence on the result.
+
+    Raises:
+        TrainingError: the loss of an epoch is not finite. The last checkpoint stays.
+    """
+    result, resume = folder / f"{stage.name}.safetensors", folder / f"{stage.name}.resume.safetensors"
+    key = {"stage": stage.name, "seed": seed, **stage.key}
+    if result.is_file():
+        tensors, about = read_tensors(result)
+        _check_key(result, about["key"], key)
+        stage.model.load_state_dict(tensors)
+        stage.model.eval()
+        return
+    optimizer = torch.optim.Adam(stage.model.parameters(), lr=stage.learning_rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, linear_decay(stage.epochs))
+    ema = (
+        AveragedModel(stage.model, multi_avg_fn=get_ema_multi_avg_fn(stage.ema_decay)) if stage.ema_decay > 0 else None
+    )
+    best: dict[str, Tensor] = {}
+    state: dict[str, Any] = {"epoch": 0, "score": -math.inf, "stale": 0}
+    if resume.is_file():
+        tensors, about = read_tensors(resume)
+        _check_key(resume, about["key"], key)
+        state = about["state"]
+        schedule.load_state_dict(about["schedule"])
+        best = _take(tensors, "best.")
+        stage.model.load_state_dict(_take(tensors, "model."))
+        if ema is not None:
+            ema.load_state_dict(_take(tensors, "ema."))
+        moments = _take(tensors, "adam.")
+        parameters: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in moments.items():
+            index, moment = name.split(".", 1)
+            parameters.setdefault(int(index), {})[moment] = tensor
+        optimizer.load_state_dict({"state": parameters, "param_groups": about["param_groups"]})
+    model, optimizer = accelerator.prepare(stage.model, optimizer)
+    saved = time.monotonic()
+    while state["epoch"] < stage.epochs and (stage.patience is None or state["stale"] < stage.patience):
+        epoch = state["epoch"]
+        model.train()
+        torch.manual_seed(derive_seed(seed, stage.name, epoch, accelerator.process_index))
+        total, count = torch.zeros((), device=accelerator.device), 0
+        for batch in stage.batches(epoch, accelerator.process_index, accelerator.num_processes):
+            loss = stage.loss(model, batch, epoch)
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(model.parameters(), stage.grad_clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if ema is not None:
+                ema.update_parameters(stage.model)
+            total += loss.detach()
+            count += 1
+        mean_loss = float(total) / max(count, 1)
+        if not math.isfinite(mean_loss):
+            raise TrainingError(f"{stage.name}: the loss of epoch {epoch + 1} is {mean_loss}; the last checkpoint is kept")
+        scalars = {"loss": mean_loss, "learning_rate": schedule.get_last_lr()[0]}
+        schedule.step()
+        if stage.validate is not None:
+            model.eval()
+            with torch.no_grad():
+                score = stage.validate()
+            scalars["validation"] = score
+            if score > state["score"]:
+                state.update(score=score, stale=0)
+                best = {name: tensor.detach().clone() for name, tensor in stage.model.state_dict().items()}
+            else:
+                state["stale"] += 1
+        state["epoch"] = epoch + 1
+        accelerator.log({f"{stage.name}/{name}": value for name, value in scalars.items()}, step=epoch + 1)
+        report(stage.name, epoch + 1, stage.epochs, scalars)
+        if accelerator.is_main_process and time.monotonic() - saved >= checkpoint_seconds:
+            about = {
+                "key": key,
+                "state": state,
+                "schedule": {k: v for k, v in schedule.state_dict().items() if k != "lr_lambdas"} | {"lr_lambdas": [None]},
+                "param_groups": optimizer.state_dict()["param_groups"],
+            }
+            tensors = {f"model.{n}": t for n, t in stage.model.state_dict().items()}
+            tensors |= {f"best.{n}": t for n, t in best.items()}
+            tensors |= {f"ema.{n}": t for n, t in (ema.state_dict() if ema is not None else {}).items()}
+            tensors |= {
+                f"adam.{i}.{n}": t for i, p in optimizer.state_dict()["state"].items() for n, t in p.items()
+            }
+            write_tensors(resume, tensors, about)
+            saved = time.monotonic()
+    if ema is not None:
+        stage.model.load_state_dict(ema.module.state_dict())
+    elif best:
+        stage.model.load_state_dict(best)
+    stage.model.eval()
+    if accelerator.is_main_process:
+        write_tensors(result, stage.model.state_dict(), {"key": key, "state": state})
+        resume.unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
+    accelerator.free_memory()
+
+
+def _take(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _check_key(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
+    if found != expected:
+        raise ValueError(f"{path}: belongs to a run with {found}, this one has {expected}; use another folder for it")
