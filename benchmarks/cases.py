@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from modafill.benchmarks import rivals
-from modafill.benchmarks.runner import Case
+from modafill.benchmarks.runner import Case, Problem
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ def step(plan: Plan) -> list[Case]:
     dtypes = [torch.float32]
     if plan.device.type == "cuda":
         dtypes += [torch.bfloat16, torch.float16]
-    kinds: list[tuple[str, str, Callable[[Case], rivals.MaskedReverseStep | rivals.AddNoise | rivals.Randn]]] = [
+    kinds: list[tuple[str, str, Callable[[Case], Problem]]] = [
         ("masked_reverse_step", "fresh", rivals.MaskedReverseStep),
         ("masked_reverse_step", "out", rivals.MaskedReverseStep),
         ("add_noise", "fresh", rivals.AddNoise),

@@ -540,7 +540,7 @@ def _compile(function: Callable[..., Any], case: Case) -> Callable[..., Any]:
     # Each case compiles the same code object anew; without this the eighth would fall back to eager.
     torch._dynamo.reset()
     # Inductor writes the thread count into the code that it generates.
-    options = {"cpp.threads": case.threads} if case.device.type == "cpu" else None
+    options: dict[str, Any] | None = {"cpp.threads": case.threads} if case.device.type == "cpu" else None
     return torch.compile(function, fullgraph=True, dynamic=False, options=options)
 
 
