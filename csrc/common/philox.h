@@ -25,8 +25,8 @@ struct Words {
 // Philox4x32-10 (Salmon et al., SC'11).
 MODAFILL_INLINE Words philox(uint64_t seed, Words c) {
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
-#ifdef __GNUC__
-#pragma GCC unroll 10
+#ifdef __CUDACC__
+#pragma unroll
 #endif
   for (int round = 0; round < 10; ++round) {
     const uint64_t p0 = static_cast<uint64_t>(c.w0) * 0xD2511F53u;

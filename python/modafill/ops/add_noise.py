@@ -50,6 +50,9 @@ def _run(
         return noisy.to(x.dtype), noise.to(x.dtype)
     x, step_tensor, row_id = x.contiguous(), backends.contiguous(step_tensor), backends.contiguous(row_id)
     noisy, noise = torch.empty_like(x), torch.empty_like(x)
+    if backend == "triton":
+        backends.launch_triton("add_noise", noisy, noise, x, table, step, step_tensor, seed, seed_tensor, row_id)
+        return noisy, noise
     backends.launch(
         "add_noise",
         backend,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable
@@ -286,6 +287,11 @@ def launch(op: str, backend: str, device: torch.device, *args: int | float) -> N
     else:
         with torch.cuda.device(device):
             getattr(_C, f"{op}_cuda")(*args, torch._C._cuda_getCurrentRawStream(device.index))
+
+
+def launch_triton(op: str, *args: Any) -> None:
+    """Call ``modafill.kernels.<op>.<op>``; triton is imported here and nowhere earlier."""
+    getattr(importlib.import_module(f"modafill.kernels.{op}"), op)(*args)
 
 
 def register(name: str, schema: str, run: Callable, fake: Callable, differentiable: Callable | None = None) -> Any:

@@ -97,6 +97,24 @@ def _run(
     row_id = backends.contiguous(row_id)
     if out is None:
         out = torch.empty_like(x)
+    if backend == "triton":
+        backends.launch_triton(
+            "ddim_step",
+            out,
+            x,
+            eps,
+            table,
+            step,
+            step_tensor,
+            prev_step,
+            prev_step_tensor,
+            eta,
+            seed,
+            seed_tensor,
+            row_id,
+            clip,
+        )
+        return out
     backends.launch(
         "ddim_step",
         backend,

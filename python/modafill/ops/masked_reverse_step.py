@@ -77,6 +77,11 @@ def _run(
     step_tensor, row_id = backends.contiguous(step_tensor), backends.contiguous(row_id)
     if out is None:
         out = torch.empty_like(x)
+    if backend == "triton":
+        backends.launch_triton(
+            "masked_reverse_step", out, x, eps, observed, available, table, step, step_tensor, seed, seed_tensor, row_id
+        )
+        return out
     backends.launch(
         "masked_reverse_step",
         backend,

@@ -66,6 +66,9 @@ def _run(
     step_tensor, row_id = backends.contiguous(step_tensor), backends.contiguous(row_id)
     if out is None:
         out = torch.empty(shape, dtype=dtype, device=device)
+    if backend == "triton":
+        backends.launch_triton("randn", out, step, step_tensor, seed, seed_tensor, row_id, draw)
+        return out
     backends.launch(
         "randn",
         backend,

@@ -1,0 +1,76 @@
+"""What the step kernels share: a program's part of a row, the row's step and noise key, the launch configuration."""
+
+import functools
+import json
+import os
+from importlib.resources import files
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+SIGNAL, SIGMA, POSTERIOR_X, POSTERIOR_EPS, POSTERIOR_STD, COLUMNS = (tl.constexpr(column) for column in range(6))
+
+
+@triton.jit
+def part_of_row(width, BLOCK: tl.constexpr):
+    """This program's row, its quads in the row and their elements."""
+    parts = tl.cdiv(width, 4 * BLOCK)
+    row = tl.program_id(0) // parts
+    part = tl.program_id(0) % parts
+    return row.to(tl.int64), part * BLOCK + tl.arange(0, BLOCK), part * (4 * BLOCK) + tl.arange(0, 4 * BLOCK)
+
+
+@triton.jit
+def value_at(values, stride, value, row):
+    """A step or seed: in memory, for all rows (stride 0) or one for each, or given as an integer."""
+    if values is not None:
+        return tl.load(values + row * stride)
+    return value.to(tl.int64)
+
+
+@triton.jit
+def row_id_at(row_ids, row):
+    if row_ids is not None:
+        return tl.load(row_ids + row)
+    return row
+
+
+@triton.jit
+def coefficient(table, step, inside, COLUMN: tl.constexpr):
+    """A column of the table at ``step``; NaN outside the schedule."""
+    return tl.load(table + step * COLUMNS + COLUMN, mask=inside, other=float("nan"))
+
+
+@functools.cache
+def _configs(op: str) -> dict[int, dict[str, int]]:
+    listed = json.loads(files(__package__).joinpath("configs", f"{op}.json").read_text(encoding="utf-8"))
+    return {int(capability): config for capability, config in listed.items()}
+
+
+def config(op: str, capability: int, width: int) -> dict[str, Any]:
+    """BLOCK (quads) and num_warps for ``op`` on a device, fitted to rows of ``width`` elements.
+
+    An unlisted compute capability takes the newest listed one before it, or else the oldest.
+    """
+    listed = _configs(op)
+    known = max((c for c in listed if c <= capability), default=min(listed))
+    block = min(listed[known]["BLOCK"], max(32, triton.next_power_of_2(triton.cdiv(width, 4))))
+    return {"BLOCK": block, "num_warps": max(1, min(listed[known]["num_warps"], block // 32))}
+
+
+def launch(op: str, kernel: Any, reference: Tensor, batch: int, width: int, *args: Any, **constants: Any) -> None:
+    """Run ``kernel`` over ``batch`` rows of ``width`` elements on the device of ``reference``."""
+    if batch == 0 or width == 0:
+        return
+    if os.environ.get("TRITON_INTERPRET") == "1" and reference.is_cpu:
+        settings = config(op, 0, width)
+        kernel[(batch * triton.cdiv(width, 4 * settings["BLOCK"]),)](*args, **constants, **settings)
+        return
+    with torch.cuda.device(reference.device):
+        major, minor = torch.cuda.get_device_capability(reference.device)
+        settings = config(op, 10 * major + minor, width)
+        grid = (batch * triton.cdiv(width, 4 * settings["BLOCK"]),)
+        kernel[grid](*args, **constants, **settings, enable_fp_fusion=False)
