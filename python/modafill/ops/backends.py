@@ -70,6 +70,18 @@ def explain(
     return _choose(op, torch.device(device), dtype, requested(backend))
 
 
+def native_build() -> dict[str, Any]:
+    """The instruction set in use, whether OpenMP is, and the GPU architectures the extension was built for."""
+    if _C is None:
+        return {"extension": _NATIVE_ERROR, "cpu_isa": None, "openmp": False, "cuda_architectures": []}
+    return {
+        "extension": "built",
+        "cpu_isa": _C.cpu_isa,
+        "openmp": _C.openmp,
+        "cuda_architectures": _C.cuda_architectures.split(),
+    }
+
+
 def requested(backend: str) -> str:
     """The backend asked for by argument or, for ``"auto"``, by the environment."""
     return os.environ.get(ENVIRONMENT) or "auto" if backend == "auto" else backend

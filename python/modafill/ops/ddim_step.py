@@ -157,7 +157,39 @@ def _fake(
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-_op = backends.register("ddim_step", _SCHEMA, _run, _fake)
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            return _op(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, eps, table, step, step_tensor, prev_step, prev_step_tensor, eta, *_, clip, _ = inputs
+        # Without clipping the step is linear, and its gradient needs no input.
+        ctx.save_for_backward(table, step_tensor, prev_step_tensor, *((x, eps) if clip is not None else ()))
+        ctx.step, ctx.prev_step, ctx.eta, ctx.clip = step, prev_step, eta, clip
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        table, step_tensor, prev_step_tensor, *inputs = ctx.saved_tensors
+        now = backends.row_coefficients(table, ctx.step, step_tensor, grad)
+        before = backends.row_coefficients(table, ctx.prev_step, prev_step_tensor, grad)
+        signal, sigma = now[..., reference.SQRT_ALPHA_BAR], now[..., reference.SQRT_ONE_MINUS_ALPHA_BAR]
+        prev_signal, prev_sigma = before[..., reference.SQRT_ALPHA_BAR], before[..., reference.SQRT_ONE_MINUS_ALPHA_BAR]
+        _, direction = reference.ddim_deviations(signal, sigma, prev_signal, prev_sigma, ctx.eta)
+        to_x, to_eps = prev_signal / signal, direction - prev_signal * sigma / signal
+        if ctx.clip is not None:
+            x, eps = inputs
+            inside = ((x - sigma * eps) / signal).abs() <= ctx.clip
+            to_x, to_eps = torch.where(inside, to_x, direction / sigma), torch.where(inside, to_eps, 0.0)
+        need_x, need_eps = ctx.needs_input_grad[:2]
+        grad_x = (to_x * grad).to(grad.dtype) if need_x else None
+        grad_eps = (to_eps * grad).to(grad.dtype) if need_eps else None
+        return grad_x, grad_eps, *[None] * 11
+
+
+_op = backends.register("ddim_step", _SCHEMA, _run, _fake, lambda *args: _Function.apply(*args))
 
 
 def ddim_step(
@@ -174,7 +206,33 @@ def ddim_step(
     out: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """DDIM step t → t' (CDTP eq. 8–9; Song et al. 2021, eq. 12)."""
+    """DDIM step t → t' of any stride (CDTP eq. 8–9; Song et al. 2021, eq. 12).
+
+    x̂₀ = (x_t − √(1−ᾱ_t) ε̂)/√ᾱ_t, then √ᾱ_t' x̂₀ + √(1−ᾱ_t'−σ²) ε̂ + σ z with
+    σ = η √((1−ᾱ_t')/(1−ᾱ_t)) √(1−ᾱ_t/ᾱ_t'), the variance of the stride t → t': CDTP's text gives that of t → t − 1,
+    which is wrong for any longer stride.
+
+    Args:
+        x: ``[B, ...]``; float32, float64 or bfloat16 on the CPU, float32, bfloat16 or float16 on a GPU.
+        eps: the denoiser's ε̂, like ``x``.
+        table: float32 ``[N + 1, 5]``, :attr:`modafill.diffusion.Schedule.table`.
+        step: t in 1…N, an integer or int64 ``[]`` or ``[B]`` on the device of ``x``.
+        prev_step: t' in 0…t−1, in the same forms.
+        eta: 0 for the deterministic step, 1 for the ancestral one.
+        seed: 64-bit integer or int64 ``[]`` on the device of ``x``; needed where ``eta`` > 0.
+        row_id: int64 ``[B]``, the identity of each row's noise; None = 0…B−1.
+        clip: bound of |x̂₀|; ε̂ is then recomputed from the clipped x̂₀. None = no bound.
+        out: like ``x``, contiguous; may be ``x`` or ``eps`` itself. Only where no gradient is needed.
+        backend: ``"auto"`` or one of :data:`modafill.ops.backends.BACKENDS`; see :func:`modafill.ops.explain`.
+
+    Returns:
+        Like ``x``; differentiable in ``x`` and ``eps``.
+
+    Raises:
+        ValueError: a shape, dtype, device, step, ``eta`` or ``clip`` does not fit, or ``seed`` is missing. Steps in GPU
+            tensors are not read back: a row whose steps do not fit becomes NaN.
+        RuntimeError: ``backend`` names one that cannot run here.
+    """
     if eta > 0.0 and seed is None:
         raise ValueError("seed: got None, expected an integer because eta > 0 draws noise")
     args = (

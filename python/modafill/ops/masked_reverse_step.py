@@ -170,8 +170,8 @@ def masked_reverse_step(
     """Step ``n → n − 1`` of a diffusion that keeps what was observed (ADMC eq. 3–4), in one pass.
 
     A missing modality becomes x_n/√α_n − β_n/(√α_n √(1−ᾱ_n)) ε̂ + √β̃_n z; an observed one becomes
-    √ᾱ_{n−1} x_obs + √(1−ᾱ_{n−1}) z. A missing element reads ``x`` and ``eps`` alone, an observed one ``observed`` alone,
-    so NaN in what is not read does no harm. At step 1 no noise is drawn and the observed part is exact.
+    √ᾱ_{n−1} x_obs + √(1−ᾱ_{n−1}) z. A missing element reads ``x`` and ``eps`` alone, an observed one ``observed``
+    alone, so NaN in what is not read does no harm. At step 1 no noise is drawn and the observed part is exact.
 
     Two departures from the paper's text: the posterior variance is β̃_n = β_n(1−ᾱ_{n−1})/(1−ᾱ_n), which its σ² leaves
     open and which alone gives no noise at step 1, and the mean is scaled by 1/√α_n (eq. 3 prints 1/√ᾱ_n, which is no

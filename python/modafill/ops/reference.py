@@ -83,7 +83,7 @@ def randn(
     draw: int = Draw.INITIAL,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Standard normal noise of ``shape [B, ...]``; element e of row b depends on (seed, row_id[b], step, draw, e) alone."""
+    """Normal noise of ``shape [B, ...]``; element e of row b depends on (seed, row_id[b], step, draw, e) alone."""
     batch, width = shape[0], math.prod(shape[1:])
     rows = torch.arange(batch, device=device) if row_id is None else row_id
     quads = torch.arange((width + 3) // 4, device=rows.device)
@@ -117,7 +117,7 @@ def masked_reverse_step(
     row_id: Tensor | None = None,
     noise: Tensor | None = None,
 ) -> Tensor:
-    """ADMC eq. 3–4 for ``x, eps, observed [B, M, D]`` and ``available [B, M]``; see :func:`modafill.ops.masked_reverse_step`."""
+    """ADMC eq. 3–4 for ``x, eps, observed [B, M, D]``, ``available [B, M]``; see :func:`modafill.ops.masked_reverse_step`."""
     x, eps, observed, step = x.to(torch.float64), eps.to(torch.float64), observed.to(torch.float64), _steps(step, table)
     z = randn(tuple(x.shape), seed=seed, row_id=row_id, step=step, draw=Draw.REVERSE, device=x.device)
     z = z if noise is None else noise.to(torch.float64)
@@ -143,6 +143,18 @@ def add_noise(
     z = z if noise is None else noise.to(torch.float64)
     noisy = _column(table, step, SQRT_ALPHA_BAR, x) * x + _column(table, step, SQRT_ONE_MINUS_ALPHA_BAR, x) * z
     return noisy, z
+
+
+def ddim_deviations(
+    signal: Tensor, sigma: Tensor, prev_signal: Tensor, prev_sigma: Tensor, eta: float
+) -> tuple[Tensor, Tensor]:
+    """DDIM's σ_t and √(1 − ᾱ_t' − σ_t²) from √ᾱ and √(1 − ᾱ) at both ends of a stride."""
+    ratio = signal / prev_signal
+    # 1 − ratio², from whichever column of the float32 table is the more exact one.
+    spread = torch.where(prev_sigma < prev_signal, (sigma**2 - prev_sigma**2) / prev_signal**2, 1.0 - ratio**2)
+    # A sum of squares, which rounding of the table cannot make negative.
+    direction = torch.sqrt((1.0 - eta**2) * prev_sigma**2 + (eta * prev_sigma**2 * ratio / sigma) ** 2)
+    return eta * prev_sigma / sigma * torch.sqrt(spread), direction
 
 
 def ddim_step(
@@ -171,12 +183,7 @@ def ddim_step(
         eps = (x - signal * x0) / sigma
     if eta == 0.0:
         return prev_signal * x0 + prev_sigma * eps
-    ratio = signal / prev_signal
-    # 1 − ratio², from whichever column of the float32 table is the more exact one.
-    spread = torch.where(prev_sigma < prev_signal, (sigma**2 - prev_sigma**2) / prev_signal**2, 1.0 - ratio**2)
-    std = eta * prev_sigma / sigma * torch.sqrt(spread)
-    # σ'² − std² as a sum of squares, which rounding of the table cannot make negative.
-    direction = torch.sqrt((1.0 - eta**2) * prev_sigma**2 + (eta * prev_sigma**2 * ratio / sigma) ** 2)
+    std, direction = ddim_deviations(signal, sigma, prev_signal, prev_sigma, eta)
     if noise is None:
         if seed is None:
             raise ValueError("seed: got None, expected an integer because eta > 0 draws noise")

@@ -1,0 +1,35 @@
+"""What this installation is and what it would run: the facts behind ``modafill info`` and a bug report."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+from typing import Any
+
+import torch
+
+from modafill import __version__
+from modafill.ops import backends
+
+
+def info() -> dict[str, Any]:
+    """Versions, what the extension was built for, and the backend of each op for float32 here, as plain values."""
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    native = backends.native_build()
+    return {
+        "modafill": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "triton": importlib.metadata.version("triton") if importlib.util.find_spec("triton") else None,
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "compute_capability": list(torch.cuda.get_device_capability(device)) if device.type == "cuda" else None,
+        **native,
+        "ops": {
+            op: {"backend": choice.backend, "reason": choice.reason, "rejected": choice.rejected}
+            for op in backends.OPS
+            for choice in [backends.explain(op, device=device)]
+        },
+    }
