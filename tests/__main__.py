@@ -1,0 +1,109 @@
+"""``python tests``: every test, each group in the process that it needs, and one line of totals at the end."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import xml.etree.ElementTree as ET
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+NO_TESTS = 5
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tests that share a process.
+
+    Attributes:
+        paths: relative to the root; a directory takes what lies below it.
+        without: directories that belong to other groups.
+        environment: variables that the process needs; the interpreter's has to be there before Triton is imported.
+    """
+
+    paths: tuple[str, ...]
+    without: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+APART = ("tests/interpreter", "tests/aot", "tests/gpu")
+GROUPS = {
+    "main": Group(("tests",), without=APART),
+    "interpreter": Group(("tests/interpreter",), environment={"TRITON_INTERPRET": "1"}),
+    "aot": Group(("tests/aot",)),
+    "gpu": Group(("tests/gpu",)),
+}
+
+
+@dataclass
+class Totals:
+    """How many tests passed, failed (errors among them) and were skipped."""
+
+    passed: int = 0
+    failed: int = 0
+    skipped: int = 0
+
+    def __add__(self, other: Totals) -> Totals:
+        return Totals(self.passed + other.passed, self.failed + other.failed, self.skipped + other.skipped)
+
+    def __str__(self) -> str:
+        return f"{self.passed} passed, {self.failed} failed, {self.skipped} skipped"
+
+
+def read_totals(junit: Path, status: int, *, may_be_empty: bool) -> Totals:
+    """Totals of one pytest process from its JUnit file and exit status.
+
+    A process that died, or that found no test where there should be some, counts as one failure.
+    """
+    totals = Totals()
+    try:
+        suites = list(ET.parse(junit).getroot().iter("testsuite"))
+    except (OSError, ET.ParseError):
+        suites = []
+    for suite in suites:
+        count = {key: int(suite.get(key, 0)) for key in ("tests", "failures", "errors", "skipped")}
+        failed = count["failures"] + count["errors"]
+        totals += Totals(max(0, count["tests"] - failed - count["skipped"]), failed, count["skipped"])
+    empty = status == NO_TESTS and bool(suites) and (may_be_empty or totals.skipped > 0)
+    if status != 0 and not empty:
+        totals.failed = max(totals.failed, 1)
+    return totals
+
+
+def run_group(name: str, *, fast: bool) -> Totals:
+    """Run a group in a process of its own, its output going where ours goes."""
+    group = GROUPS[name]
+    print(f"== {name}", flush=True)
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | group.environment
+    with tempfile.TemporaryDirectory() as folder:
+        junit = Path(folder) / "junit.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "-ra", f"--junitxml={junit}", *group.paths]
+        command += [f"--ignore={path}" for path in group.without]
+        command += ["-m", "not slow"] if fast else []
+        status = subprocess.run(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL).returncode
+        # Only a choice of the fast tests can leave a group with none.
+        return read_totals(junit, status, may_be_empty=fast)
+
+
+def main() -> int:
+    """Run the groups that the command line names; exit status 1 if anything failed."""
+    parser = argparse.ArgumentParser(prog="python tests", description=__doc__)
+    parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"{', '.join(GROUPS)} (default: all of them)")
+    parser.add_argument("--fast", action="store_true", help="leave out the tests marked slow")
+    given = parser.parse_args()
+    unknown = [name for name in given.groups if name not in GROUPS]
+    if unknown:
+        parser.error(f"no group {', '.join(unknown)}; there are {', '.join(GROUPS)}")
+    totals = Totals()
+    for name in given.groups or GROUPS:
+        totals += run_group(name, fast=given.fast)
+    print(totals, flush=True)
+    return 1 if totals.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
