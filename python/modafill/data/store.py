@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -112,12 +113,12 @@ class FeatureStore:
             raise ValueError(f"modality {name!r} has values {values.dtype} {values.shape}, expected floats [N, (T,) D]")
         rows = len(values)
         if ragged:
-            offsets = self._array(f"modalities/{name}/offsets")
+            offsets = self._load(f"modalities/{name}/offsets")
             if offsets.dtype.kind != "i" or offsets.ndim != 1 or not len(offsets) or offsets[0] != 0:
                 raise ValueError(f"modality {name!r} has malformed offsets")
             if (np.diff(offsets) < 0).any() or offsets[-1] != len(values):
                 raise ValueError(f"modality {name!r} has offsets that do not fit its {len(values)} frames")
-            if (np.diff(offsets) < self.available()[:, self.modalities.index(name)]).any():
+            if (np.diff(offsets) < self._load("available")[:, self.modalities.index(name)]).any():
                 raise ValueError(f"modality {name!r} has available samples without frames")
             rows = len(offsets) - 1
             self._ragged.add(name)
@@ -132,8 +133,7 @@ class FeatureStore:
         if self._handle is None or self._process != os.getpid():
             # A handle inherited through a fork is this process's copy: closing it leaves the parent's alone.
             self.close()
-            # A store is replaced, never modified, so it needs no lock (and locks fail on some network file systems).
-            self._handle = h5py.File(self.path, "r", locking=False)
+            self._handle = h5py.File(self.path, "r")
             self._process = os.getpid()
         return self._handle
 
@@ -143,12 +143,23 @@ class FeatureStore:
             raise ValueError(f"it has no array {path!r}")
         return data
 
-    def _array(self, path: str) -> np.ndarray:
+    def _load(self, path: str) -> np.ndarray:
         """A whole column, kept in memory."""
         if path not in self._cache:
             data = self._dataset(path)
             self._cache[path] = data.asstr()[()] if h5py.check_string_dtype(data.dtype) else data[()]
         return self._cache[path]
+
+    def _array(self, path: str) -> np.ndarray:
+        with self._reading(path):
+            return self._load(path)
+
+    @contextmanager
+    def _reading(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RuntimeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{self.path}: cannot read {what}: {_reason(error)}") from None
 
     def _column(self, kind: str, name: str | None) -> np.ndarray:
         names = self._names(kind)
@@ -379,7 +390,7 @@ class FeatureStore:
         wanted, inverse = np.unique(index, return_inverse=True)
         out = np.empty((len(wanted), *self._shapes[name]), dtype=np.float32)
         breaks = np.flatnonzero(np.diff(wanted) > GAP_ROWS) + 1
-        try:
+        with self._reading(f"modality {name!r}"):
             data = self._dataset(f"modalities/{name}/values")
             for run in np.split(np.arange(len(wanted)), breaks) if len(wanted) else ():
                 start = wanted[run[0]]
@@ -387,8 +398,6 @@ class FeatureStore:
                     data.read_direct(out, np.s_[start : start + len(run)], np.s_[run[0] : run[-1] + 1])
                 else:
                     out[run] = data[start : wanted[run[-1]] + 1][wanted[run] - start]
-        except (OSError, RuntimeError) as error:
-            raise ValueError(f"{self.path}: cannot read modality {name!r}: {_reason(error)}") from None
         return out if np.array_equal(inverse, np.arange(len(out))) else out[inverse]
 
     def iter_batches(

@@ -1,0 +1,395 @@
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from modafill.data import Batch, FeatureStore, StoreWriter
+from modafill.data import store as store_module
+from torch.utils.data import DataLoader, Dataset
+
+MakeStore = Callable[..., FeatureStore]
+NAMES = ("text", "audio", "vision")
+
+
+def rows_of(batch: Batch, name: str) -> list[np.ndarray]:
+    """Each sample's valid values."""
+    x = batch.features[name].numpy()
+    return [x[i, : batch.lengths[name][i]] if name in batch.lengths else x[i] for i in range(len(batch))]
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_round_trip(data: st.DataObject) -> None:
+    n = data.draw(st.integers(1, 70), label="n")
+    widths = dict(zip(NAMES, data.draw(st.tuples(*[st.integers(1, 9)] * 3)), strict=True))
+    steps = data.draw(st.integers(1, 6), label="T")
+    random = np.random.default_rng(data.draw(st.integers(0, 1000)))
+    lengths = random.integers(1, data.draw(st.sampled_from([1, 2, 40])) + 1, n)
+    text = random.normal(size=(n, widths["text"])).astype(np.float32)
+    audio = [random.normal(size=(t, widths["audio"])).astype(np.float32) for t in lengths]
+    vision = random.normal(size=(n, steps, widths["vision"])).astype(np.float32)
+    available = random.random((n, 3)) < data.draw(st.sampled_from([0.0, 0.5, 1.0]))
+    labels, groups = random.normal(size=n), random.choice(["ä", "b", ""], n)
+    cuts = [0, *sorted(data.draw(st.lists(st.integers(0, n), max_size=3))), n]
+    read = np.array(data.draw(st.lists(st.integers(0, n - 1), max_size=30)), dtype=np.int64)
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "a.h5")
+        kinds = {"text": "vector", "audio": "sequence", "vision": "sequence"}
+        with StoreWriter(path, modalities=NAMES, widths=widths, kinds=kinds, steps={"vision": steps}) as writer:
+            for a, b in zip(cuts, cuts[1:], strict=False):
+                writer.append(
+                    {"text": text[a:b], "audio": audio[a:b], "vision": vision[a:b]},
+                    available=available[a:b],
+                    labels={"y": labels[a:b]},
+                    groups={"g": groups[a:b]},
+                )
+        with FeatureStore(path) as store:
+            assert len(store) == n
+            assert store.modalities == NAMES
+            assert store.widths == widths
+            assert store.kinds == kinds
+            np.testing.assert_array_equal(store.available(), available)
+            np.testing.assert_array_equal(store.labels("y"), labels)
+            assert store.groups().tolist() == groups.tolist()
+            batch = store.read(read)
+    assert batch.row_id.tolist() == read.tolist()
+    np.testing.assert_array_equal(batch.available, available[read])
+    stored = {"text": text, "audio": audio, "vision": vision}
+    for m, name in enumerate(NAMES):
+        for got, row in zip(rows_of(batch, name), read, strict=True):
+            if available[row, m]:
+                np.testing.assert_array_equal(got, stored[name][row])
+            else:
+                assert not got.any()
+                assert name == "text" or len(got) == 0
+    longest = max((lengths[r] for r in read if available[r, 1]), default=1)
+    assert batch.features["audio"].shape == (len(read), max(1, longest), widths["audio"])
+    for i, t in enumerate(batch.lengths["audio"]):
+        assert not batch.features["audio"][i, t:].any(), "padding is zero"
+
+
+def test_padded_sequences_with_lengths(tmp_path: Path) -> None:
+    x = np.arange(24, dtype=np.float32).reshape(2, 4, 3) + 1
+    with StoreWriter(tmp_path / "a.h5", modalities=["a"], widths={"a": 3}, kinds={"a": "sequence"}) as writer:
+        writer.append({"a": x}, lengths={"a": np.array([2, 4])})
+    batch = FeatureStore(tmp_path / "a.h5").read(np.array([1, 0]))
+    assert batch.lengths["a"].tolist() == [4, 2]
+    np.testing.assert_array_equal(batch.features["a"][0], x[1])
+    np.testing.assert_array_equal(batch.features["a"][1, :2], x[0, :2])
+    assert not batch.features["a"][1, 2:].any()
+
+
+def test_scattered_reads_over_many_chunks(make_store: MakeStore) -> None:
+    values = np.arange(30_000, dtype=np.float32)[:, None] * np.array([1, -1], dtype=np.float32)
+    store = make_store(features={"a": values, "b": values[:, :1]})
+    rows = np.random.default_rng(0).integers(0, 30_000, 700)
+    np.testing.assert_array_equal(store.read(rows).features["a"], values[rows])
+    assert store.read(rows[:0]).features["a"].shape == (0, 2)
+    for wrong in (np.array([30_000]), np.array([-1]), np.array([0.5]), np.array([[1]])):
+        with pytest.raises(ValueError, match="rows: got"):
+            store.read(wrong)
+
+
+def test_missing_and_generated_values(make_store: MakeStore) -> None:
+    x = {"a": np.ones((3, 2)), "b": np.full((3, 2), np.nan)}
+    x["b"][1] = 5
+    available = np.array([[1, 0], [1, 0], [1, 0]], dtype=bool)
+    generated = np.array([[0, 0], [0, 1], [0, 0]], dtype=bool)
+    store = make_store(features=x, available=available, generated=generated)
+    rows = np.arange(3)
+    observed, filled = store.read(rows), store.read(rows, generated=True)
+    assert not observed.features["b"].any()
+    assert observed.available[:, 1].tolist() == [False, False, False]
+    assert filled.features["b"].tolist() == [[0, 0], [5, 5], [0, 0]]
+    assert filled.available[:, 1].tolist() == [False, True, False]
+    np.testing.assert_array_equal(store.generated(), generated)
+    np.testing.assert_array_equal(store.available(), available)
+    with h5py.File(store.path) as file:
+        assert np.isfinite(file["modalities/b/values"][()]).all(), "values of missing entries are not kept"
+    assert not make_store(3).generated().any()
+
+
+def test_generated_must_be_missing(make_store: MakeStore) -> None:
+    with pytest.raises(ValueError, match="generated: got entries that are also available"):
+        make_store(2, generated=np.ones((2, 3), dtype=bool))
+
+
+def test_columns(make_store: MakeStore) -> None:
+    n = 6
+    store = make_store(
+        n,
+        ids=[f"clip {i}" for i in range(n)],
+        labels={"mood": np.array(list("abcabc")), "score": np.arange(n) / 2},
+        groups={"who": np.array([3, 3, 1, 1, 2, 2])},
+        splits={"official": np.array(["train"] * 4 + ["test"] * 2)},
+        order=np.arange(n)[::-1],
+        task={"label": {"name": "mood", "kind": "class"}},
+    )
+    assert store.label_names == ("mood", "score")
+    assert store.group_names == ("who",)
+    assert store.split_names == ("official",)
+    assert store.ids(np.array([4, 0])) == ["clip 4", "clip 0"]
+    assert store.labels("mood").tolist() == list("abcabc")
+    assert store.groups().tolist() == [3, 3, 1, 1, 2, 2]
+    assert store.split().tolist() == ["train"] * 4 + ["test"] * 2
+    assert store.order().tolist() == [5, 4, 3, 2, 1, 0]
+    assert store.task == {"label": {"name": "mood", "kind": "class"}}
+    with pytest.raises(ValueError, match=r"expected one of the labels \['mood', 'score'\] to be named"):
+        store.labels()
+    with pytest.raises(ValueError, match="no groups named 'nobody'"):
+        store.groups("nobody")
+
+
+def ragged(make_store: MakeStore, n: int = 103) -> FeatureStore:
+    random = np.random.default_rng(1)
+    features = {"a": random.normal(size=(n, 3)), "b": [random.normal(size=(t, 2)) for t in random.integers(1, 9, n)]}
+    available = random.random((n, 2)) < 0.7
+    available[:, 0] |= ~available.any(1)
+    return make_store(features=features, available=available)
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+@pytest.mark.parametrize("pool", [1, 16, 10_000])
+def test_batches_cover_the_rows_once(
+    make_store: MakeStore, monkeypatch: pytest.MonkeyPatch, seed: int | None, pool: int
+) -> None:
+    monkeypatch.setattr(store_module, "POOL_ROWS", pool)
+    store = ragged(make_store)
+    rows = np.random.default_rng(0).permutation(103)[:90]
+    labels = np.arange(103) * 10
+    batches = list(store.iter_batches(rows, 8, shuffle_seed=seed, labels=labels))
+    assert [len(b) for b in batches] == [8] * 11 + [2]
+    order = np.concatenate([b.row_id for b in batches])
+    if seed is None:
+        assert order.tolist() == rows.tolist()
+    else:
+        assert sorted(order) == sorted(rows)
+        assert order.tolist() != sorted(rows)
+        again = store.iter_batches(np.sort(rows), 8, shuffle_seed=seed)
+        assert np.concatenate([b.row_id for b in again]).tolist() == order.tolist()
+        other = store.iter_batches(rows, 8, shuffle_seed=4)
+        assert np.concatenate([b.row_id for b in other]).tolist() != order.tolist()
+    for batch in batches:
+        alone = store.read(batch.row_id.numpy())
+        for name in store.modalities:
+            assert torch.equal(batch.features[name], alone.features[name])
+        assert torch.equal(batch.lengths["b"], alone.lengths["b"])
+        assert batch.label.tolist() == labels[batch.row_id].tolist()
+
+
+def test_shuffling_mixes_across_blocks(make_store: MakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "POOL_ROWS", 64)
+    store = make_store(640)
+    first = next(store.iter_batches(np.arange(640), 32, shuffle_seed=0)).row_id.numpy()
+    assert np.ptp(first) > 64, "a batch draws on blocks that lie apart"
+    assert len(np.unique(first // 16)) <= 5, "but only on a few of them"
+
+
+class Rows(Dataset[torch.Tensor]):
+    def __init__(self, store: FeatureStore) -> None:
+        self.store = store
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def __getitem__(self, row: int) -> torch.Tensor:
+        return self.store.read(np.array([row])).features["text"][0]
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="the system has no fork")
+def test_forked_workers_open_their_own_file(make_store: MakeStore) -> None:
+    store = make_store(40)
+    expected = store.read(np.arange(40)).features["text"]
+    loader = DataLoader(Rows(store), batch_size=5, num_workers=2, multiprocessing_context="fork")
+    for _ in range(2):
+        assert torch.equal(torch.cat(list(loader)), expected)
+        assert torch.equal(store.read(np.arange(40)).features["text"], expected), "the parent's file is still good"
+
+
+def test_pickle_and_close(make_store: MakeStore) -> None:
+    store = make_store(10, groups={"g": np.zeros(10)}, order=np.arange(10))
+    for view in (store, store.windowed(3)):
+        copy = pickle.loads(pickle.dumps(view))
+        assert torch.equal(copy.read(np.arange(10)).features["text"], view.read(np.arange(10)).features["text"])
+    with store:
+        pass
+    assert len(store.read(np.array([1]))) == 1, "a closed store opens again"
+
+
+# What opening refuses.
+
+
+def test_truncated_files(make_store: MakeStore, tmp_path: Path) -> None:
+    whole = ragged(make_store).path.read_bytes()
+    path = tmp_path / "cut.h5"
+    for size in [0, 1, 7, 8, 100, 512, 2048, len(whole) // 2, len(whole) - 1]:
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"cut\.h5: not a readable feature store: .") as error:
+            FeatureStore(path)
+        assert "\n" not in str(error.value)
+
+
+def test_a_file_that_shrinks_while_it_is_open(make_store: MakeStore) -> None:
+    store = make_store(features={"a": np.ones((50_000, 4)), "b": np.ones((50_000, 4))})
+    os.truncate(store.path, store.path.stat().st_size // 4)
+    with pytest.raises(ValueError, match=r"store0\.h5: cannot read .*: ."):
+        store.read(np.array([49_999]))
+    with pytest.raises(ValueError, match=r"store0\.h5: cannot read ids: ."):
+        store.ids()
+
+
+def test_no_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        FeatureStore(tmp_path / "none.h5")
+
+
+def delete(path: str) -> Callable[[h5py.File], object]:
+    return lambda file: file.__delitem__(path)
+
+
+def replace_with(path: str, values: Any) -> Callable[[h5py.File], object]:
+    def change(file: h5py.File) -> None:
+        if path in file:
+            del file[path]
+        file[path] = values
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda file: file.attrs.__delitem__("format"), "not a feature store"),
+        (
+            lambda file: file.attrs.__setitem__("version", 2),
+            "store version 2, but this modafill reads versions up to 1",
+        ),
+        (lambda file: file.attrs.__setitem__("modalities", "{"), "Expecting property name"),
+        (lambda file: file.attrs.__setitem__("modalities", "[]"), "names no modalities"),
+        (lambda file: file.attrs.__delitem__("modalities"), "modalities"),
+        (delete("available"), "no array 'available'"),
+        (delete("modalities/b"), "no array 'modalities/b/values'"),
+        (delete("modalities/b/offsets"), r"'b' has \d+ samples, expected 103"),
+        (replace_with("available", np.ones((103, 3), dtype=bool)), r"available is bool \(103, 3\)"),
+        (replace_with("available", np.ones((103, 2))), "available is float64"),
+        (replace_with("available", np.ones((102, 2), dtype=bool)), "'a' has 103 samples, expected 102"),
+        (replace_with("modalities/a/values", np.zeros((103, 3), dtype=int)), "'a' has values int64"),
+        (replace_with("modalities/a/values", np.zeros((103, 2, 2, 2))), "'a' has values float64"),
+        (replace_with("modalities/b/offsets", np.arange(104)), "'b' has offsets that do not fit"),
+        (replace_with("modalities/b/offsets", np.ones(104, dtype=int)), "'b' has malformed offsets"),
+        (replace_with("generated", np.ones((5, 2), dtype=bool)), r"generated has shape \(5, 2\)"),
+        (replace_with("labels/y", np.zeros(4)), "labels/y has 4 entries, expected 103"),
+        (replace_with("ids", np.zeros(4)), "ids has 4 entries"),
+        (replace_with("modalities/b/offsets", np.r_[0, np.zeros(103, dtype=int)]), "do not fit|without frames"),
+    ],
+)
+def test_inconsistent_files(
+    make_store: MakeStore, tmp_path: Path, change: Callable[[h5py.File], object], message: str
+) -> None:
+    path = tmp_path / "changed.h5"
+    shutil.copy(ragged(make_store).path, path)
+    with h5py.File(path, "r+") as file:
+        change(file)
+    with pytest.raises(ValueError, match=rf"changed\.h5: .*{message}"):
+        FeatureStore(path)
+
+
+def test_observed_sequences_need_frames(make_store: MakeStore, tmp_path: Path) -> None:
+    path = tmp_path / "changed.h5"
+    shutil.copy(ragged(make_store).path, path)
+    with h5py.File(path, "r+") as file:
+        file["available"][()] = True
+    with pytest.raises(ValueError, match="'b' has available samples without frames"):
+        FeatureStore(path)
+
+
+# The writer.
+
+
+def writer_at(path: Path, **changes: Any) -> StoreWriter:
+    given: dict[str, Any] = {"modalities": ["a", "b"], "widths": {"a": 2, "b": 3}}
+    given["kinds"] = {"a": "vector", "b": "sequence"}
+    return StoreWriter(path, **{**given, **changes})
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.h5"
+    with writer_at(path) as writer:
+        writer.append({"a": np.ones((1, 2)), "b": [np.ones((2, 3))]})
+    before = path.read_bytes()
+    with pytest.raises(RuntimeError, match="stop"), writer_at(path) as writer:
+        writer.append({"a": np.ones((1, 2)), "b": [np.ones((2, 3))]})
+        assert path.read_bytes() == before
+        raise RuntimeError("stop")
+    assert path.read_bytes() == before
+    with pytest.raises(ValueError, match="no samples were written"), writer_at(path):
+        pass
+    assert [file.name for file in tmp_path.iterdir()] == ["a.h5"]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"modalities": ["a", "a"]}, "expected distinct names"),
+        ({"modalities": []}, "expected distinct names"),
+        ({"kinds": {"a": "vector", "b": "image"}}, r"kinds\['b'\]: got 'image'"),
+        ({"widths": {"a": 0, "b": 3}}, r"widths\['a'\]: got 0"),
+        ({"dtype": "int8"}, "dtype: got 'int8'"),
+        ({"columns": {"a": ["x"]}}, r"columns\['a'\]: got 1 names, expected 2"),
+        ({"modalities": ["a/b"], "widths": {"a/b": 1}, "kinds": {"a/b": "vector"}}, "without '/'"),
+    ],
+)
+def test_writer_arguments(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        writer_at(tmp_path / "a.h5", **changes)
+    assert not list(tmp_path.iterdir())
+
+
+A, B = np.ones((2, 2)), [np.ones((2, 3)), np.ones((1, 3))]
+
+
+@pytest.mark.parametrize(
+    "features, columns, message",
+    [
+        ({"a": A}, {}, r"features: got \['a'\]"),
+        ({"a": A[:, :1], "b": B}, {}, r"features\['a'\]: got shape \(2, 1\), expected \(2, 2\)"),
+        ({"a": A, "b": B[:1]}, {}, r"features\['b'\]: got 1 rows"),
+        ({"a": A, "b": [B[0], np.ones((1, 2))]}, {}, r"features\['b'\]: got shape \(1, 2\) .* in row 3"),
+        ({"a": A, "b": [B[0], np.ones((0, 3))]}, {}, r"length 0 in row 3"),
+        ({"a": A, "b": B}, {"available": np.ones((2, 2))}, "available: got float64"),
+        ({"a": A, "b": B}, {"labels": {"y": np.zeros(3)}}, "labels/y: got 3 entries, expected 2"),
+        ({"a": A, "b": B}, {"labels": {"z": np.zeros(2)}}, r"got the columns .*labels/z"),
+        ({"a": A, "b": B}, {"labels": {"y": np.zeros((2, 4))}}, r"labels/y: got shape \(2, 4\)"),
+    ],
+)
+def test_append_names_what_is_wrong(
+    tmp_path: Path, features: dict[str, Any], columns: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message), writer_at(tmp_path / "a.h5") as writer:
+        writer.append({"a": A, "b": B}, labels={"y": np.zeros(2)})
+        writer.append(features, **{"labels": {"y": np.zeros(2)}, **columns})
+    assert not list(tmp_path.iterdir())
+
+
+def test_half_precision_and_column_names(tmp_path: Path) -> None:
+    with writer_at(tmp_path / "a.h5", dtype="float16", columns={"a": ["left", "right"]}) as writer:
+        writer.append({"a": A / 3, "b": B})
+    store = FeatureStore(tmp_path / "a.h5")
+    assert store.columns("a") == ["left", "right"]
+    assert store.columns("b") is None
+    assert store.dtypes["a"] == "float16"
+    x = store.read(np.array([0])).features["a"]
+    assert x.dtype == torch.float32
+    assert x[0, 0] == np.float16(1 / 3)
