@@ -1,0 +1,369 @@
+from __future__ import annotations
+
+import io
+import json
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from modafill.data import FeatureStore, NpzMapping, builtin_mappings, convert_npz, load_mapping, open_data
+from modafill.data.npz import NpzFile
+
+MAPPING: dict[str, Any] = {"modalities": {"text": "t", "audio": "a"}, "label": {"name": "y", "kind": "class"}}
+
+
+def save(path: Path, **arrays: Any) -> Path:
+    np.savez(path, **arrays)
+    return path
+
+
+def simple(path: Path, n: int = 10, **arrays: Any) -> Path:
+    random = np.random.default_rng(0)
+    given = {"t": random.normal(size=(n, 3)), "a": random.normal(size=(n, 4, 2)), "y": np.arange(n) % 2}
+    return save(path, **{**given, **arrays})
+
+
+def npy(array: np.ndarray) -> bytes:
+    stream = io.BytesIO()
+    np.lib.format.write_array(stream, array, allow_pickle=True)
+    return stream.getvalue()
+
+
+def write_zip(path: Path, compression: int = zipfile.ZIP_DEFLATED, **members: bytes) -> Path:
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in members.items():
+            archive.writestr(f"{name}.npy", content)
+    return path
+
+
+# The safe reader.
+
+
+@pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize("rows", [1, 3, 10, 99])
+def test_blocks_against_numpy(tmp_path: Path, compress: bool, rows: int) -> None:
+    random = np.random.default_rng(0)
+    arrays = {
+        "floats": random.normal(size=(10, 3, 2)),
+        "fortran": np.asfortranarray(random.normal(size=(10, 4))),
+        "big_endian": np.arange(10, dtype=">i4"),
+        "text": np.array([f"é{i}" for i in range(10)]),
+        "scalar": np.array(3.5),
+        "empty": np.zeros((0, 5)),
+        "no_columns": np.zeros((10, 0)),
+    }
+    (np.savez_compressed if compress else np.savez)(tmp_path / "x.npz", **arrays)
+    with NpzFile(tmp_path / "x.npz") as npz:
+        assert set(npz.headers) == set(arrays)
+        for name, array in arrays.items():
+            whole, blocks = npz.load(name), list(npz.blocks(name, rows))
+            assert whole.dtype == array.dtype
+            np.testing.assert_array_equal(whole, array)
+            if array.ndim:
+                np.testing.assert_array_equal(np.concatenate(blocks), array)
+                assert all(len(block) <= rows for block in blocks)
+
+
+def test_a_decompression_bomb_is_refused(tmp_path: Path) -> None:
+    header = npy(np.zeros((0, 1000), dtype=np.float32))
+    n = 25_000
+    header = header.replace(b"(0, 1000), }" + b" " * 4, f"({n}, 1000), }}".encode())
+    path = tmp_path / "bomb.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive, archive.open("t.npy", "w") as stream:
+        stream.write(header)
+        for _ in range(n // 1000):
+            stream.write(bytes(4_000_000))
+    assert path.stat().st_size < 200_000
+    with pytest.raises(ValueError, match=r"bomb\.npz: array 't.npy' grows from \d+ to 100000\d+ bytes"):
+        NpzFile(path)
+
+
+def test_total_size_is_limited(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="bytes uncompressed, more than the limit of 500"):
+        NpzFile(simple(tmp_path / "x.npz"), max_bytes=500)
+
+
+@pytest.mark.parametrize("shape", ["(9999999999, 9999999999)", "(3, 3)", "(2,)", "(-2, -2)"])
+def test_a_lying_header_is_refused(tmp_path: Path, shape: str) -> None:
+    array = npy(np.zeros((2, 2)))
+    lying = array.replace(b"(2, 2)", shape.encode())[: 128 + len(shape) - 6] + bytes(32)
+    lying = lying[:8] + (len(lying) - 32 - 10).to_bytes(2, "little") + lying[10:]
+    with pytest.raises(ValueError, match="array 't' declares"):
+        NpzFile(write_zip(tmp_path / "x.npz", t=lying))
+
+
+def test_objects_are_never_unpickled(tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(tmp_path / "trapped"),)
+
+    path = write_zip(tmp_path / "x.npz", t=npy(np.array([Trap()], dtype=object)))
+    with pytest.raises(ValueError, match="array 't' holds Python objects"):
+        NpzFile(path)
+    assert not (tmp_path / "trapped").exists()
+
+
+def test_damaged_archives(tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "whole.npz", t=np.random.default_rng(0).normal(size=(500, 3)))
+    whole = (tmp_path / "whole.npz").read_bytes()
+    path = tmp_path / "cut.npz"
+    for size in (0, 3, 30, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"cut\.npz: "):
+            NpzFile(path)
+    for place in range(200, len(whole) // 2, 997):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
+        for rows in (7, 500):
+            with pytest.raises(ValueError, match=r"cut\.npz: cannot read array 't': "):
+                read_in_blocks(path, rows)
+
+
+def read_in_blocks(path: Path, rows: int) -> list[np.ndarray]:
+    with NpzFile(path) as npz:
+        return list(npz.blocks("t", rows))
+
+
+@pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"\x93NUMPY\x09\x00" + bytes(200), b"hello" * 50])
+def test_damaged_arrays(tmp_path: Path, content: bytes) -> None:
+    with pytest.raises(ValueError, match=r"x\.npz: cannot read array 't': "):
+        NpzFile(write_zip(tmp_path / "x.npz", t=content))
+
+
+def test_archives_without_arrays(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no arrays"):
+        NpzFile(write_zip(tmp_path / "x.npz"))
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        NpzFile(tmp_path / "none.npz")
+
+
+# Mappings.
+
+
+def test_a_mapping_by_object_name_and_path(tmp_path: Path) -> None:
+    (tmp_path / "mine.json").write_text(json.dumps(MAPPING))
+    by_path = load_mapping(tmp_path / "mine.json")
+    assert by_path.name == "mine"
+    assert by_path.modalities == {"text": "t", "audio": "a"}
+    assert by_path.to_dict() == load_mapping(MAPPING).to_dict()
+    assert load_mapping("hazumi") == builtin_mappings()["hazumi"]
+    assert load_mapping(by_path) is by_path
+    for mapping in builtin_mappings().values():
+        assert NpzMapping.from_dict(mapping.name, json.loads(json.dumps(mapping.to_dict()))) == mapping
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ("nothing", r"got 'nothing', expected a JSON file or one of \['digits', 'hazumi'"),
+        ({}, "'modalities' to name two"),
+        ({"modalities": {"a": "a"}}, "'modalities' to name two"),
+        ({**MAPPING, "groups": "g"}, r"got the keys \['groups'\]"),
+        ({**MAPPING, "nonfinite": "ignore"}, "got nonfinite 'ignore'"),
+        ({**MAPPING, "clip": {"vision": 3}}, r"clip names the unknown modalities \['vision'\]"),
+        ({**MAPPING, "label": {"kind": "class"}}, "the label to have the name"),
+        ({**MAPPING, "label": {"name": "y", "kind": "rank"}}, "mapping given: label: got kind 'rank'"),
+    ],
+)
+def test_malformed_mappings(given: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_mapping(given)
+
+
+def test_malformed_mapping_files(tmp_path: Path) -> None:
+    path = tmp_path / "m.json"
+    for content, message in (("{", "not a JSON file"), ("[]", "expected a JSON object")):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=rf"m\.json: {message}"):
+            load_mapping(path)
+
+
+def test_the_mapping_is_found_by_content(tmp_path: Path) -> None:
+    n = 4
+    arrays = {"fourier": np.ones((n, 2)), "karhunen": np.ones((n, 2)), "zernike": np.ones((n, 2))}
+    assert convert_npz(save(tmp_path / "a.npz", **arrays, digit=np.arange(n)), tmp_path / "a.h5").name == "digits"
+    with pytest.raises(ValueError, match=r"no mapping fits the arrays .*digits lacks digit; hazumi lacks UI_mean, pid"):
+        convert_npz(save(tmp_path / "b.npz", **arrays), tmp_path / "b.h5")
+    hazumi = {"text": np.ones((n, 2)), "audio": np.ones((n, 2)), "vision": np.ones((n, 2)), "UI_mean": np.arange(n)}
+    names = {f"{name}_cols": np.array(["x", "y"]) for name in ("text", "audio", "vision")}
+    both = {**arrays, "digit": np.arange(n), **hazumi, **names, "pid": np.arange(n), "turn": np.arange(n)}
+    with pytest.raises(ValueError, match=r"mappings \['digits', 'hazumi'\] all fit"):
+        convert_npz(save(tmp_path / "c.npz", **both), tmp_path / "c.h5")
+    assert convert_npz(tmp_path / "c.npz", tmp_path / "c.h5", "hazumi").name == "hazumi"
+    with pytest.raises(ValueError, match=r"mapping hazumi needs the arrays \['UI_mean', 'pid', 'turn', 'text_cols'"):
+        convert_npz(tmp_path / "a.npz", tmp_path / "a.h5", "hazumi")
+
+
+# Conversion.
+
+
+def test_every_part_of_a_mapping(tmp_path: Path) -> None:
+    n, random = 2500, np.random.default_rng(0)
+    arrays = {
+        "t": random.normal(size=(n, 3)),
+        "a": random.normal(size=(n, 5, 2)) * 10,
+        "a_len": random.integers(0, 6, n),
+        "seen": random.random((n, 2)) < 0.8,
+        "y": random.choice(["no", "yes"], n),
+        "who": random.integers(0, 9, n),
+        "when": random.permutation(n),
+        "names": np.array(["l", "m", "r"]),
+    }
+    given = {
+        "modalities": {"text": "t", "audio": "a"},
+        "lengths": {"audio": "a_len"},
+        "columns": {"text": "names"},
+        "available": "seen",
+        "label": {"name": "y", "kind": "class"},
+        "group": "who",
+        "order": "when",
+        "clip": {"audio": 12},
+        "window": 4,
+    }
+    convert_npz(save(tmp_path / "x.npz", **arrays), tmp_path / "x.h5", given)
+    store = FeatureStore(tmp_path / "x.h5")
+    available = arrays["seen"] & np.stack([np.ones(n, bool), arrays["a_len"] > 0], 1)
+    np.testing.assert_array_equal(store.available(), available)
+    assert store.kinds == {"text": "vector", "audio": "sequence"}
+    assert store.columns("text") == ["l", "m", "r"]
+    assert store.labels().tolist() == arrays["y"].tolist()
+    assert store.groups().tolist() == arrays["who"].tolist()
+    assert store.order().tolist() == arrays["when"].tolist()
+    assert store.ids(np.array([7])) == [f"{arrays['who'][7]}_{arrays['when'][7]}"]
+    task = {"label": {"name": "y", "kind": "class"}, "group": "who", "window": 4, "mapping": "given"}
+    assert store.task == task
+    batch = store.read(np.arange(n))
+    np.testing.assert_array_equal(batch.features["text"], np.where(available[:, :1], arrays["t"], 0).astype(np.float32))
+    valid = (np.arange(5) < arrays["a_len"][:, None]) & available[:, 1:]
+    audio = np.where(valid[..., None], arrays["a"].clip(-12, 12), 0).astype(np.float32)
+    assert np.abs(arrays["a"]).max() > 12
+    np.testing.assert_array_equal(batch.features["audio"], audio)
+    assert batch.lengths["audio"].tolist() == valid.sum(1).tolist()
+
+
+def split_arrays() -> dict[str, np.ndarray]:
+    random = np.random.default_rng(0)
+    arrays = {}
+    for part, n in (("train", 5), ("test", 3)):
+        arrays |= {f"t_{part}": random.normal(size=(n, 2)), f"a_{part}": random.normal(size=(n, 3, 2))}
+        arrays |= {f"y_{part}": np.arange(n), f"vid_{part}": np.array([f"{part}{i // 2}" for i in range(n)])}
+    return arrays
+
+
+SPLIT_MAPPING: dict[str, Any] = {
+    "splits": ["train", "test"],
+    "modalities": {"text": "t_{split}", "audio": "a_{split}"},
+    "label": {"name": "y_{split}", "kind": "class"},
+    "group": "vid_{split}",
+}
+
+
+@pytest.mark.parametrize("modality", ["t", "a"])
+def test_an_array_that_one_split_lacks_is_missing_there(tmp_path: Path, modality: str) -> None:
+    arrays = split_arrays()
+    del arrays[f"{modality}_train"]
+    convert_npz(save(tmp_path / "x.npz", **arrays), tmp_path / "x.h5", SPLIT_MAPPING)
+    store = FeatureStore(tmp_path / "x.h5")
+    m = "ta".index(modality)
+    assert store.available()[:, m].tolist() == [False] * 5 + [True] * 3
+    assert store.available()[:, 1 - m].all()
+    assert store.split().tolist() == ["train"] * 5 + ["test"] * 3
+    assert store.groups("vid").tolist() == [*arrays["vid_train"], *arrays["vid_test"]]
+    assert store.labels("y").tolist() == [0, 1, 2, 3, 4, 0, 1, 2]
+    assert store.ids() == [*(f"train_{i}" for i in range(5)), *(f"test_{i}" for i in range(3))]
+    batch, name = store.read(np.arange(8)), store.modalities[m]
+    assert not batch.features[name][:5].any()
+    np.testing.assert_array_equal(batch.features[name][5:], arrays[f"{modality}_test"].astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"t_train": None, "t_test": None}, r"needs the arrays \['t_{split}'\]"),
+        ({"y_test": None}, r"needs the arrays \['y_test'\]"),
+        ({"t_test": np.ones((3, 9))}, r"modality 'text' has parts of different shapes \[\(2,\), \(9,\)\]"),
+        ({"a_test": np.ones((3, 4, 2))}, "modality 'audio' has parts of different shapes"),
+        ({"y_test": np.ones(4)}, r"disagree in the number of samples: {'t_test': 3, 'a_test': 3, 'y_test': 4"),
+        ({"t_test": np.array(["a", "b", "c"])}, r"array 't_test' is <U1 \(3,\), expected numbers \[N, D\]"),
+        ({"t_train": np.ones((5, 0))}, r"array 't_train' is float64 \(5, 0\)"),
+    ],
+)
+def test_arrays_that_disagree(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    arrays = {name: array for name, array in {**split_arrays(), **changes}.items() if array is not None}
+    with pytest.raises(ValueError, match=rf"x\.npz: .*{message}"):
+        convert_npz(save(tmp_path / "x.npz", **arrays), tmp_path / "x.h5", SPLIT_MAPPING)
+    assert not (tmp_path / "x.h5").exists()
+
+
+def test_a_malformed_mask(tmp_path: Path) -> None:
+    path = simple(tmp_path / "x.npz", seen=np.ones((10, 3), dtype=bool))
+    with pytest.raises(ValueError, match=r"array 'seen' is bool \(10, 3\), expected bool \(10, 2\)"):
+        convert_npz(path, tmp_path / "x.h5", {**MAPPING, "available": "seen"})
+
+
+def test_nan_is_an_error_unless_asked_to_be_zero(tmp_path: Path) -> None:
+    n = 2200
+    t, a = np.ones((n, 3)), np.ones((n, 4, 2))
+    t[[5, 2100], 1] = np.nan
+    a[2150, 3, :] = -np.inf
+    path = simple(tmp_path / "x.npz", n, t=t, a=a)
+    with pytest.raises(ValueError, match=r"'t' has 2 in rows 5, 2100; 'a' has 2 in row 2150 .*\"nonfinite\": \"zero\""):
+        convert_npz(path, tmp_path / "x.h5", MAPPING)
+    assert [file.name for file in tmp_path.iterdir()] == ["x.npz"]
+    convert_npz(path, tmp_path / "x.h5", {**MAPPING, "nonfinite": "zero"})
+    batch = FeatureStore(tmp_path / "x.h5").read(np.array([5, 6, 2150]))
+    assert batch.features["text"].tolist() == [[1, 0, 1], [1, 1, 1], [1, 1, 1]]
+    assert batch.features["audio"][2].tolist() == [[1, 1], [1, 1], [1, 1], [0, 0]]
+
+
+def test_values_beyond_float32_count_as_infinite(tmp_path: Path) -> None:
+    t = np.ones((10, 3))
+    t[4, 0] = 1e60
+    with pytest.raises(ValueError, match="'t' has 1 in row 4"):
+        convert_npz(simple(tmp_path / "x.npz", t=t), tmp_path / "x.h5", MAPPING)
+
+
+def test_nan_where_nothing_is_observed_is_no_error(tmp_path: Path) -> None:
+    t, seen = np.ones((10, 3)), np.ones((10, 2), dtype=bool)
+    t[2], seen[2, 0] = np.nan, False
+    a, lengths = np.ones((10, 4, 2)), np.full(10, 4)
+    a[3, 2:], lengths[3] = np.inf, 2
+    path = simple(tmp_path / "x.npz", t=t, seen=seen, a=a, steps=lengths)
+    convert_npz(path, tmp_path / "x.h5", {**MAPPING, "available": "seen", "lengths": {"audio": "steps"}})
+    batch = FeatureStore(tmp_path / "x.h5").read(np.arange(10))
+    assert all(torch.isfinite(x).all() for x in batch.features.values())
+
+
+# open_data.
+
+
+def test_an_archive_is_converted_once(tmp_path: Path) -> None:
+    source, cache = simple(tmp_path / "x.npz"), tmp_path / "cache" / "deep"
+    first = open_data(source, cache, MAPPING)
+    made = first.path.stat().st_mtime_ns
+    assert first.path == cache / "x.h5"
+    assert open_data(source, cache, MAPPING).path.stat().st_mtime_ns == made
+    assert open_data(source, cache, {**MAPPING, "clip": {"text": 0.1}}).read(np.arange(10)).features["text"].max() < 0.2
+    simple(source, n=12)
+    assert len(open_data(source, cache, MAPPING)) == 12
+    (cache / "x.h5").write_bytes(b"\x89HDF\r\n\x1a\n")
+    assert len(open_data(source, cache, MAPPING)) == 12, "a broken cache is replaced"
+
+
+def test_a_store_is_opened_in_place(tmp_path: Path) -> None:
+    convert_npz(simple(tmp_path / "x.npz"), tmp_path / "x.h5", MAPPING)
+    assert open_data(tmp_path / "x.h5", tmp_path / "cache").path == tmp_path / "x.h5"
+    assert not (tmp_path / "cache").exists()
+
+
+def test_files_that_are_neither(tmp_path: Path) -> None:
+    (tmp_path / "x.npz").write_text("hello")
+    with pytest.raises(ValueError, match="neither a feature store"):
+        open_data(tmp_path / "x.npz", tmp_path)
+    with pytest.raises(ValueError, match="cannot be read"):
+        open_data(tmp_path, tmp_path)
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        open_data(tmp_path / "none.npz", tmp_path)
