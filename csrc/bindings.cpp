@@ -40,8 +40,8 @@ CpuOps choose_cpu_ops() {
   };
 #ifdef MODAFILL_X86
   __builtin_cpu_init();
-  const bool has_v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
-                      __builtin_cpu_supports("bmi2");
+  const bool has_v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                      __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
   const bool has_v4 = has_v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
@@ -128,35 +128,30 @@ RandnArgs randn_args(int dtype, uintptr_t out, uintptr_t step_values, int64_t st
           width};
 }
 
-// Every step in memory is in [low, high(row)]; integers were checked before they came here.
-template <class High>
-void check_steps(const char *name, const Steps &steps, int64_t batch, int64_t low, High high) {
-  if (!steps.values)
-    return;
-  for (int64_t row = 0; row < (steps.stride ? batch : 1); ++row) {
-    const int64_t step = steps.values[row];
-    if (step < low || step > high(row))
-      throw std::invalid_argument(std::string(name) + ": got " + std::to_string(step) + " in row " +
-                                  std::to_string(row) + ", expected a diffusion step in " + std::to_string(low) +
-                                  "\u2026" + std::to_string(high(row)));
-  }
+void check_step(const char *name, int64_t row, int64_t step, int64_t low, int64_t high) {
+  if (step < low || step > high)
+    throw std::invalid_argument(std::string(name) + ": got " + std::to_string(step) + " in row " + std::to_string(row) +
+                                ", expected a diffusion step in " + std::to_string(low) + "\u2026" +
+                                std::to_string(high));
 }
 
-void check(const MaskedReverseStepArgs &args) {
-  check_steps("step", args.step, args.batch, 1, [&](int64_t) { return args.table.last; });
+// Every step in memory is in [low, high]; integers were checked before they came here.
+void check_steps(const Steps &steps, int64_t batch, int64_t low, int64_t high) {
+  for (int64_t row = 0; steps.values && row < (steps.stride ? batch : 1); ++row)
+    check_step("step", row, step_of(steps, row), low, high);
 }
 
-void check(const AddNoiseArgs &args) {
-  check_steps("step", args.step, args.batch, 1, [&](int64_t) { return args.table.last; });
-}
+void check(const MaskedReverseStepArgs &args) { check_steps(args.step, args.batch, 1, args.table.last); }
 
-void check(const RandnArgs &args) {
-  check_steps("step", args.step, args.batch, 0, [](int64_t) { return kMaxStep; });
-}
+void check(const AddNoiseArgs &args) { check_steps(args.step, args.batch, 1, args.table.last); }
+
+void check(const RandnArgs &args) { check_steps(args.step, args.batch, 0, kMaxStep); }
 
 void check(const DdimStepArgs &args) {
-  check_steps("step", args.step, args.batch, 1, [&](int64_t) { return args.table.last; });
-  check_steps("prev_step", args.prev_step, args.batch, 0, [&](int64_t row) { return step_of(args.step, row) - 1; });
+  check_steps(args.step, args.batch, 1, args.table.last);
+  if (args.step.values || args.prev_step.values)
+    for (int64_t row = 0; row < (args.step.stride || args.prev_step.stride ? args.batch : 1); ++row)
+      check_step("prev_step", row, step_of(args.prev_step, row), 0, step_of(args.step, row) - 1);
 }
 
 template <class Args>

@@ -150,8 +150,9 @@ struct DdimRow {
     const C prev_sigma = before[kSigma];
     const C ratio = signal / prev_signal;
     // 1 - ratio^2, from whichever column of the table is the more exact one.
-    const C spread = prev_sigma < prev_signal ? (sigma - prev_sigma) * (sigma + prev_sigma) / (prev_signal * prev_signal)
-                                              : C(1) - ratio * ratio;
+    const C spread = prev_sigma < prev_signal
+                         ? (sigma - prev_sigma) * (sigma + prev_sigma) / (prev_signal * prev_signal)
+                         : C(1) - ratio * ratio;
     std = eta * prev_sigma / sigma * square_root(spread);
     // prev_sigma^2 - std^2 as a sum of squares, which does not cancel.
     const C carried = eta * prev_sigma * prev_sigma * ratio / sigma;

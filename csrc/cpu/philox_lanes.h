@@ -66,7 +66,8 @@ MODAFILL_INLINE void philox_lanes(uint64_t seed, Words counter, LaneWords &out) 
   Wide offsets;
   std::memcpy(&offsets, kEven, sizeof offsets);
   for (int done = 0; done < kLanes; done += kQuads) {
-    WideWords even = {add(broadcast(counter.w0 + static_cast<uint32_t>(done)), offsets), broadcast(counter.w1), broadcast(counter.w2), broadcast(counter.w3)};
+    WideWords even = {add(broadcast(counter.w0 + static_cast<uint32_t>(done)), offsets), broadcast(counter.w1),
+                      broadcast(counter.w2), broadcast(counter.w3)};
     WideWords odd = even;
     odd.w0 = add(even.w0, broadcast(1));
     uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);

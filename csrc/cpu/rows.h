@@ -62,8 +62,8 @@ MODAFILL_INLINE void fill_normals(uint64_t seed, uint64_t row_id, uint32_t draw,
   for (int group = 0; group < quads; group += kLanes) {
     LaneWords w;
     philox_lanes(seed,
-                 {first + static_cast<uint32_t>(group), static_cast<uint32_t>(row_id), static_cast<uint32_t>(row_id >> 32),
-                  draw},
+                 {first + static_cast<uint32_t>(group), static_cast<uint32_t>(row_id),
+                  static_cast<uint32_t>(row_id >> 32), draw},
                  w);
 #pragma omp simd
     for (int lane = 0; lane < kLanes; ++lane) {

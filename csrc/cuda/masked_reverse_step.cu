@@ -30,8 +30,8 @@ __global__ void __launch_bounds__(kThreads) masked_reverse_step_kernel(const Mas
       z = quad_normals(args.key, row, step, static_cast<uint32_t>(Draw::kReverse), quad);
     Quad out;
     for (int i = 0; i < 4; ++i) {
-      const float renoised = formula.noisy ? formula.renoised(observed.values[i], z.values[i])
-                                           : formula.renoised(observed.values[i]);
+      const float renoised =
+          formula.noisy ? formula.renoised(observed.values[i], z.values[i]) : formula.renoised(observed.values[i]);
       const float generated = formula.noisy ? formula.generated(x.values[i], eps.values[i], z.values[i])
                                             : formula.generated(x.values[i], eps.values[i]);
       out.values[i] = observed_elements >> i & 1 ? renoised : generated;

@@ -110,9 +110,11 @@ const char *launch(const Kernels<Args> &kernels, const Args &args, void *stream,
 }
 
 #define MODAFILL_KERNELS(kernel)                                                                                       \
-  {{kernel<float, false>, kernel<float, true>},                                                                        \
-   {kernel<__nv_bfloat16, false>, kernel<__nv_bfloat16, true>},                                                        \
-   {kernel<__half, false>, kernel<__half, true>}}
+  {                                                                                                                    \
+    {kernel<float, false>, kernel<float, true>}, {kernel<__nv_bfloat16, false>, kernel<__nv_bfloat16, true>}, {        \
+      kernel<__half, false>, kernel<__half, true>                                                                      \
+    }                                                                                                                  \
+  }
 
 } // namespace
 } // namespace modafill::cuda

@@ -141,4 +141,4 @@ def add_noise(
     args = (x, table, *backends.split_step("step", step), *backends.split_seed(seed), row_id, backend)
     if backends.runs_directly(x, table, step, seed, row_id):
         return _run(*args)
-    return _op(*args)
+    return backends.dispatch(_op, _Function, *args)

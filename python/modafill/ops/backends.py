@@ -6,7 +6,7 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -240,11 +240,14 @@ def check_noise(seed_tensor: Tensor | None, row_id: Tensor | None, batch: int, d
             raise ValueError(f"row_id: got {describe(row_id)}, expected int64 [{batch}] on {device}")
 
 
-def check_out(out: Tensor, x: Tensor, *inputs: Tensor) -> None:
-    """``out`` is contiguous, like ``x``, and is one of the ``inputs`` or overlaps none of them."""
-    check_same("out", out, x)
-    if not out.is_contiguous():
-        raise ValueError(f"out: got strides {out.stride()} for shape {list(out.shape)}, expected a contiguous tensor")
+def check_out(out: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device, *inputs: Tensor) -> None:
+    """``out`` is contiguous, has these properties, and is one of the ``inputs`` or overlaps none of them."""
+    check_tensor("out", out)
+    if tuple(out.shape) != tuple(shape) or out.dtype != dtype or out.device != device or not out.is_contiguous():
+        stride = "" if out.is_contiguous() else f" with strides {out.stride()}"
+        raise ValueError(
+            f"out: got {describe(out)}{stride}, expected contiguous {_name(dtype)} {list(shape)} on {device}"
+        )
     begin, size = out.data_ptr(), out.numel() * out.element_size()
     for value in inputs:
         if begin != value.data_ptr() and begin < value.data_ptr() + size and value.data_ptr() < begin + size:
@@ -299,6 +302,13 @@ def launch(op: str, backend: str, device: torch.device, *args: int | float) -> N
     else:
         with torch.cuda.device(device):
             getattr(_C, f"{op}_cuda")(*args, torch._C._cuda_getCurrentRawStream(device.index))
+
+
+def dispatch(op: Any, function: type[torch.autograd.Function], *args: Any) -> Any:
+    """Call a registered op; under a functorch transform its autograd function has to come before the dispatcher."""
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        return function.apply(*args)
+    return op(*args)
 
 
 def launch_triton(op: str, *args: Any) -> None:

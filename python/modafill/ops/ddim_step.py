@@ -77,7 +77,7 @@ def _run(
     _check(x, eps, table, step, step_tensor, prev_step, prev_step_tensor, eta, seed_tensor, row_id, clip)
     backend = backends.select("ddim_step", x.device, x.dtype, backend)
     if out is not None:
-        backends.check_out(out, x, x, eps)
+        backends.check_out(out, x.shape, x.dtype, x.device, x, eps)
     if backend == "reference":
         _check_step_values(step, step_tensor, prev_step, prev_step_tensor, table.shape[0] - 1)
         result = reference.ddim_step(
@@ -249,4 +249,4 @@ def ddim_step(
     if backends.runs_directly(x, eps, table, step, prev_step, seed, row_id, out):
         return _run(*args, backend, out)
     backends.check_out_allowed(out)
-    return _op(*args, backend)
+    return backends.dispatch(_op, _Function, *args, backend)

@@ -52,6 +52,8 @@ def _run(
 ) -> Tensor:
     _check(shape, step, step_tensor, seed_tensor, row_id, draw, dtype, device)
     backend = backends.select("randn", device, dtype, backend)
+    if out is not None:
+        backends.check_out(out, shape, dtype, device)
     if backend == "reference":
         backends.check_step_values("step", step_tensor, 0, reference.MAX_STEP)
         result = reference.randn(

@@ -117,7 +117,7 @@ def masked_reverse_step(
     row_id: Tensor | None = None,
     noise: Tensor | None = None,
 ) -> Tensor:
-    """ADMC eq. 3–4 for ``x, eps, observed [B, M, D]``, ``available [B, M]``; see :func:`modafill.ops.masked_reverse_step`."""
+    """ADMC eq. 3–4 for ``x, eps, observed [B, M, D]`` and ``available [B, M]``; see the op of this name."""
     x, eps, observed, step = x.to(torch.float64), eps.to(torch.float64), observed.to(torch.float64), _steps(step, table)
     z = randn(tuple(x.shape), seed=seed, row_id=row_id, step=step, draw=Draw.REVERSE, device=x.device)
     z = z if noise is None else noise.to(torch.float64)
