@@ -15,10 +15,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter is on, which compiles nothing", allow_module_level=True)
 triton = pytest.importorskip("triton")
 
+from modafill.kernels.rows import config  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
-
-from modafill.kernels.rows import config  # noqa: E402
 
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
 MAX_REGISTERS = 128  # 16 warps of 32 threads on every architecture
@@ -81,5 +80,7 @@ def test_compiles_within_budget(op: str, capability: int, tmp_path: Path) -> Non
             assert 0 < used["REG"] <= MAX_REGISTERS
             assert used["STACK"] == used["LOCAL"] == 0, "spills"
             assert compiled.metadata.shared <= 16 * 1024
-            inexact = re.findall(r"\b(?:fma\.rn\.f32|div\.full\.f32|div\.approx\S*|sqrt\.approx\S*)", compiled.asm["ptx"])
+            inexact = re.findall(
+                r"\b(?:fma\.rn\.f32|div\.full\.f32|div\.approx\S*|sqrt\.approx\S*)", compiled.asm["ptx"]
+            )
             assert not inexact, "the noise would not have the bits of the CPU's"
