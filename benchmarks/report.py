@@ -100,8 +100,8 @@ def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
         measured = row["provider"] not in ROOFLINES
         table.add_row(
             row["provider"] if row["correct"] else f"{row['provider']} WRONG",
-            f"{row['p50_ms']:.3f}",
-            f"{row['p20_ms']:.3f}–{row['p80_ms']:.3f}",
+            _three_digits(row["p50_ms"]),
+            f"{_three_digits(row['p20_ms'])}–{_three_digits(row['p80_ms'])}",
             f"{row['gb_per_s']:.1f}",
             "" if row["roofline_fraction"] is None else f"{row['roofline_fraction']:.2f}",
             _ratio(speed_up(row, fastest)) if is_ours(row) else "",
@@ -109,6 +109,10 @@ def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
             style=None if row["correct"] else "red",
         )
     return table
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.{max(0, 3 - len(str(int(value))) + (value < 1))}f}"
 
 
 def _ratio(value: float | None) -> str:

@@ -253,9 +253,7 @@ class MaskedReverseStep:
             z = reference.randn(tuple(x.shape), seed=SEED, row_id=rows, step=self.step, draw=Draw.REVERSE)
         else:
             z = noise[rows].double()
-        expected = reference.masked_reverse_step(
-            x, eps, observed, available, self.table, self.step, seed=SEED, row_id=rows, noise=z
-        )
+        expected = reference.masked_reverse_step(x, eps, observed, available, self.table, self.step, seed=SEED, noise=z)
         x_weight, eps_weight, std, signal, sigma = self.folded
         z = z.to(x.dtype)
         eager = x_weight * x + eps_weight * eps + std * z
@@ -420,7 +418,7 @@ class AddNoise:
         b = self.buffers[0]
         x, step = b.x[rows], b.step[rows]
         z = (noise[rows] if own_noise else noise).double()
-        expected, _ = reference.add_noise(x, self.table, step, seed=SEED, row_id=rows, noise=z)
+        expected, _ = reference.add_noise(x, self.table, step, seed=SEED, noise=z)
         signal, sigma = self._roots()[step][..., None, None].unbind(1)
         verdict = _within(result[0][rows], expected, signal * x + sigma * z.to(x.dtype))
         return _both(verdict, _within(result[1][rows], z, z.to(x.dtype)))
