@@ -1,4 +1,4 @@
-"""Every Triton kernel compiled ahead of time for every architecture: registers, spills, shared memory, exact arithmetic."""
+"""Every Triton kernel compiled ahead of time for every architecture: registers, spills, exact arithmetic."""
 
 from __future__ import annotations
 
