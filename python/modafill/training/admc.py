@@ -55,17 +55,19 @@ class FoldTrainer:
         self.config, self.conditionings, self.seed = config, conditionings, seed
         self.accelerator, self.report = accelerator, report
         self.device = accelerator.device
-        self.target = torch.from_numpy(labels.classes).to(self.device)
+        self.target = torch.from_numpy(labels.encode(store.labels(labels.name))).to(self.device)
         self.available = torch.from_numpy(store.available())
         self.specs = {
             name: ModalitySpec(store.widths[name], store.kinds[name] == "sequence") for name in store.modalities
         }
         torch.manual_seed(derive_seed(seed, "weights"))
-        self.model = ADMC(self.specs, labels.n_classes, self._config(conditionings[0]), labels.names).to(self.device)
+        self.model = ADMC(self.specs, labels.n_classes, self._config(conditionings[0]), list(labels.class_names)).to(self.device)
         self.adns = {conditionings[0]: self.model.adn}
         for conditioning in conditionings[1:]:
             self.adns[conditioning] = ADN(len(self.specs), self._config(conditioning)).to(self.device)
-        self.complete_fusion = Fusion(len(self.specs), labels.n_classes, config).to(self.device)
+        self._fills: dict[str, ZeroFill | MeanFill | RidgeFill | ADN] = {}
+        self._fusions: dict[str, Fusion] = {}
+        self.complete_fusion = self._new_fusion("fusion-complete", None)
 
     def _config(self, conditioning: str) -> ADMCConfig:
         return replace(self.config, conditioning=conditioning)
@@ -81,7 +83,7 @@ class FoldTrainer:
         self.embed()
         for conditioning in self.conditionings:
             self.train_diffusion(conditioning)
-        self.train_fusion("complete", self.complete_fusion, lambda rows: self.tokens[rows], self._rows_with(None))
+        self.train_fusion("fusion-complete", self.complete_fusion, lambda rows: self.tokens[rows], self._rows_with(None))
         for method in (*RIVALS, *self.conditionings):
             for index in range(len(missing_patterns(len(self.specs)))):
                 self.train_fusion_for(method, index)
@@ -103,7 +105,8 @@ class FoldTrainer:
         statistics = Standardizer.fit(self.store, self.split.train)
         for name, unimodal in self.model.unimodal.items():
             unimodal.encoder.mean.copy_(statistics.mean[name])
-            unimodal.encoder.std.copy_(statistics.std[name])
+            std = statistics.std[name]
+            unimodal.encoder.std.copy_(torch.where(std > 0, std, torch.inf))
         if self.config.joint_encoders:
             joint = _Joint(self.model.unimodal, Fusion(len(self.specs), self.labels.n_classes, self.config))
             self._fit_on_store("encoders-joint", joint.to(self.device), lambda batch: (batch,), self._rows_with(None))
@@ -174,44 +177,58 @@ class FoldTrainer:
         ema = self.config.ema_decay if conditioning == "clean" else 0.0
         self._train(Stage(name, adn, batches, schedule, self.config.adn_epochs, self.config.learning_rate, ema_decay=ema))
 
-    def fill(self, method: str) -> Any:
-        """The rival or diffusion network by that name, with ``sample(tokens, available, n_samples, seed, row_id)``."""
-        train, valid = self._rows_with(None)
-        if method == "zero":
-            return ZeroFill(self.model.scaler.mean, self.model.scaler.std)
-        if method == "mean":
-            return MeanFill(self.tokens[train])
-        if method == "ridge":
-            return RidgeFill(self.tokens[train].cpu(), self.tokens[valid].cpu())
-        return self.adns[method]
+    def fill(self, method: str) -> ZeroFill | MeanFill | RidgeFill | ADN:
+        """The rival or the diffusion network by that name."""
+        if method not in self._fills:
+            train, valid = self._rows_with(None)
+            if method == "zero":
+                self._fills[method] = ZeroFill(self.model.scaler.mean, self.model.scaler.std)
+            elif method == "mean":
+                self._fills[method] = MeanFill(self.tokens[train])
+            elif method == "ridge":
+                self._fills[method] = RidgeFill(self.tokens[train].cpu(), self.tokens[valid].cpu())
+            else:
+                self._fills[method] = self.adns[method]
+        return self._fills[method]
+
+    def complete(self, method: str, rows: Tensor, pattern: Tensor, n_samples: int, seed: int, **options: Any) -> Tensor:
+        """Tokens ``[K, B, M, D]`` of ``rows`` with only ``pattern [M]`` shown: K samples, or a rival's one estimate."""
+        available = pattern.to(self.device).expand(len(rows), -1)
+        fill = self.fill(method)
+        if isinstance(fill, ADN):
+            return fill.sample(
+                self.tokens[rows], available, n_samples=n_samples, seed=seed, row_id=rows.to(torch.int64), **options
+            )
+        return fill.point(self.tokens[rows], available)[None]
 
     def fusion_for(self, method: str, index: int) -> Fusion:
-        """A new fusion network, or the assembled system's own where the method is the first conditioning."""
+        """The fusion network of a pattern on tokens completed by ``method``."""
         if method == self.conditionings[0]:
             return self.model.fusions[index]
         return self._new_fusion(f"fusion-{method}-{index}", None)
 
     def enhanced_for(self, conditioning: str) -> Fusion:
-        """As :meth:`fusion_for`, for MMER."""
+        """As :meth:`fusion_for`, for MMER's enhanced tokens."""
         if conditioning == self.conditionings[0]:
             return self.model.enhanced
         return self._new_fusion(f"enhanced-{conditioning}", 2 * self.config.width)
 
     def _new_fusion(self, name: str, in_width: int | None) -> Fusion:
-        torch.manual_seed(derive_seed(self.seed, name, "weights"))
-        return Fusion(len(self.specs), self.labels.n_classes, self.config, in_width).to(self.device)
+        if name not in self._fusions:
+            torch.manual_seed(derive_seed(self.seed, name, "weights"))
+            fusion = Fusion(len(self.specs), self.labels.n_classes, self.config, in_width)
+            self._fusions[name] = fusion.to(self.device)
+        return self._fusions[name]
 
     def train_fusion_for(self, method: str, index: int) -> None:
         """MMCR: the fusion network of one pattern on tokens completed by ``method``."""
         pattern = missing_patterns(len(self.specs))[index]
-
-        def complete(rows: Tensor) -> Tensor:
-            available = pattern.to(self.device).expand(len(rows), -1)
-            seed = derive_seed(self.seed, "complete", index)
-            return self.fill(method).sample(self.tokens[rows], available, n_samples=1, seed=seed, row_id=rows)[0]
-
+        seed = derive_seed(self.seed, "complete", index)
         self.train_fusion(
-            f"fusion-{method}-{index}", self.fusion_for(method, index), complete, self._rows_with(pattern)
+            f"fusion-{method}-{index}",
+            self.fusion_for(method, index),
+            lambda rows: self.complete(method, rows, pattern, 1, seed)[0],
+            self._rows_with(pattern),
         )
 
     def train_fusion(
@@ -253,7 +270,7 @@ class FoldTrainer:
 
     def _train(self, stage: Stage) -> None:
         stage.patience = self.config.patience if stage.validate is not None else None
-        stage.key = {"config": self.config.to_dict(), "rows": len(self.split.train), "data": self.store.path.name}
+        stage.key = {**self.config.to_dict(), "rows": len(self.split.train), "data": self.store.path.name}
         train_stage(stage, self.stages, self.accelerator, seed=self.seed, report=self.report)
 
 

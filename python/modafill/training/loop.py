@@ -177,5 +177,6 @@ def _take(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _check_key(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
-    if found != expected:
-        raise ValueError(f"{path}: belongs to a run with {found}, this one has {expected}; use another folder for it")
+    differing = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
+    if differing:
+        raise ValueError(f"{path}: made with other {', '.join(differing)}; train into another folder")

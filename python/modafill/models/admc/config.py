@@ -100,7 +100,7 @@ class ADMCConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able fields."""
-        return asdict(self)
+        return {**asdict(self), "textcnn_kernels": list(self.textcnn_kernels)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ADMCConfig:

@@ -1,0 +1,3 @@
+from modafill.cli import main
+
+main()

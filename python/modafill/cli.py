@@ -1,0 +1,343 @@
+"""``modafill`` and ``python -m modafill``: every use of the package from a shell."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table as RichTable
+
+from modafill import __version__
+
+app = typer.Typer(
+    name="modafill",
+    help="Fill in missing modalities by conditional diffusion, and recognise from the completed set.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+train_app = typer.Typer(help="Train a model. A run that was stopped goes on where it stopped.", no_args_is_help=True)
+app.add_typer(train_app, name="train")
+
+out_console, err_console = Console(), Console(stderr=True)
+
+DataPath = Annotated[Path, typer.Argument(help="A feature store (.h5) or an archive (.npz).")]
+Mapping = Annotated[
+    str | None,
+    typer.Option(
+        help="Which array of an .npz is what: a built-in name (hazumi, mosi-bclstm, mmmo, digits) or a JSON file. "
+        "Default: recognised by the names of the arrays."
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def info(as_json: AsJson = False) -> None:
+    """What is installed here, what each op would run on, and why not on something faster."""
+    from modafill.info import info as collect
+    from modafill.info import render
+
+    facts = collect()
+    if as_json:
+        print(json.dumps(facts, indent=2))
+    else:
+        out_console.print(render(facts))
+
+
+@app.command()
+def inspect(path: DataPath, mapping: Mapping = None, as_json: AsJson = False) -> None:
+    """Modalities, shapes, missing counts, labels, NaN and constant columns of a file."""
+    from modafill.data import inspect_path, render_inspection
+
+    report = inspect_path(path, mapping)
+    if as_json:
+        print(json.dumps(report, indent=2, ensure_ascii=False))
+    else:
+        out_console.print(render_inspection(report))
+
+
+@app.command()
+def convert(
+    path: DataPath,
+    out: Annotated[Path, typer.Argument(help="The feature store to write (.h5).")],
+    mapping: Mapping = None,
+) -> None:
+    """Convert an archive into a feature store."""
+    from modafill.data import convert_npz
+
+    convert_npz(path, out, mapping)
+    out_console.print(f"wrote {escape(str(out))}")
+
+
+@train_app.command("admc")
+def train_admc(
+    data: Annotated[Path, typer.Option(help="A feature store (.h5) or an archive (.npz).")],
+    out: Annotated[Path, typer.Option(help="Folder of the run.")],
+    mapping: Mapping = None,
+    preset: Annotated[str, typer.Option(help="'paper' (§4.2 of ADMC) or 'small' (two CPU cores, minutes).")] = "paper",
+    conditioning: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="'clean' (observed tokens enter undisturbed) or 'replace' (the paper); repeat for both. Default: clean."
+        ),
+    ] = None,
+    folds: Annotated[int, typer.Option(help="Cross-validation folds; 1 uses the data's own split.")] = 1,
+    seeds: Annotated[int, typer.Option(help="Trainings per fold.")] = 1,
+    first_seed: Annotated[int, typer.Option(help="The seeds are first-seed, first-seed + 1, …")] = 0,
+    window: Annotated[
+        int | None, typer.Option(help="Turns per sample; 0 for single vectors. Default: what the data say.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="Folds and seeds trained at a time, sharing the cores.")] = 1,
+    change: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change one number of the model, such as adn_epochs=20. Repeat for more."),
+    ] = None,
+) -> None:
+    """Train ADMC: encoders, diffusion networks, fusion networks, and the rivals' fusion networks.
+
+    Example: [bold]modafill train admc --data hazumi2012.npz --out runs/hazumi --preset small --folds 5 --seeds 3[/bold]
+    """
+    from modafill.models.admc import ADMCConfig
+    from modafill.training import Run, train
+
+    conditionings = tuple(dict.fromkeys(conditioning or ["clean"]))
+    config = ADMCConfig.preset(preset, conditioning=conditionings[0], **_changes(change or []))
+    for other in conditionings[1:]:
+        ADMCConfig.preset(preset, conditioning=other)
+    if seeds < 1:
+        raise ValueError(f"seeds: got {seeds}, expected at least 1")
+    _must_exist(data)
+    run = Run(
+        folder=out.resolve(),
+        data=str(data.resolve()),
+        mapping=mapping,
+        config=config,
+        conditionings=conditionings,
+        folds=folds,
+        seeds=tuple(range(first_seed, first_seed + seeds)),
+        window=window,
+    )
+    with _training_progress() as report:
+        train(run, report, jobs)
+    out_console.print(f"trained into {escape(str(out))}; next: modafill evaluate {escape(str(out))}")
+
+
+@app.command()
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    samples: Annotated[int, typer.Option(help="Completions per row, K.")] = 16,
+    start_steps: Annotated[
+        str, typer.Option(help="Further start steps n of the paper's sampler, such as 30,80, shown beside its own.")
+    ] = "",
+    metric: Annotated[str, typer.Option(help="Recognition metric to print: UA, WA, F1 or all. Files have all.")] = "UA",
+) -> None:
+    """Tables of a run on its test part: a row per method, a column per available set.
+
+    Writes results.json, results.csv and results.md into the run's folder.
+    """
+    if metric not in ("UA", "WA", "F1", "all"):
+        raise ValueError(f"metric: got {metric!r}, expected UA, WA, F1 or all")
+    if samples < 1:
+        raise ValueError(f"samples: got {samples}, expected at least 1")
+    try:
+        starts = tuple(int(n) for n in start_steps.split(",") if n)
+    except ValueError:
+        raise ValueError(f"start-steps: got {start_steps!r}, expected numbers with commas, such as 30,80") from None
+    tables = _evaluate(run, samples, starts)
+    for table in tables:
+        if metric == "all" or table.metric in (metric, "NRMSE", "CRPS"):
+            out_console.print(table.rich())
+    out_console.print(f"wrote results.json, results.csv and results.md into {escape(str(run))}")
+
+
+@app.command()
+def impute(
+    run: Annotated[Path, typer.Argument(help="Folder of a run, or of one model.")],
+    path: Annotated[Path, typer.Argument(metavar="IN", help="A feature store (.h5) or an archive (.npz).")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The store to write (.h5).")],
+    mapping: Mapping = None,
+    samples: Annotated[int, typer.Option(help="Completions per row, averaged.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the noise; a row's noise depends on (seed, row number) alone.")] = 0,
+    fold: Annotated[int, typer.Option(help="Which fold's model of a run.")] = 0,
+) -> None:
+    """Write a store of completed embeddings, with what was generated marked."""
+    import tempfile
+
+    from modafill.data import open_data
+    from modafill.imputer import ModalityImputer, impute_store
+    from modafill.training import Run
+
+    _must_exist(path)
+    folder, window = run, None
+    if (run / "run.json").is_file():
+        spec = Run.load(run)
+        folder, window = spec.part_folder(fold, spec.seeds[0]) / "model", spec.window
+    imputer = ModalityImputer.from_pretrained(folder)
+    with tempfile.TemporaryDirectory() as scratch:
+        store = open_data(path, Path(scratch), mapping)
+        window = store.task.get("window") if window is None else window
+        if window and any(spec.sequence for spec in imputer.model.modalities.values()):
+            store = store.windowed(window)
+        with _bar("imputing", len(store)) as advance:
+            for done in impute_store(imputer, store, out, n_samples=samples, seed=seed):
+                advance(done)
+    out_console.print(f"wrote {escape(str(out))}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the run, its tables and its picture.")] = Path("modafill-demo"),
+    data: Annotated[Path | None, typer.Option(help="Your own data instead of the digits that ship.")] = None,
+    mapping: Mapping = None,
+    seed: Annotated[int, typer.Option(help="Of weights, order and noise.")] = 0,
+) -> None:
+    """Train a small ADMC, fill in missing modalities, recognise from them, and draw what was generated.
+
+    About three minutes on two cores. The data that ship are three views of 2,000 handwritten digits (UCI Multiple
+    Features, CC BY 4.0).
+    """
+    from modafill.data import demo_path
+    from modafill.evaluation.admc import draw_embeddings
+    from modafill.models.admc import ADMCConfig
+    from modafill.training import Run, train
+
+    if data is not None:
+        _must_exist(data)
+    run = Run(
+        folder=out.resolve(),
+        data=str((data or demo_path()).resolve()),
+        mapping=mapping,
+        config=ADMCConfig.preset("small", conditioning="clean"),
+        conditionings=("clean",),
+        folds=1,
+        seeds=(seed,),
+    )
+    with _training_progress() as report:
+        train(run, report)
+    for table in _evaluate(out, 16, ()):
+        if table.metric in ("UA", "NRMSE", "CRPS"):
+            out_console.print(table.rich())
+    picture = out / "embeddings.png"
+    with err_console.status("drawing embeddings"):
+        draw_embeddings(run, picture)
+    out_console.print(f"tables: {escape(str(out / 'results.md'))}   picture: {escape(str(picture))}")
+
+
+@app.command()
+def bench(
+    suite: Annotated[str, typer.Option(help="Which comparison to run: step, or all.")] = "step",
+    json_path: Annotated[Path | None, typer.Option("--json", help="File for the rows.")] = None,
+    threads: Annotated[str, typer.Option(help="CPU thread counts, such as 1,2. Default: one and all cores.")] = "",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    quick: Annotated[bool, typer.Option(help="Tiny shapes: does it run at all?")] = False,
+) -> None:
+    """Time the kernels beside eager PyTorch, torch.compile and diffusers, each checked before it is timed."""
+    try:
+        counts = [int(n) for n in threads.split(",") if n] or None
+    except ValueError:
+        raise ValueError(f"threads: got {threads!r}, expected numbers with commas, such as 1,2") from None
+    from modafill.benchmarks import run as run_suite
+
+    run_suite(suite, json_path=json_path, threads=counts, device=device, quick=quick)
+
+
+def _changes(pairs: list[str]) -> dict[str, Any]:
+    """``name=value`` pairs with JSON values, checked against the fields of the configuration."""
+    from modafill.models.admc import ADMCConfig
+
+    known = {k: v for k, v in ADMCConfig().to_dict().items() if k != "conditioning"}
+    changes: dict[str, Any] = {}
+    for pair in pairs:
+        name, _, text = pair.partition("=")
+        if name not in known:
+            raise ValueError(f"set: got {name!r}, expected one of {', '.join(known)}")
+        try:
+            changes[name] = json.loads(text)
+        except json.JSONDecodeError:
+            changes[name] = text
+        numeric = isinstance(known[name], (int, float)) and not isinstance(known[name], bool)
+        wrong = numeric and (isinstance(changes[name], bool) or not isinstance(changes[name], (int, float)))
+        wrong = wrong or (isinstance(known[name], int) and isinstance(changes[name], float))
+        if wrong or (not numeric and known[name] is not None and not isinstance(changes[name], type(known[name]))):
+            raise ValueError(f"set: got {name}={text}, expected a value like {json.dumps(known[name])}")
+    return changes
+
+
+def _evaluate(folder: Path, samples: int, start_steps: tuple[int, ...]) -> list[Any]:
+    from modafill.evaluation.admc import evaluate_run
+
+    with _bar("evaluating", None) as advance:
+        return evaluate_run(folder, n_samples=samples, start_steps=start_steps, progress=advance)
+
+
+def _must_exist(path: Path) -> None:
+    if not path.exists():
+        raise ValueError(f"{path}: no such file")
+
+
+@contextmanager
+def _bar(what: str, total: int | None) -> Iterator[Any]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=err_console, transient=True) as progress:
+        task = progress.add_task(what, total=total)
+
+        def advance(done: int, of: int | None = None) -> None:
+            progress.update(task, completed=done, **({} if of is None else {"total": of}))
+
+        yield advance
+
+
+@contextmanager
+def _training_progress() -> Iterator[Any]:
+    """A bar per fold and seed that is in training, showing its current stage."""
+    columns = (TextColumn("{task.description:<34}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, TextColumn("{task.fields[scalars]}"), console=err_console) as progress:
+        bars: dict[str, Any] = {}
+
+        def report(name: str, epoch: int, epochs: int, scalars: dict[str, float]) -> None:
+            part, stage = name.split("/", 1)
+            if part not in bars:
+                bars[part] = progress.add_task(part, scalars="")
+            shown = "  ".join(f"{key} {value:.4g}" for key, value in scalars.items() if key != "learning_rate")
+            progress.update(
+                bars[part], description=f"{part}  {stage}", completed=epoch, total=epochs, scalars=shown
+            )
+
+        yield report
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line on standard error and exit status 2."""
+    from modafill.training.loop import TrainingError
+
+    try:
+        status = app(standalone_mode=False)
+    except typer.TyperException as error:
+        message = getattr(error, "format_message", lambda: str(error))()
+        if message:
+            print(f"modafill: {' '.join(message.split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except (ValueError, OSError, TrainingError) as error:
+        print(f"modafill: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except (KeyboardInterrupt, typer.Abort):
+        print("modafill: interrupted; the same command goes on from here", file=sys.stderr)
+        raise SystemExit(130) from None
+    raise SystemExit(status if isinstance(status, int) else 0)

@@ -1,0 +1,1 @@
+"""Metrics, per-pattern evaluation and tables."""

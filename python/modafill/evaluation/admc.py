@@ -1,0 +1,188 @@
+"""ADMC against simple rivals on the test part of a fold: four questions, one record per figure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+
+from modafill import __version__
+from modafill.data import FeatureStore, Standardizer, all_patterns, missing_patterns, pattern_name, valid_steps
+from modafill.evaluation.figures import embedding_figure
+from modafill.evaluation.metrics import crps, nrmse, recognition
+from modafill.evaluation.tables import FULL, Record, Table, make_tables, save_tables
+from modafill.files import derive_seed
+from modafill.models.baselines import RidgeFill
+from modafill.training.admc import RIVALS, FoldTrainer
+from modafill.training.run import Run
+
+RECOGNITION = "Recognition, a fusion network per pattern"
+FROZEN = "Recognition, a frozen classifier of complete data"
+ERROR = "Error of the imputed embedding"
+CALIBRATION = "Calibration of the imputed embedding"
+
+METHOD_NAMES = {
+    "zero": "zero fill",
+    "mean": "mean fill",
+    "ridge": "ridge",
+    "replace": "ADMC replace",
+    "clean": "ADMC clean",
+}
+
+
+@torch.no_grad()
+def evaluate_fold(
+    trainer: FoldTrainer, fold: int, *, n_samples: int = 16, start_steps: tuple[int, ...] = ()
+) -> list[Record]:
+    """Every figure of a trained fold.
+
+    Args:
+        trainer: has run; its networks are loaded.
+        fold: its number, for the records.
+        n_samples: K samples per row of the diffusion networks; class probabilities are averaged over them.
+        start_steps: further starts n of ``"replace"``, shown beside the configured one.
+    """
+    records: list[Record] = []
+
+    def add(question: str, method: str, available: str, figures: dict[str, float]) -> None:
+        for metric, value in figures.items():
+            records.append(Record(question, metric, method, available, fold, trainer.seed, value))
+
+    names = list(trainer.specs)
+    patterns = missing_patterns(len(names))
+    shown = sorted(range(len(patterns)), key=lambda i: (int(patterns[i].sum()), pattern_name(patterns[i], names)))
+    test = torch.from_numpy(trainer.split.test)
+    complete = test[trainer.available[test].all(1)].to(trainer.device)
+    methods: list[tuple[str, str, dict[str, int]]] = [(m, METHOD_NAMES[m], {}) for m in RIVALS]
+    for conditioning in trainer.conditionings:
+        methods.append((conditioning, METHOD_NAMES[conditioning], {}))
+        if conditioning == "replace":
+            methods += [("replace", f"ADMC replace n={n}", {"start_step": n}) for n in start_steps]
+    logistic = _LogisticRegression(trainer)
+    scale = trainer.config.latent_scale
+    for method, label, options in methods:
+        for index in shown:
+            pattern, column = patterns[index], pattern_name(patterns[index], names)
+            rows = complete
+            truth, target = trainer.tokens[rows], trainer.target[rows]
+            seed = derive_seed(trainer.seed, "evaluate")
+            completed = trainer.complete(method, rows, pattern, n_samples, seed, **options)
+            if not options:
+                fusion = trainer.fusion_for(method, index)
+                add(RECOGNITION, label, column, recognition(_probabilities(fusion, completed), target))
+            add(FROZEN, label, column, recognition(_probabilities(trainer.complete_fusion, completed), target))
+            hidden = ~pattern
+            estimate = completed.mean(0)[:, hidden]
+            add(ERROR, label, column, {"NRMSE": nrmse(estimate, truth[:, hidden], scale)})
+            fill = trainer.fill(method)
+            if isinstance(fill, RidgeFill):
+                completed = fill.sample(truth, pattern.expand(len(rows), -1), n_samples, seed, rows)
+            add(CALIBRATION, label, column, {"CRPS": crps(completed[:, :, hidden], truth[:, hidden], scale)})
+        if not options:
+            tokens, full_fusion = trainer.tokens[complete], trainer.complete_fusion
+            if method in trainer.conditionings:
+                trainer.model.adn = trainer.adns[method]
+                tokens = trainer.model.enhance(tokens, seed=trainer.seed, row_id=complete)
+                full_fusion = trainer.enhanced_for(method)
+            figures = recognition(full_fusion(tokens).softmax(-1), trainer.target[complete])
+            add(RECOGNITION, label, FULL, figures)
+    for pattern in [patterns[i] for i in shown] + [all_patterns(len(names))[-1]]:
+        column = FULL if pattern.all() else pattern_name(pattern, names)
+        figures = recognition(logistic.probabilities(pattern, complete), trainer.target[complete])
+        add(RECOGNITION, "logistic regression", column, figures)
+    frozen = recognition(trainer.complete_fusion(trainer.tokens[complete]).softmax(-1), trainer.target[complete])
+    add(FROZEN, METHOD_NAMES["zero"], FULL, frozen)
+    return records
+
+
+def _probabilities(fusion: torch.nn.Module, completed: Tensor) -> Tensor:
+    """Class probabilities ``[B, classes]`` averaged over K completions ``[K, B, M, D]``."""
+    logits = fusion(completed.flatten(0, 1))
+    return logits.softmax(-1).reshape(*completed.shape[:2], -1).mean(0)
+
+
+class _LogisticRegression:
+    """Logistic regression on the standardised features of the observed modalities, one per pattern.
+
+    Sequences enter as their mean over time, windows of turns as the turn itself. The penalty is the best on validation.
+    """
+
+    def __init__(self, trainer: FoldTrainer, penalties: tuple[float, ...] = (1e-3, 1e-2, 1e-1)) -> None:
+        self.trainer, self.penalties = trainer, penalties
+        store = trainer.store.unwindowed()
+        statistics = Standardizer.fit(store, trainer.split.train, clip=10.0)
+        self.features = _summaries(store, statistics)
+
+    def probabilities(self, pattern: Tensor, rows: Tensor) -> Tensor:
+        t = self.trainer
+        x = torch.cat([self.features[name] for name, seen in zip(t.specs, pattern, strict=True) if seen], 1).numpy()
+        y = t.target.cpu().numpy()
+        train, valid = (part[t.available[part][:, pattern].all(1).numpy()] for part in (t.split.train, t.split.valid))
+        models = [LogisticRegression(C=c, max_iter=200).fit(x[train], y[train]) for c in self.penalties]
+        best = max(models, key=lambda model: float(model.score(x[valid], y[valid])))
+        out = np.zeros((len(rows), t.labels.n_classes), dtype=np.float32)
+        out[:, best.classes_] = best.predict_proba(x[rows.cpu().numpy()])
+        return torch.from_numpy(out).to(t.device)
+
+
+def _summaries(store: FeatureStore, statistics: Standardizer) -> dict[str, Tensor]:
+    parts: dict[str, list[Tensor]] = {name: [] for name in store.modalities}
+    for batch in store.iter_batches(np.arange(len(store)), 1024):
+        batch = statistics.transform(batch)
+        for m, (name, x) in enumerate(batch.features.items()):
+            if x.ndim == 3:
+                x = x.sum(1) / valid_steps(batch, m).sum(1, keepdim=True).clamp(min=1)
+            parts[name].append(x)
+    return {name: torch.cat(p).to(torch.float32) for name, p in parts.items()}
+
+
+def evaluate_run(
+    folder: Path, *, n_samples: int = 16, start_steps: tuple[int, ...] = (), progress: Callable[[int, int], None]
+) -> list[Table]:
+    """Evaluate every fold and seed of a finished run and write ``results.{json,csv,md}`` into its folder.
+
+    Raises:
+        ValueError: the folder is no run, or a part of it is not trained yet.
+    """
+    run = Run.load(folder)
+    unfinished = [run.part_folder(*part).name for part in run.parts if not (run.part_folder(*part) / "model").is_dir()]
+    if unfinished:
+        raise ValueError(f"{folder}: {', '.join(unfinished)} not trained yet; run the same `modafill train` again")
+    records: list[Record] = []
+    for done, (fold, seed) in enumerate(run.parts):
+        progress(done, len(run.parts))
+        records += evaluate_fold(_trained(run, fold, seed), fold, n_samples=n_samples, start_steps=start_steps)
+    progress(len(run.parts), len(run.parts))
+    tables = make_tables(records)
+    about = (
+        f"{Path(run.data).name}: {run.folds} fold(s) × {len(run.seeds)} seed(s), K = {n_samples} samples, "
+        f"modafill {__version__}, torch {torch.__version__}."
+    )
+    save_tables(folder, records, tables, about)
+    return tables
+
+
+def draw_embeddings(run: Run, path: Path) -> None:
+    """Real and generated embeddings of the first fold's test part as a picture (ADMC Fig. 3)."""
+    trainer = _trained(run, *run.parts[0])
+    test = torch.from_numpy(trainer.split.test)
+    rows = test[trainer.available[test].all(1)].to(trainer.device)
+    tokens = trainer.tokens[rows]
+    generated = {}
+    for conditioning, adn in trainer.adns.items():
+        trainer.model.adn = adn
+        enhanced = trainer.model.enhance(tokens, seed=trainer.seed, row_id=rows)
+        generated[f"generated ({conditioning})"] = enhanced[..., tokens.shape[-1] :].cpu().numpy()
+    embedding_figure(path, tokens.cpu().numpy(), generated, list(trainer.specs), seed=trainer.seed)
+
+
+def _trained(run: Run, fold: int, seed: int) -> FoldTrainer:
+    """The trainer of a finished part, its networks loaded."""
+    trainer = run.trainer(fold, seed, Accelerator(), lambda *_: None)
+    trainer.run()
+    return trainer

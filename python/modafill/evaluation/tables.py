@@ -1,0 +1,111 @@
+"""Tables of results: a row per method, a column per available set, mean ± standard deviation over folds and seeds."""
+
+from __future__ import annotations
+
+import csv
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.table import Table as RichTable
+
+from modafill.files import replacing, write_json
+
+AVERAGE, FULL = "average", "full"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One figure of one fold and seed: ``available`` is the observed set, such as ``{at}``, or ``full``."""
+
+    question: str
+    metric: str
+    method: str
+    available: str
+    fold: int
+    seed: int
+    value: float
+
+
+@dataclass(frozen=True)
+class Table:
+    """One question and metric: ``cells[method][column]`` is (mean, standard deviation) in ``columns`` order."""
+
+    question: str
+    metric: str
+    columns: tuple[str, ...]
+    cells: dict[str, dict[str, tuple[float, float]]]
+    trials: int
+
+    @property
+    def title(self) -> str:
+        """The question with its metric and the number of trainings."""
+        direction = "lower" if self.metric in ("NRMSE", "CRPS") else "higher"
+        return f"{self.question} — {self.metric} ({direction} is better; mean ± std of {self.trials})"
+
+    def rows(self) -> list[list[str]]:
+        """Formatted cells, method first."""
+        percent = self.metric not in ("NRMSE", "CRPS")
+
+        def text(cell: tuple[float, float] | None) -> str:
+            if cell is None:
+                return "–"
+            mean, std = cell
+            body = f"{100 * mean:.1f} ± {100 * std:.1f}" if percent else f"{mean:.3f} ± {std:.3f}"
+            return body if self.trials > 1 else body.split(" ±")[0]
+
+        return [[method, *(text(row.get(column)) for column in self.columns)] for method, row in self.cells.items()]
+
+    def markdown(self) -> str:
+        """GitHub-flavoured Markdown."""
+        lines = [["method", *self.columns], ["---"] + ["---:"] * len(self.columns), *self.rows()]
+        return f"**{self.title}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+    def rich(self) -> RichTable:
+        """For a terminal."""
+        table = RichTable(title=self.title, title_justify="left")
+        table.add_column("method", no_wrap=True)
+        for column in self.columns:
+            table.add_column(column, justify="right", no_wrap=True)
+        for row in self.rows():
+            table.add_row(*row)
+        return table
+
+
+def make_tables(records: Sequence[Record]) -> list[Table]:
+    """Aggregate records; the average over incomplete sets is taken within each fold and seed first."""
+    tables = []
+    for question, metric in dict.fromkeys((r.question, r.metric) for r in records):
+        chosen = [r for r in records if (r.question, r.metric) == (question, metric)]
+        columns = list(dict.fromkeys(r.available for r in chosen if r.available != FULL)) + [AVERAGE]
+        columns += [FULL] if any(r.available == FULL for r in chosen) else []
+        cells: dict[str, dict[str, tuple[float, float]]] = {}
+        for method in dict.fromkeys(r.method for r in chosen):
+            trials: dict[tuple[int, int], dict[str, float]] = {}
+            for r in chosen:
+                if r.method == method:
+                    trials.setdefault((r.fold, r.seed), {})[r.available] = r.value
+            for values in trials.values():
+                incomplete = [v for name, v in values.items() if name != FULL]
+                if incomplete:
+                    values[AVERAGE] = statistics.fmean(incomplete)
+            cells[method] = {}
+            for column in columns:
+                found = [values[column] for values in trials.values() if column in values]
+                if found:
+                    spread = statistics.stdev(found) if len(found) > 1 else 0.0
+                    cells[method][column] = (statistics.fmean(found), spread)
+        tables.append(Table(question, metric, tuple(columns), cells, len({(r.fold, r.seed) for r in chosen})))
+    return tables
+
+
+def save_tables(folder: Path, records: Sequence[Record], tables: Sequence[Table], about: str) -> None:
+    """Write ``results.json`` (every figure), ``results.csv`` (the same, flat) and ``results.md`` (the tables)."""
+    write_json(folder / "results.json", {"about": about, "records": [asdict(r) for r in records]})
+    with replacing(folder / "results.csv") as beside, open(beside, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(Record.__dataclass_fields__))
+        writer.writeheader()
+        writer.writerows(asdict(r) for r in records)
+    with replacing(folder / "results.md") as beside:
+        beside.write_text(f"{about}\n\n" + "\n".join(t.markdown() for t in tables), encoding="utf-8")

@@ -1,0 +1,172 @@
+"""The drop-in: features with holes in, completed embeddings out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from modafill.data import Batch, FeatureStore, StoreWriter
+from modafill.models.admc import ADMC
+
+
+@dataclass(frozen=True)
+class Imputation:
+    """A completed batch.
+
+    Attributes:
+        embeddings: name → ``[B, D]``, the encoder's embedding where observed, the mean of the samples where generated.
+        generated: bool ``[B, M]``, True where an embedding was generated.
+        std: name → ``[B, D]``, standard deviation of the samples, 0 where observed; None for one sample.
+        samples: name → ``[K, B, D]``.
+    """
+
+    embeddings: dict[str, Tensor]
+    generated: Tensor
+    std: dict[str, Tensor] | None
+    samples: dict[str, Tensor]
+
+
+class ModalityImputer(nn.Module):
+    """Generates the embeddings of missing modalities with a trained ADMC.
+
+    Args:
+        model: the trained system.
+    """
+
+    def __init__(self, model: ADMC) -> None:
+        super().__init__()
+        self.model = model.eval()
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> ModalityImputer:
+        """Load a model folder, a run folder's ``fold…-seed…/model``, or a Hugging Face Hub id."""
+        return cls(ADMC.from_pretrained(path))
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write ``config.json`` and ``model.safetensors`` to the folder ``path``."""
+        self.model.save_pretrained(path)
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Names, in the order of the columns of ``available`` and ``generated``."""
+        return tuple(self.model.modalities)
+
+    @torch.no_grad()
+    def forward(
+        self,
+        features: Mapping[str, Tensor | None],
+        available: Tensor | None = None,
+        lengths: Mapping[str, Tensor] | None = None,
+        *,
+        n_samples: int = 1,
+        seed: int = 0,
+        row_ids: Tensor | None = None,
+    ) -> Imputation:
+        """Complete a batch.
+
+        Args:
+            features: name → ``[B, D]`` or ``[B, L, D]``; None or an absent name is missing in every row.
+            available: bool ``[B, M]``, True = observed. Default: every modality given. Values that are not available
+                are never read.
+            lengths: name → int64 ``[B]``, true lengths of sequences. Default: all of L.
+            n_samples: K completions per row.
+            seed, row_ids: the noise of a row depends on (seed, row id) alone. Default ids: 0…B−1.
+
+        Raises:
+            ValueError: an unknown modality, a wrong width, NaN or infinity in an observed feature, a row with nothing
+                observed, an empty batch.
+        """
+        given = {name: x for name, x in features.items() if x is not None}
+        unknown = sorted(set(features) - set(self.modalities))
+        if unknown:
+            raise ValueError(f"features: got unknown modality {unknown[0]!r}, expected {list(self.modalities)}")
+        if not given:
+            raise ValueError("features: got no modality at all, expected at least one")
+        first = next(iter(given.values()))
+        rows = torch.arange(len(first), device=first.device) if row_ids is None else row_ids
+        present = torch.tensor([name in given for name in self.modalities], device=first.device)
+        if available is None:
+            available = present.expand(len(first), -1).clone()
+        elif available.shape == (len(first), len(present)) and bool((available & ~present).any()):
+            absent = [n for n, a, p in zip(self.modalities, available.any(0), present, strict=True) if a and not p]
+            raise ValueError(f"available: marks {absent[0]!r} as observed, but features has no such tensor")
+        full, full_lengths = {}, {}
+        for name, spec in self.model.modalities.items():
+            shape = (len(first), 1, spec.width) if spec.sequence else (len(first), spec.width)
+            full[name] = given[name].to(torch.float32) if name in given else first.new_zeros(shape, dtype=torch.float32)
+            if spec.sequence:
+                steps = torch.full((len(first),), full[name].shape[1], dtype=torch.int64, device=first.device)
+                full_lengths[name] = (lengths or {}).get(name, steps)
+        return self.complete(Batch(full, full_lengths, available, rows, None), n_samples=n_samples, seed=seed)
+
+    @torch.no_grad()
+    def complete(self, batch: Batch, *, n_samples: int = 1, seed: int = 0) -> Imputation:
+        """As calling the imputer, for a :class:`~modafill.data.Batch`."""
+        model = self.model
+        tokens = model.encode(batch)
+        samples = model.scaler.inverse(
+            model.adn.sample(tokens, batch.available, n_samples=n_samples, seed=seed, row_id=batch.row_id)
+        )
+        exact = torch.where(batch.available[..., None], model.embed(batch), samples.mean(0))
+        spread = samples.std(0, correction=1) * ~batch.available[..., None] if n_samples > 1 else None
+        return Imputation(
+            {name: exact[:, m] for m, name in enumerate(self.modalities)},
+            ~batch.available,
+            None if spread is None else {name: spread[:, m] for m, name in enumerate(self.modalities)},
+            {name: samples[:, :, m] for m, name in enumerate(self.modalities)},
+        )
+
+
+def impute_store(
+    imputer: ModalityImputer,
+    store: FeatureStore,
+    out: Path,
+    *,
+    n_samples: int = 1,
+    seed: int = 0,
+    batch_size: int = 1024,
+) -> Iterator[int]:
+    """Write a store of completed embeddings, what was generated marked; yields the rows done so far.
+
+    The file appears at ``out`` when the last row is written, or not at all. Labels, groups, splits and ids come along.
+    """
+    missing = sorted(set(imputer.modalities) - set(store.modalities))
+    if missing:
+        raise ValueError(f"{store.path}: has no modality {missing[0]!r}, the model was trained on {imputer.modalities}")
+    width = imputer.model.config.width
+    names = imputer.modalities
+    with StoreWriter(
+        out,
+        modalities=names,
+        widths=dict.fromkeys(names, width),
+        kinds=dict.fromkeys(names, "vector"),
+        task={k: v for k, v in store.task.items() if k != "window"},
+    ) as writer:
+        for start in range(0, len(store), batch_size):
+            rows = np.arange(start, min(start + batch_size, len(store)))
+            batch = store.read(rows)
+            done = imputer(
+                {name: batch.features[name] for name in names},
+                batch.available[:, [store.modalities.index(name) for name in names]],
+                batch.lengths,
+                n_samples=n_samples,
+                seed=seed,
+                row_ids=batch.row_id,
+            )
+            order = store.order()
+            writer.append(
+                {name: x.cpu().numpy() for name, x in done.embeddings.items()},
+                available=~done.generated.cpu().numpy(),
+                generated=done.generated.cpu().numpy(),
+                ids=store.ids(rows),
+                labels={name: store.labels(name)[rows] for name in store.label_names},
+                groups={name: store.groups(name)[rows] for name in store.group_names},
+                splits={name: store.split(name)[rows] for name in store.split_names},
+                order=None if order is None else order[rows],
+            )
+            yield int(rows[-1]) + 1

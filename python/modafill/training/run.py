@@ -1,0 +1,183 @@
+"""A run: one folder that holds what was asked for (``run.json``), the data it used and a folder per fold and seed."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import multiprocessing
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from modafill.data import FeatureStore, Labels, Split, make_splits, open_data
+from modafill.files import write_json
+from modafill.models.admc import ADMCConfig
+from modafill.training.admc import FoldTrainer
+from modafill.training.loop import Report
+
+RUN_FILE = "run.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What was asked for.
+
+    Attributes:
+        folder: where everything goes.
+        data: absolute path of the archive or store.
+        mapping: name or path of the mapping of an ``.npz`` archive; None recognises it by its arrays.
+        config: numbers of the model.
+        conditionings: diffusion networks to train.
+        folds: cross-validation folds; 1 uses the data's own split, or holds out a fifth.
+        seeds: one complete training each.
+        split_seed: of the folds, which are the same for all seeds.
+        window: turns per sample; 0 reads single vectors; None takes the data's own setting.
+    """
+
+    folder: Path
+    data: str
+    mapping: str | None
+    config: ADMCConfig
+    conditionings: tuple[str, ...]
+    folds: int
+    seeds: tuple[int, ...]
+    split_seed: int = 0
+    window: int | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """JSON-able content of ``run.json``."""
+        values = {**asdict(self), "model": "admc", "format_version": 1, "config": self.config.to_dict()}
+        del values["folder"]
+        return json.loads(json.dumps(values))
+
+    @classmethod
+    def load(cls, folder: Path) -> Run:
+        """The run that lives in ``folder``; ValueError if there is none."""
+        file = folder / RUN_FILE
+        if not file.is_file():
+            raise ValueError(f"{folder}: no {RUN_FILE} there, expected a folder written by `modafill train`")
+        values = json.loads(file.read_text(encoding="utf-8"))
+        if (values.pop("model"), values.pop("format_version")) != ("admc", 1):
+            raise ValueError(f"{file}: written by another version of modafill")
+        values["config"] = ADMCConfig.from_dict(values["config"])
+        for name in ("conditionings", "seeds"):
+            values[name] = tuple(values[name])
+        return cls(folder=folder, **values)
+
+    def write(self) -> None:
+        """Write ``run.json``, or check that the folder holds this very run, which is then resumed."""
+        file = self.folder / RUN_FILE
+        if file.is_file():
+            found = json.loads(file.read_text(encoding="utf-8"))
+            differing = [k for k, v in self.describe().items() if found.get(k) != v]
+            if differing:
+                raise ValueError(f"{self.folder}: holds a run with other {', '.join(differing)}; choose another folder")
+        else:
+            write_json(file, self.describe())
+
+    @property
+    def parts(self) -> list[tuple[int, int]]:
+        """(fold, seed) of every training in the run."""
+        return [(fold, seed) for seed in self.seeds for fold in range(self.folds)]
+
+    def part_folder(self, fold: int, seed: int) -> Path:
+        """Folder of one fold and seed."""
+        return self.folder / f"fold{fold}-seed{seed}"
+
+    def open_store(self) -> FeatureStore:
+        """The features, converted once if they come in a foreign format."""
+        store = open_data(Path(self.data), self.folder, self.mapping)
+        window = store.task.get("window") if self.window is None else self.window
+        return store.windowed(window) if window else store
+
+    def splits(self, store: FeatureStore) -> list[Split]:
+        """The split of each fold."""
+        return make_splits(store, folds=self.folds, seed=self.split_seed)
+
+    def trainer(self, fold: int, seed: int, accelerator: Accelerator, report: Report) -> FoldTrainer:
+        """The trainer of one fold and seed, labels fitted on its training part."""
+        store = self.open_store()
+        split = self.splits(store)[fold]
+        spec = store.task.get("label")
+        if spec is None:
+            raise ValueError(f"{store.path}: the data name no label, expected one in the mapping")
+        labels = Labels.fit(spec, store.labels(spec["name"]), split.train)
+        folder = self.part_folder(fold, seed)
+        return FoldTrainer(folder, store, split, labels, self.config, self.conditionings, seed, accelerator, report)
+
+
+@contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, which the system releases when the process dies."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"{folder}: another process is training into this folder") from error
+        yield
+
+
+def train_part(run: Run, fold: int, seed: int, report: Report) -> None:
+    """Train one fold and seed, going on where an earlier process stopped."""
+    folder = run.part_folder(fold, seed)
+    accelerator = Accelerator(log_with="tensorboard", project_dir=str(folder))
+    accelerator.init_trackers("tensorboard")
+    try:
+        run.trainer(fold, seed, accelerator, report).run()
+    finally:
+        accelerator.end_training()
+
+
+def train(run: Run, report: Report, jobs: int = 1) -> None:
+    """Train every fold and seed of ``run``; finished ones are skipped.
+
+    Args:
+        report: progress, with the part's folder name in front of the stage's name.
+        jobs: processes that train different parts at a time; torch's threads are divided among them.
+    """
+    if jobs < 1:
+        raise ValueError(f"jobs: got {jobs}, expected at least 1")
+    rank = int(os.environ.get("RANK", "0"))
+    with _only_one(run.folder if rank == 0 else run.folder / f".rank{rank}"):
+        run.write()
+        with run.open_store() as store:
+            run.splits(store)
+        todo = [part for part in run.parts if not (run.part_folder(*part) / "model").is_dir()]
+        if jobs == 1:
+            for fold, seed in todo:
+                name = run.part_folder(fold, seed).name
+                train_part(run, fold, seed, lambda stage, *rest, name=name: report(f"{name}/{stage}", *rest))
+            return
+        context = multiprocessing.get_context("spawn")
+        progress = context.SimpleQueue()
+        threads = max(1, torch.get_num_threads() // jobs)
+        with context.Pool(jobs, initializer=_start_worker, initargs=(progress, threads)) as pool:
+            results = [pool.apply_async(_work, (run, fold, seed)) for fold, seed in todo]
+            pool.close()
+            while not all(result.ready() for result in results):
+                while not progress.empty():
+                    report(*progress.get())
+                next((r for r in results if not r.ready()), results[0]).wait(0.2)
+            for result in results:
+                result.get()
+
+
+_PROGRESS: Any = None
+
+
+def _start_worker(progress: Any, threads: int) -> None:
+    global _PROGRESS
+    _PROGRESS = progress
+    torch.set_num_threads(threads)
+
+
+def _work(run: Run, fold: int, seed: int) -> None:
+    name = run.part_folder(fold, seed).name
+    train_part(run, fold, seed, lambda stage, *rest: _PROGRESS.put((f"{name}/{stage}", *rest)))
