@@ -183,7 +183,7 @@ def test_the_gate_rejects_who_writes_into_an_input() -> None:
     def run(i: int) -> torch.Tensor:
         b = problem.buffers[i]
         result = _step(problem, b, torch.randn_like(b.x))
-        b.observed.zero_()
+        b.x.masked_fill_(b.available[..., None], 0.0)
         return result
 
     assert not problem._contender(run, lambda: problem._seeded(run, draws=1)).check().correct
