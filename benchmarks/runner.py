@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -83,7 +83,8 @@ class Case:
 
 def run_case(case: Case, *, seconds: float, notice: Callable[[str], None] = lambda _: None) -> list[dict[str, Any]]:
     """The rows of ``case``, spending about ``seconds`` of timed work on each; what is left out goes to ``notice``."""
-    with _threads(case.threads), torch.no_grad():
+    on_device = torch.cuda.device(case.device) if case.device.type == "cuda" else nullcontext()
+    with _threads(case.threads), torch.no_grad(), on_device:
         problem = case.problem(case)
         contenders: dict[str, Contender] = {}
         checks: dict[str, Check] = {}
@@ -91,7 +92,7 @@ def run_case(case: Case, *, seconds: float, notice: Callable[[str], None] = lamb
             try:
                 contender = build()
                 checks[name] = contender.check()
-            except Unavailable as reason:
+            except (Unavailable, torch.OutOfMemoryError) as reason:
                 notice(f"{name} left out of {case.op}: {reason}")
             else:
                 contenders[name] = contender
@@ -213,11 +214,9 @@ def _peak_memory(run: Callable[[int], Any], device: torch.device) -> int | None:
     """Bytes that one call allocates beyond what is there already; None on the CPU, where torch does not count them."""
     if device.type != "cuda":
         return None
-    torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     run(0)
-    torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
 
 
