@@ -115,6 +115,26 @@ def test_the_noise_is_that_of_randn(schedule: Schedule) -> None:
     assert torch.equal(ours, schedule.table[9, reference.POSTERIOR_STD] * z)
 
 
+def test_large_outputs_that_bypass_the_caches_have_the_same_bits(schedule: Schedule) -> None:
+    rows = (1 << 25) // (3 * 683 * 8) + 2
+    shape, some = (rows, 3, 683), torch.tensor([0, 1, rows // 2, rows - 1])
+    x, eps, observed = (ops.randn(shape, seed=seed, dtype=torch.float64) for seed in range(3))
+    available = torch.arange(3 * rows).view(rows, 3) % 2 == 0
+
+    def every_op(x: Tensor, eps: Tensor, observed: Tensor, available: Tensor, row_id: Tensor) -> list[Tensor]:
+        noise: dict[str, Any] = {"seed": 5, "row_id": row_id}
+        return [
+            ops.masked_reverse_step(x, eps, observed, available, schedule.table, 9, **noise),
+            *ops.add_noise(x, schedule.table, 9, **noise),
+            ops.ddim_step(x, eps, schedule.table, 9, 3, eta=0.5, **noise),
+        ]
+
+    large = every_op(x, eps, observed, available, torch.arange(rows))
+    small = every_op(x[some], eps[some], observed[some], available[some], some)
+    for whole, part in zip(large, small, strict=True):
+        assert torch.equal(whole[some], part)
+
+
 def test_out_may_be_an_input(schedule: Schedule, generator: torch.Generator) -> None:
     for shape in ((3, 2, 7), (40, 3, 256)):
         x, eps, observed, available = _inputs(shape, torch.float32, generator)
