@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from modafill.data import FeatureStore, StoreWriter
 
 
@@ -32,14 +33,14 @@ def make_store(tmp_path: Path) -> Callable[..., FeatureStore]:
         if features is None:
             features = {name: random.normal(size=(n, d)) for name, d in (("text", 5), ("audio", 3), ("vision", 2))}
         sequences = {name for name, x in features.items() if isinstance(x, list) or x.ndim == 3}
-        task = columns.pop("task", None)
         path = tmp_path / f"store{len(list(tmp_path.glob('*.h5')))}.h5"
         with StoreWriter(
             path,
             modalities=list(features),
             widths={name: x[0].shape[-1] for name, x in features.items()},
             kinds={name: "sequence" if name in sequences else "vector" for name in features},
-            task=task,
+            steps=columns.pop("steps", None),
+            task=columns.pop("task", None),
         ) as writer:
             writer.append(features, **columns)
         return FeatureStore(path)

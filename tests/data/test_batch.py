@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from modafill.data import Batch, valid_steps
 
 NAN = float("nan")

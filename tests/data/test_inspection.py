@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from modafill.data import FeatureStore, StoreWriter, convert_npz, inspect_path, render_inspection
 from rich.console import Console
+
+from modafill.data import FeatureStore, StoreWriter, convert_npz, inspect_path, render_inspection
 
 MAPPING: dict[str, Any] = {
     "modalities": {"text": "t", "audio": "a"},
@@ -26,7 +27,7 @@ def archive(tmp_path: Path) -> Path:
     n, random = 1500, np.random.default_rng(0)
     t, a = random.normal(size=(n, 4)), random.normal(size=(n, 6, 2))
     seen = np.ones((n, 2), dtype=bool)
-    seen[:100, 0] = seen[50:300, 1] = False
+    seen[:100, 0] = seen[50:300, 1] = seen[1400, 1] = False
     t[:, 2] = 7
     t[5] = np.nan  # not observed
     lengths = random.integers(2, 6, n)
@@ -53,10 +54,10 @@ def test_archive_and_store_tell_the_same(archive: Path, tmp_path: Path) -> None:
     assert (text["frames"], text["nan"], text["inf"], text["lengths"]) == (1400, 0, 0, None)
     assert text["constant"] == {"count": 1, "first": ["r"]}
     assert text["dtype"] == "float64"
-    assert (audio["kind"], audio["missing"], audio["lengths"]) == ("sequence", 250, [2, 6])
+    assert (audio["kind"], audio["missing"], audio["lengths"]) == ("sequence", 251, [2, 6])
     assert audio["constant"] == {"count": 0, "first": []}
     patterns = {p["observed"]: p["samples"] for p in report["patterns"]}
-    assert patterns == {"{at}": 1200, "{t}": 200, "{a}": 50, "{}": 50}
+    assert patterns == {"{at}": 1199, "{t}": 201, "{a}": 50, "{}": 50}
     assert report["label"] == {"name": "y", "kind": "class", "classes": {"0": 500, "1": 500, "2": 500}}
     assert report["groups"] == {"who": 215}
     assert report["unmapped"] == [{"name": "notes", "dtype": "float64", "shape": [2, 5]}]
@@ -74,7 +75,7 @@ def test_archive_and_store_tell_the_same(archive: Path, tmp_path: Path) -> None:
 def test_nan_and_infinity_are_counted_not_refused(archive: Path, tmp_path: Path) -> None:
     arrays = dict(np.load(archive))
     arrays["t"][1000:1003, 1] = np.nan
-    arrays["a"][1400, 0] = np.inf
+    arrays["a"][1401, 0] = np.inf
     arrays["a"][500, 5] = np.inf  # beyond its length
     arrays["n"][500] = 3
     np.savez(archive, **arrays)
@@ -112,7 +113,7 @@ def test_scores_are_shown_as_classes_and_histogram(make_store: Callable[..., Fea
 
 def test_rendering_shows_what_was_found(archive: Path, tmp_path: Path) -> None:
     text = rendered(inspect_path(archive, MAPPING))
-    for part in ("x.npz", "1,500 samples", "text", "1 (r)", "{at}", "1,200", "label y (class)", "215 groups", "2×5"):
+    for part in ("x.npz", "1,500 samples", "text", "1 (r)", "{at}", "1,199", "label y (class)", "215 groups", "2×5"):
         assert part in text
     generated = np.array([[0, 1], [0, 0]], dtype=bool)
     columns = {"generated": generated, "splits": {"part": np.array(["train", "test"])}}

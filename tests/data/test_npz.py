@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
 from modafill.data import FeatureStore, NpzMapping, builtin_mappings, convert_npz, load_mapping, open_data
 from modafill.data.npz import NpzFile
 
@@ -347,6 +348,7 @@ def test_an_archive_is_converted_once(tmp_path: Path) -> None:
     assert first.path == cache / "x.h5"
     assert open_data(source, cache, MAPPING).path.stat().st_mtime_ns == made
     assert open_data(source, cache, {**MAPPING, "clip": {"text": 0.1}}).read(np.arange(10)).features["text"].max() < 0.2
+    assert len(open_data(source, cache, MAPPING)) == 10
     simple(source, n=12)
     assert len(open_data(source, cache, MAPPING)) == 12
     (cache / "x.h5").write_bytes(b"\x89HDF\r\n\x1a\n")

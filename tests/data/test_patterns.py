@@ -2,6 +2,7 @@ from itertools import product
 
 import pytest
 import torch
+
 from modafill.data import all_patterns, missing_patterns, pattern_index, pattern_name, random_available
 
 TAV = ("text", "audio", "vision")

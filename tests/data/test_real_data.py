@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from modafill.data import Labels, Standardizer, demo_path, inspect_path, make_splits, open_data
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import recall_score
+
+from modafill.data import Labels, Standardizer, demo_path, inspect_path, make_splits, open_data
 
 Find = Callable[[str], Path]
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from modafill.data import FeatureStore, make_splits
 
 MakeStore = Callable[..., FeatureStore]

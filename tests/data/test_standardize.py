@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from modafill.data import Batch, FeatureStore, Standardizer
-from modafill.data import standardize as module
 from safetensors.torch import load_file, save_file
 from sklearn.preprocessing import StandardScaler
+
+from modafill.data import Batch, FeatureStore, Standardizer
+from modafill.data import standardize as module
 
 MakeStore = Callable[..., FeatureStore]
 
@@ -48,6 +49,7 @@ def test_against_scikit_learn(store: FeatureStore, monkeypatch: pytest.MonkeyPat
     for m, name in enumerate(store.modalities):
         oracle = StandardScaler().fit(frames(store, rows, m))
         varies = oracle.var_ > 1e-20
+        assert (fitted.std[name] > 0).tolist() == varies.tolist()
         assert fitted.count[name] == oracle.n_samples_seen_
         np.testing.assert_allclose(fitted.mean[name], oracle.mean_, rtol=1e-10)
         np.testing.assert_allclose(fitted.std[name][varies], np.sqrt(oracle.var_)[varies], rtol=1e-9)

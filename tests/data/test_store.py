@@ -16,9 +16,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader, Dataset
+
 from modafill.data import Batch, FeatureStore, StoreWriter
 from modafill.data import store as store_module
-from torch.utils.data import DataLoader, Dataset
 
 MakeStore = Callable[..., FeatureStore]
 NAMES = ("text", "audio", "vision")
@@ -103,17 +104,23 @@ def test_scattered_reads_over_many_chunks(make_store: MakeStore) -> None:
             store.read(wrong)
 
 
-def test_missing_and_generated_values(make_store: MakeStore) -> None:
-    x = {"a": np.ones((3, 2)), "b": np.full((3, 2), np.nan)}
+@pytest.mark.parametrize("shape, steps", [((2,), {}), ((3, 2), {"b": 3}), ((3, 2), {})])
+def test_missing_and_generated_values(make_store: MakeStore, shape: tuple[int, ...], steps: dict[str, int]) -> None:
+    x = {"a": np.ones((3, 2)), "b": np.full((3, *shape), np.nan)}
     x["b"][1] = 5
     available = np.array([[1, 0], [1, 0], [1, 0]], dtype=bool)
     generated = np.array([[0, 0], [0, 1], [0, 0]], dtype=bool)
-    store = make_store(features=x, available=available, generated=generated)
+    store = make_store(features=x, steps=steps, available=available, generated=generated)
     rows = np.arange(3)
     observed, filled = store.read(rows), store.read(rows, generated=True)
     assert not observed.features["b"].any()
     assert observed.available[:, 1].tolist() == [False, False, False]
-    assert filled.features["b"].tolist() == [[0, 0], [5, 5], [0, 0]]
+    assert torch.equal(
+        filled.features["b"], torch.where(torch.arange(3) == 1, 5.0, 0.0).view(3, *[1] * len(shape)).expand(3, *shape)
+    )
+    if steps:
+        assert observed.lengths["b"].tolist() == [0, 0, 0]
+        assert filled.lengths["b"].tolist() == [0, 3, 0]
     assert filled.available[:, 1].tolist() == [False, True, False]
     np.testing.assert_array_equal(store.generated(), generated)
     np.testing.assert_array_equal(store.available(), available)
@@ -206,7 +213,9 @@ class Rows(Dataset[torch.Tensor]):
         return len(self.store)
 
     def __getitem__(self, row: int) -> torch.Tensor:
-        return self.store.read(np.array([row])).features["text"][0]
+        values = self.store.read(np.array([row])).features["text"][0]
+        assert self.store._process == os.getpid(), "the handle is not the parent's"
+        return values
 
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="the system has no fork")

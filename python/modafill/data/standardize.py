@@ -142,8 +142,6 @@ class _Moments:
         self.count = 0
         self.mean = np.zeros(width)
         self.centred = np.zeros(width)
-        self.low = np.full(width, np.inf)
-        self.high = np.full(width, -np.inf)
 
     def add(self, frames: np.ndarray) -> None:
         n = len(frames)
@@ -156,11 +154,9 @@ class _Moments:
         self.mean += delta * (n / total)
         self.centred += ((block - mean) ** 2).sum(0) + delta**2 * (self.count * n / total)
         self.count = total
-        self.low = np.minimum(self.low, block.min(0))
-        self.high = np.maximum(self.high, block.max(0))
 
     def std(self) -> np.ndarray:
         if not self.count:
             return np.ones_like(self.mean)
-        # The second moment of a constant column may be a rounding error above 0; its range is not.
-        return np.where(self.high > self.low, np.sqrt(self.centred / self.count), 0)
+        # Of a constant column this is exactly 0: float64 sums of equal float32 numbers have no rounding error.
+        return np.sqrt(self.centred / self.count)

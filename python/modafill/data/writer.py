@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import h5py
 import numpy as np
+
+from modafill.files import replacing
 
 FORMAT = "modafill-store"
 VERSION = 1
@@ -68,10 +70,10 @@ class StoreWriter:
             raise ValueError(f"dtype: got {dtype!r}, expected 'float32' or 'float16'")
         self._rows = 0
         self._columns_given: set[str] | None = None
-        handle, self._temporary = tempfile.mkstemp(prefix=f".{self.path.name}.", suffix=".part", dir=self.path.parent)
-        os.close(handle)
+        self._replacing = ExitStack()
+        temporary = self._replacing.enter_context(replacing(self.path))
         try:
-            self._file = h5py.File(self._temporary, "w")
+            self._file = h5py.File(temporary, "w")
             self._file.attrs.update(
                 format=FORMAT,
                 version=VERSION,
@@ -229,22 +231,18 @@ class StoreWriter:
             raise ValueError(f"{self.path}: no samples were written, expected at least one")
         try:
             self._file.close()
-            with open(self._temporary, "rb") as file:
-                os.fsync(file.fileno())
-            umask = os.umask(0)
-            os.umask(umask)
-            # mkstemp makes the file private; a store gets the permissions of any other new file.
-            os.chmod(self._temporary, 0o666 & ~umask)
-            os.replace(self._temporary, self.path)
         except BaseException:
             self.abort()
             raise
+        self._replacing.close()
 
     def abort(self) -> None:
         """Throw away what was written."""
-        if hasattr(self, "_file"):
-            self._file.close()
-        Path(self._temporary).unlink(missing_ok=True)
+        try:
+            if hasattr(self, "_file"):
+                self._file.close()
+        finally:
+            self._replacing.__exit__(GeneratorExit, GeneratorExit(), None)
 
     def __enter__(self) -> StoreWriter:
         return self
