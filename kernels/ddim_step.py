@@ -4,9 +4,10 @@ import math
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from modafill.kernels.philox import normals
 from modafill.kernels.rows import SIGMA, SIGNAL, coefficient, launch, part_of_row, row_id_at, value_at
-from torch import Tensor
 
 
 @triton.jit(do_not_specialize=["step", "prev_step", "seed"])

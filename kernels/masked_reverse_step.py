@@ -2,6 +2,8 @@
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from modafill.kernels.philox import normals
 from modafill.kernels.rows import (
     POSTERIOR_EPS,
@@ -15,7 +17,6 @@ from modafill.kernels.rows import (
     row_id_at,
     value_at,
 )
-from torch import Tensor
 
 
 @triton.jit(do_not_specialize=["step", "seed"])

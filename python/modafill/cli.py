@@ -13,7 +13,6 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table as RichTable
 
 from modafill import __version__
 
@@ -95,7 +94,7 @@ def train_admc(
     conditioning: Annotated[
         list[str] | None,
         typer.Option(
-            help="'clean' (observed tokens enter undisturbed) or 'replace' (the paper); repeat for both. Default: clean."
+            help="'clean' (observed tokens enter as they are) or 'replace' (the paper); repeat for both. Default: clean"
         ),
     ] = None,
     folds: Annotated[int, typer.Option(help="Cross-validation folds; 1 uses the data's own split.")] = 1,
@@ -316,9 +315,7 @@ def _training_progress() -> Iterator[Any]:
             if part not in bars:
                 bars[part] = progress.add_task(part, scalars="")
             shown = "  ".join(f"{key} {value:.4g}" for key, value in scalars.items() if key != "learning_rate")
-            progress.update(
-                bars[part], description=f"{part}  {stage}", completed=epoch, total=epochs, scalars=shown
-            )
+            progress.update(bars[part], description=f"{part}  {stage}", completed=epoch, total=epochs, scalars=shown)
 
         yield report
 
@@ -330,7 +327,7 @@ def main() -> None:
     try:
         status = app(standalone_mode=False)
     except typer.TyperException as error:
-        message = getattr(error, "format_message", lambda: str(error))()
+        message = error.format_message() if hasattr(error, "format_message") else str(error)
         if message:
             print(f"modafill: {' '.join(message.split())}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -8,6 +8,8 @@ import platform
 from typing import Any
 
 import torch
+from rich.markup import escape
+from rich.table import Table
 
 from modafill import __version__
 from modafill.ops import backends
@@ -33,3 +35,16 @@ def info() -> dict[str, Any]:
             for choice in [backends.explain(op, device=device)]
         },
     }
+
+
+def render(facts: dict[str, Any]) -> Table:
+    """The facts of :func:`info` as a table for a terminal."""
+    table = Table(show_header=False, box=None)
+    for name, value in facts.items():
+        if name != "ops":
+            table.add_row(name.replace("_", " "), escape("–" if value is None else str(value)))
+    for op, choice in facts["ops"].items():
+        table.add_row(op, f"[bold]{choice['backend']}[/bold]: {escape(choice['reason'])}")
+        for backend, why in choice["rejected"].items():
+            table.add_row("", f"[dim]not {backend}: {escape(why)}[/dim]")
+    return table

@@ -17,10 +17,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from modafill import ops
 from modafill.diffusion.schedule import Schedule
 from modafill.ops import Draw, backends
-from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIM = Path(__file__).parent / "shim"

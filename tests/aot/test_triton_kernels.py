@@ -15,9 +15,10 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter is on, which compiles nothing", allow_module_level=True)
 triton = pytest.importorskip("triton")
 
-from modafill.kernels.rows import config  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
+
+from modafill.kernels.rows import config  # noqa: E402
 
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
 MAX_REGISTERS = 128  # 16 warps of 32 threads on every architecture

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from modafill import ops
 from modafill.ops import Draw, backends, reference
-from torch import Tensor
 
 SHAPES = [(0, 3, 8), (1, 1, 1), (2, 3, 5), (7, 2, 256), (3, 5, 1), (4, 3, 0), (2, 3, 683), (1025, 3, 256)]
 

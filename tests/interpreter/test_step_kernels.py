@@ -10,12 +10,13 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from modafill import ops
 from modafill.diffusion.schedule import Schedule
 from modafill.kernels import philox as device_philox
 from modafill.kernels.rows import config
 from modafill.ops import Draw, reference
-from torch import Tensor
 
 TABLE = Schedule.linear(50, 1e-3, 0.1).table
 SHAPES = [(3, 2, 5), (2, 3, 1), (1, 1, 1), (2, 3, 256), (2, 1, 1031), (0, 3, 4), (2, 3, 0)]

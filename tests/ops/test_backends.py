@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+
 from modafill import ops
 from modafill.info import info
 from modafill.ops import backends

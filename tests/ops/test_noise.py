@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+
 from modafill import ops
 from modafill.ops import Draw, backends, reference
 

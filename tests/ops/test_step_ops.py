@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
 from modafill import ops
 from modafill.diffusion.schedule import Schedule
 from modafill.ops import reference
-from torch import Tensor
 
 DTYPES = {torch.float64: 1e-6, torch.float32: 4e-6, torch.bfloat16: 4e-2}
 SHAPES = [(0, 3, 8), (1, 1, 1), (2, 3, 5), (7, 2, 256), (3, 5, 1), (4, 3, 0), (2, 3, 683), (70, 3, 257)]

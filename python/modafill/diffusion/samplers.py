@@ -31,8 +31,8 @@ def sample_row_ids(row_id: Tensor, n_samples: int) -> Tensor:
 def angular_steps(schedule: Schedule, start_step: int, evaluations: int) -> list[int]:
     """Steps ``start_step = t_0 > t_1 > … > 0`` of a sampler with at most that many network evaluations.
 
-    Evenly spaced in the angle φ with √ᾱ = cos φ: a DDIM step on a v-prediction is a rotation by the difference of angles
-    (Salimans & Ho 2022, app. D), so equal angles make equally long steps. Steps that coincide are visited once.
+    Evenly spaced in the angle φ with √ᾱ = cos φ: a DDIM step on a v-prediction is a rotation by the difference of
+    angles (Salimans & Ho 2022, app. D), so equal angles make equally long steps. Steps that coincide are visited once.
     """
     schedule.check_step("start_step", start_step)
     if not 1 <= evaluations <= start_step:

@@ -75,10 +75,14 @@ def evaluate_fold(
             if not options:
                 fusion = trainer.fusion_for(method, index)
                 add(RECOGNITION, label, column, recognition(_probabilities(fusion, completed), target))
-            add(FROZEN, label, column, recognition(_probabilities(trainer.complete_fusion, completed), target))
             hidden = ~pattern
-            estimate = completed.mean(0)[:, hidden]
-            add(ERROR, label, column, {"NRMSE": nrmse(estimate, truth[:, hidden], scale)})
+            estimate = completed.mean(0)
+            frozen = trainer.complete_fusion
+            add(FROZEN, label, column, recognition(_probabilities(frozen, estimate[None]), target))
+            if len(completed) > 1:
+                averaged = f"{label}, probabilities averaged"
+                add(FROZEN, averaged, column, recognition(_probabilities(frozen, completed), target))
+            add(ERROR, label, column, {"NRMSE": nrmse(estimate[:, hidden], truth[:, hidden], scale)})
             fill = trainer.fill(method)
             if isinstance(fill, RidgeFill):
                 completed = fill.sample(truth, pattern.expand(len(rows), -1), n_samples, seed, rows)
@@ -95,8 +99,8 @@ def evaluate_fold(
         column = FULL if pattern.all() else pattern_name(pattern, names)
         figures = recognition(logistic.probabilities(pattern, complete), trainer.target[complete])
         add(RECOGNITION, "logistic regression", column, figures)
-    frozen = recognition(trainer.complete_fusion(trainer.tokens[complete]).softmax(-1), trainer.target[complete])
-    add(FROZEN, METHOD_NAMES["zero"], FULL, frozen)
+    figures = recognition(trainer.complete_fusion(trainer.tokens[complete]).softmax(-1), trainer.target[complete])
+    add(FROZEN, "complete data", FULL, figures)
     return records
 
 
@@ -123,7 +127,7 @@ class _LogisticRegression:
         x = torch.cat([self.features[name] for name, seen in zip(t.specs, pattern, strict=True) if seen], 1).numpy()
         y = t.target.cpu().numpy()
         train, valid = (part[t.available[part][:, pattern].all(1).numpy()] for part in (t.split.train, t.split.valid))
-        models = [LogisticRegression(C=c, max_iter=200).fit(x[train], y[train]) for c in self.penalties]
+        models = [LogisticRegression(C=c, max_iter=1000).fit(x[train], y[train]) for c in self.penalties]
         best = max(models, key=lambda model: float(model.score(x[valid], y[valid])))
         out = np.zeros((len(rows), t.labels.n_classes), dtype=np.float32)
         out[:, best.classes_] = best.predict_proba(x[rows.cpu().numpy()])

@@ -10,8 +10,8 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 def recognition(probabilities: Tensor, target: Tensor) -> dict[str, float]:
     """``{"WA", "UA", "F1"}`` of ``probabilities [B, classes]`` against ``target [B]``.
 
-    WA is accuracy, UA macro recall, F1 macro F1, as the field computes them (MMIN). Departure: ADMC eq. 7 prints a WA with
-    true negatives and class weights, which exceeds 1 for more than two classes.
+    WA is accuracy, UA macro recall, F1 macro F1, as the field computes them (MMIN). Departure: ADMC eq. 7 prints a WA
+    with true negatives and class weights, which exceeds 1 for more than two classes.
     """
     classes = probabilities.shape[1]
     return {

@@ -78,7 +78,7 @@ def make_tables(records: Sequence[Record]) -> list[Table]:
     tables = []
     for question, metric in dict.fromkeys((r.question, r.metric) for r in records):
         chosen = [r for r in records if (r.question, r.metric) == (question, metric)]
-        columns = list(dict.fromkeys(r.available for r in chosen if r.available != FULL)) + [AVERAGE]
+        columns = [*dict.fromkeys(r.available for r in chosen if r.available != FULL), AVERAGE]
         columns += [FULL] if any(r.available == FULL for r in chosen) else []
         cells: dict[str, dict[str, tuple[float, float]]] = {}
         for method in dict.fromkeys(r.method for r in chosen):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from modafill.files import derive_seed, read_tensors, write_tensors
 
@@ -30,7 +30,7 @@ class Stage:
     Attributes:
         name: file name of the result and prefix of its scalars.
         model: the network; holds the result after :func:`train_stage`.
-        batches: ``(epoch, rank, processes)`` → this process's share of each batch of the epoch. Must depend on nothing else.
+        batches: ``(epoch, rank, processes)`` → this process's share of each batch of the epoch, and a function of these alone.
         loss: ``(model, batch, epoch)`` → scalar loss; the model it gets may be wrapped for several processes.
         validate: score of the current weights, larger is better; None keeps the last (or averaged) weights.
         epochs: at most so many.
@@ -71,8 +71,8 @@ def train_stage(
 ) -> None:
     """Train ``stage`` or load its finished result, ``folder/<name>.safetensors``.
 
-    A run that was killed goes on from its last checkpoint (``<name>.resume.safetensors``) and ends with the same bits as
-    one that was not: data order, dropout and noise of an epoch depend on (seed, stage, epoch) alone.
+    A run that was killed goes on from its last checkpoint (``<name>.resume.safetensors``) and ends with the same bits
+    as one that was not: data order, dropout and noise of an epoch depend on (seed, stage, epoch) alone.
 
     Args:
         checkpoint_seconds: at least so long between two checkpoints; no influence on the result.
@@ -90,9 +90,7 @@ def train_stage(
         return
     optimizer = torch.optim.Adam(stage.model.parameters(), lr=stage.learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, linear_decay(stage.epochs))
-    ema = (
-        AveragedModel(stage.model, multi_avg_fn=get_ema_multi_avg_fn(stage.ema_decay)) if stage.ema_decay > 0 else None
-    )
+    ema = AveragedModel(stage.model, avg_fn=_warmed_up(stage.ema_decay)) if stage.ema_decay > 0 else None
     best: dict[str, Tensor] = {}
     state: dict[str, Any] = {"epoch": 0, "score": -math.inf, "stale": 0}
     if resume.is_file():
@@ -129,7 +127,9 @@ def train_stage(
             count += 1
         mean_loss = float(total) / max(count, 1)
         if not math.isfinite(mean_loss):
-            raise TrainingError(f"{stage.name}: the loss of epoch {epoch + 1} is {mean_loss}; the last checkpoint is kept")
+            raise TrainingError(
+                f"{stage.name}: the loss of epoch {epoch + 1} is {mean_loss}; the last checkpoint is kept"
+            )
         scalars = {"loss": mean_loss, "learning_rate": schedule.get_last_lr()[0]}
         schedule.step()
         if stage.validate is not None:
@@ -149,15 +149,14 @@ def train_stage(
             about = {
                 "key": key,
                 "state": state,
-                "schedule": {k: v for k, v in schedule.state_dict().items() if k != "lr_lambdas"} | {"lr_lambdas": [None]},
+                "schedule": {k: v for k, v in schedule.state_dict().items() if k != "lr_lambdas"}
+                | {"lr_lambdas": [None]},
                 "param_groups": optimizer.state_dict()["param_groups"],
             }
             tensors = {f"model.{n}": t for n, t in stage.model.state_dict().items()}
             tensors |= {f"best.{n}": t for n, t in best.items()}
             tensors |= {f"ema.{n}": t for n, t in (ema.state_dict() if ema is not None else {}).items()}
-            tensors |= {
-                f"adam.{i}.{n}": t for i, p in optimizer.state_dict()["state"].items() for n, t in p.items()
-            }
+            tensors |= {f"adam.{i}.{n}": t for i, p in optimizer.state_dict()["state"].items() for n, t in p.items()}
             write_tensors(resume, tensors, about)
             saved = time.monotonic()
     if ema is not None:
@@ -170,6 +169,16 @@ def train_stage(
         resume.unlink(missing_ok=True)
     accelerator.wait_for_everyone()
     accelerator.free_memory()
+
+
+def _warmed_up(decay: float) -> Callable[[Tensor, Tensor, Tensor | int], Tensor]:
+    """Averaging whose decay grows as (1 + n) / (10 + n) to ``decay``, so that short trainings forget their start."""
+
+    def average(averaged: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
+        n = int(count)
+        return torch.lerp(averaged, current, 1.0 - min(decay, (1 + n) / (10 + n)))
+
+    return average
 
 
 def _take(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -6,4 +6,13 @@ from modafill.models.admc.encoders import ModalityEncoder, UnimodalClassifier
 from modafill.models.admc.fusion import Fusion
 from modafill.models.admc.system import ADMC, ModalitySpec, TokenScaler
 
-__all__ = ["ADMC", "ADN", "ADMCConfig", "Fusion", "ModalityEncoder", "ModalitySpec", "TokenScaler", "UnimodalClassifier"]
+__all__ = [
+    "ADMC",
+    "ADN",
+    "ADMCConfig",
+    "Fusion",
+    "ModalityEncoder",
+    "ModalitySpec",
+    "TokenScaler",
+    "UnimodalClassifier",
+]

@@ -22,8 +22,8 @@ def step_embedding(step: Tensor, width: int) -> Tensor:
 class ADN(nn.Module):
     """Self-attention denoiser over tokens ``[B, M, D]``.
 
-    The paper leaves open how a token knows its step and its modality: here a sinusoidal step embedding through an MLP and
-    a learned modality embedding are added to every token (attention alone cannot tell modalities apart). With
+    The paper leaves open how a token knows its step and its modality: here a sinusoidal step embedding through an MLP
+    and a learned modality embedding are added to every token (attention alone cannot tell modalities apart). With
     ``conditioning="clean"`` an embedding also says whether a token is observed.
 
     Args:
@@ -42,11 +42,15 @@ class ADN(nn.Module):
         self.state = nn.Parameter(torch.randn(2, d) * 0.02) if config.conditioning == "clean" else None
         self.step_mlp = nn.Sequential(nn.Linear(d, d), nn.SiLU(), nn.Linear(d, d))
         layer = nn.TransformerEncoderLayer(
-            d, config.adn_heads, config.adn_feedforward, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+            d,
+            config.adn_heads,
+            config.adn_feedforward,
+            dropout=0.0,
+            activation="gelu",
+            batch_first=True,
+            norm_first=True,
         )
-        self.encoder = nn.TransformerEncoder(
-            layer, config.adn_layers, norm=nn.LayerNorm(d), enable_nested_tensor=False
-        )
+        self.encoder = nn.TransformerEncoder(layer, config.adn_layers, norm=nn.LayerNorm(d), enable_nested_tensor=False)
         self.project_out = nn.Linear(d, config.width)
         self._schedule = config.schedule()
 
@@ -100,7 +104,9 @@ class ADN(nn.Module):
             )
         bad = (~available.any(1)).nonzero().flatten().tolist()
         if bad:
-            raise ValueError(f"available: nothing is observed in rows {bad[:5]}, expected at least one modality in each")
+            raise ValueError(
+                f"available: nothing is observed in rows {bad[:5]}, expected at least one modality in each"
+            )
         rows = torch.arange(len(tokens), device=tokens.device) if row_id is None else row_id
         todo = (~available.all(1)).nonzero().flatten()
         tokens = torch.where(available[..., None], tokens, 0.0)

@@ -17,8 +17,8 @@ class ADMCConfig:
 
     Attributes:
         width: output of each encoder, 256 (§4.2).
-        encoders: per modality ``"lstm"``, ``"textcnn"`` or ``"mlp"``; ``"auto"`` (also for those not named) takes an MLP
-            for one vector per sample, TextCNN for a sequence named ``text``, an LSTM for other sequences (§4.1).
+        encoders: per modality ``"lstm"``, ``"textcnn"`` or ``"mlp"``; ``"auto"`` (also for those not named) takes an
+            MLP for one vector per sample, TextCNN for a sequence named ``text``, an LSTM for other sequences (§4.1).
         textcnn_kernels, textcnn_filters, textcnn_dropout: 3, 4, 5 × 128 filters, 0.5 (MMIN, whose features ADMC uses).
         mlp_hidden: hidden width of the MLP encoder (own choice: the paper has sequences only).
         classifier_hidden: hidden width of the 2-layer classifiers, 128 (§4.2).
@@ -38,7 +38,7 @@ class ADMCConfig:
         fusion_layers, fusion_heads, fusion_feedforward, fusion_dropout: 2, 4, 1024, 0.3 (§4.2).
         learning_rate: Adam, 1e-4 (§4.2).
         batch_size, encoder_epochs, adn_epochs, fusion_epochs: 128 and epochs (MMIN's batch; epochs own choice).
-        patience: epochs without a better validation macro recall before an encoder or a fusion network stops.
+        patience: epochs without a lower validation loss before an encoder or a fusion network stops.
     """
 
     width: int = 256
@@ -117,6 +117,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "width": 64,
         "textcnn_filters": 64,
         "mlp_hidden": 128,
+        "encoder_dropout": 0.5,
         "adn_width": 128,
         "adn_layers": 3,
         "adn_heads": 4,
@@ -124,7 +125,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "fusion_feedforward": 256,
         "learning_rate": 1e-3,
         "encoder_epochs": 30,
-        "adn_epochs": 110,
+        "adn_epochs": 60,
         "fusion_epochs": 20,
         "patience": 5,
     },

@@ -13,7 +13,11 @@ class Classifier(nn.Sequential):
 
     def __init__(self, in_width: int, hidden: int, n_classes: int, dropout: float) -> None:
         super().__init__(
-            nn.Dropout(dropout), nn.Linear(in_width, hidden), nn.ReLU(), nn.Dropout(dropout), nn.Linear(hidden, n_classes)
+            nn.Dropout(dropout),
+            nn.Linear(in_width, hidden),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(hidden, n_classes),
         )
 
 
@@ -68,9 +72,9 @@ _KINDS: dict[str, type[_LSTM] | type[_TextCNN] | type[_MLP]] = {"lstm": _LSTM, "
 class ModalityEncoder(nn.Module):
     """Encoder of one modality, with the statistics that standardise its input.
 
-    ``"lstm"``: one unidirectional layer, max over time. ``"textcnn"``: convolutions of 3, 4, 5 words, ReLU, max over time,
-    linear, ReLU (both as in MMIN, whose features the paper uses). ``"mlp"``: one vector per sample. Departure: MMIN takes
-    the maximum over padded steps too, so that a sample's embedding depends on its batch; here only valid steps count.
+    ``"lstm"``: one unidirectional layer, max over time. ``"textcnn"``: convolutions of 3, 4, 5 words, ReLU, max over
+    time, linear, ReLU (both as in MMIN, whose features the paper uses). ``"mlp"``: one vector per sample. Departure: MMIN
+    takes the maximum over padded steps too, so that a sample's embedding depends on its batch; here only valid steps count.
 
     Args:
         name: the modality.

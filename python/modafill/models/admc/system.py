@@ -96,7 +96,7 @@ class ADMC(nn.Module):
         self.enhanced = Fusion(count, n_classes, config, in_width=2 * config.width)
 
     def embed(self, batch: Batch) -> Tensor:
-        """Embeddings ``[B, M, D]`` by the encoders; features of missing modalities are never read, their rows are zero."""
+        """Embeddings ``[B, M, D]``; features of missing modalities are never read, their embeddings are zero."""
         embeddings = torch.zeros(len(batch), len(self.modalities), self.config.width, device=batch.available.device)
         for m, name in enumerate(self.modalities):
             rows = batch.available[:, m].nonzero().flatten()
@@ -108,7 +108,7 @@ class ADMC(nn.Module):
         return embeddings
 
     def encode(self, batch: Batch) -> Tensor:
-        """Standardised tokens ``[B, M, D]``, zero where missing. Bad batches raise ValueError (:meth:`Batch.validate`)."""
+        """Standardised tokens ``[B, M, D]``, zero where missing; ValueError for a bad batch (:meth:`Batch.validate`)."""
         batch.validate({name: spec.width for name, spec in self.modalities.items()})
         return torch.where(batch.available[..., None], self.scaler(self.embed(batch)), 0.0)
 

@@ -25,7 +25,7 @@ class _ConstantFill:
 
 
 class ZeroFill(_ConstantFill):
-    """Missing embeddings become zero vectors ("w/o ADN"); ``mean, std [M, D]`` are those that standardised the tokens."""
+    """Missing embeddings become zero vectors ("w/o ADN"); ``mean, std [M, D]`` are those of the tokens' scaler."""
 
     def __init__(self, mean: Tensor, std: Tensor) -> None:
         super().__init__(-mean / std)
@@ -69,7 +69,9 @@ class RidgeFill:
 
     def sample(self, tokens: Tensor, available: Tensor, n_samples: int, seed: int, row_id: Tensor) -> Tensor:
         """K completions ``[K, B, M, D]``: prediction plus independent Gaussian residuals."""
-        noise = ops.randn((n_samples * len(tokens), *tokens.shape[1:]), seed=seed, row_id=sample_row_ids(row_id, n_samples))
+        noise = ops.randn(
+            (n_samples * len(tokens), *tokens.shape[1:]), seed=seed, row_id=sample_row_ids(row_id, n_samples)
+        )
         noise = noise.reshape(n_samples, *tokens.shape)
         return torch.stack([self._fill(tokens, available, z) for z in noise])
 
