@@ -30,7 +30,7 @@ class Stage:
     Attributes:
         name: file name of the result and prefix of its scalars.
         model: the network; holds the result after :func:`train_stage`.
-        batches: ``(epoch, rank, processes)`` → this process's share of each batch of the epoch, and a function of these alone.
+        batches: ``(epoch, rank, processes)`` → this process's share of each batch, a function of these alone.
         loss: ``(model, batch, epoch)`` → scalar loss; the model it gets may be wrapped for several processes.
         validate: score of the current weights, larger is better; None keeps the last (or averaged) weights.
         epochs: at most so many.

@@ -73,8 +73,9 @@ class ModalityEncoder(nn.Module):
     """Encoder of one modality, with the statistics that standardise its input.
 
     ``"lstm"``: one unidirectional layer, max over time. ``"textcnn"``: convolutions of 3, 4, 5 words, ReLU, max over
-    time, linear, ReLU (both as in MMIN, whose features the paper uses). ``"mlp"``: one vector per sample. Departure: MMIN
-    takes the maximum over padded steps too, so that a sample's embedding depends on its batch; here only valid steps count.
+    time, linear, ReLU (both as in MMIN, whose features the paper uses). ``"mlp"``: one vector per sample. Departure:
+    MMIN takes the maximum over padded steps too, so that a sample's embedding depends on its batch; here only valid
+    steps count.
 
     Args:
         name: the modality.

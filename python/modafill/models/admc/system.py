@@ -108,7 +108,7 @@ class ADMC(nn.Module):
         return embeddings
 
     def encode(self, batch: Batch) -> Tensor:
-        """Standardised tokens ``[B, M, D]``, zero where missing; ValueError for a bad batch (:meth:`Batch.validate`)."""
+        """Standardised tokens ``[B, M, D]``, zero where missing; a bad batch raises ValueError."""
         batch.validate({name: spec.width for name, spec in self.modalities.items()})
         return torch.where(batch.available[..., None], self.scaler(self.embed(batch)), 0.0)
 
