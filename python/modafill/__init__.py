@@ -1,3 +1,20 @@
 """Fill in missing modalities by conditional diffusion, on fused kernels."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from modafill.imputer import Imputation, ModalityImputer
+
 __version__ = "0.1.0"
+__all__ = ["Imputation", "ModalityImputer", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    # The imputer brings h5py and the models along: only those who ask for it pay for them.
+    if name in ("Imputation", "ModalityImputer"):
+        from modafill import imputer
+
+        return getattr(imputer, name)
+    raise AttributeError(f"module 'modafill' has no attribute {name!r}")
