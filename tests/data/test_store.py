@@ -120,7 +120,6 @@ def test_missing_and_generated_values(make_store: MakeStore, shape: tuple[int, .
     if steps:
         assert observed.lengths["b"].tolist() == [0, 0, 0]
         assert filled.lengths["b"].tolist() == [0, 3, 0]
-    assert filled.available[:, 1].tolist() == [False, True, False]
     np.testing.assert_array_equal(store.generated(), generated)
     np.testing.assert_array_equal(store.available(), available)
     with h5py.File(store.path) as file:

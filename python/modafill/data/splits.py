@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from sklearn.model_selection import GroupKFold, GroupShuffleSplit, KFold, StratifiedKFold, train_test_split
 
 from modafill.data.labels import Labels
 from modafill.data.store import FeatureStore
@@ -80,6 +79,9 @@ class _Divider(NamedTuple):
 
     def folds(self, n: int, folds: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """(rest, test) of each fold; one fold alone is the first of HOLD_OUT."""
+        # Loading scikit-learn takes longer than all else here, and inference has no use for it.
+        from sklearn.model_selection import GroupKFold, KFold, StratifiedKFold
+
         unit, units = ("samples", n) if self.groups is None else ("groups", int(self.groups.max()) + 1)
         if folds > units or units < 2:
             raise ValueError(f"folds: got {folds}, expected at most the number of {unit}, {units}")
@@ -97,6 +99,8 @@ class _Divider(NamedTuple):
 
     def carve(self, rows: np.ndarray, fold: int = 0) -> tuple[np.ndarray, np.ndarray]:
         """(train, valid) out of ``rows``, by group where there are groups."""
+        from sklearn.model_selection import GroupShuffleSplit, train_test_split
+
         seed = self.seed + fold
         if self.groups is None:
             strata = None if self.strata is None else self.strata[rows]
