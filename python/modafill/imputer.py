@@ -102,7 +102,7 @@ class ModalityImputer(nn.Module):
             if spec.sequence:
                 steps = torch.full((len(first),), full[name].shape[1], dtype=torch.int64, device=first.device)
                 full_lengths[name] = (lengths or {}).get(name, steps)
-        return self.complete(Batch(full, full_lengths, available, rows, None), n_samples=n_samples, seed=seed)
+        return self.complete(Batch(full, available, rows, full_lengths), n_samples=n_samples, seed=seed)
 
     @torch.no_grad()
     def complete(self, batch: Batch, *, n_samples: int = 1, seed: int = 0) -> Imputation:
