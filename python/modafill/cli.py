@@ -298,7 +298,7 @@ def _bar(what: str, total: int | None) -> Iterator[Any]:
         task = progress.add_task(what, total=total)
 
         def advance(done: int, of: int | None = None) -> None:
-            progress.update(task, completed=done, **({} if of is None else {"total": of}))
+            progress.update(task, completed=done, total=of)
 
         yield advance
 

@@ -18,7 +18,7 @@ from modafill.ops import reference
 try:
     from modafill import _C
 except ImportError as error:  # a source tree that was never built still has the reference backend
-    _C = None
+    _C = None  # type: ignore[assignment]
     _NATIVE_ERROR = str(error)
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")

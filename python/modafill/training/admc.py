@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from modafill import ops
 from modafill.data import Batch, FeatureStore, Labels, Split, Standardizer, missing_patterns, random_available
 from modafill.files import derive_seed, read_tensors, write_tensors
-from modafill.models.admc import ADMC, ADN, ADMCConfig, Fusion, ModalitySpec
+from modafill.models.admc import ADMC, ADN, ADMCConfig, Fusion, ModalitySpec, UnimodalClassifier
 from modafill.models.baselines import MeanFill, RidgeFill, ZeroFill
 from modafill.ops.reference import SQRT_ALPHA_BAR, SQRT_ONE_MINUS_ALPHA_BAR
 from modafill.training.loop import Report, Stage, train_stage
@@ -106,10 +106,10 @@ class FoldTrainer:
     def train_encoders(self) -> None:
         """ITFN: each encoder by its own classifier, or all with one fusion network (``joint_encoders``)."""
         statistics = Standardizer.fit(self.store, self.split.train)
-        for name, unimodal in self.model.unimodal.items():
-            unimodal.encoder.mean.copy_(statistics.mean[name])
-            std = statistics.std[name]
-            unimodal.encoder.std.copy_(torch.where(std > 0, std, torch.inf))
+        for name in self.specs:
+            encoder, std = self.model.encoder(name), statistics.std[name]
+            encoder.mean.copy_(statistics.mean[name])
+            encoder.std.copy_(torch.where(std > 0, std, torch.inf))
         if self.config.joint_encoders:
             joint = _Joint(self.model.unimodal, Fusion(len(self.specs), self.labels.n_classes, self.config))
             self._fit_on_store("encoders-joint", joint.to(self.device), lambda batch: (batch,), self._rows_with(None))
@@ -119,7 +119,7 @@ class FoldTrainer:
             self._fit_on_store(
                 f"encoder-{name}",
                 unimodal,
-                lambda batch, name=name: (batch.features[name], batch.lengths.get(name)),
+                partial(_one_modality, name),
                 (self.split.train[keep[self.split.train].numpy()], self.split.valid[keep[self.split.valid].numpy()]),
             )
 
@@ -214,7 +214,7 @@ class FoldTrainer:
     def fusion_for(self, method: str, index: int) -> Fusion:
         """The fusion network of a pattern on tokens completed by ``method``."""
         if method == self.conditionings[0]:
-            return self.model.fusions[index]
+            return cast(Fusion, self.model.fusions[index])
         return self._new_fusion(f"fusion-{method}-{index}", None)
 
     def enhanced_for(self, conditioning: str) -> Fusion:
@@ -293,8 +293,15 @@ class _Joint(nn.Module):
         self.unimodal, self.fusion = unimodal, fusion
 
     def forward(self, batch: Batch) -> Tensor:
-        tokens = [u.encoder(batch.features[name], batch.lengths.get(name)) for name, u in self.unimodal.items()]
+        tokens = [
+            cast(UnimodalClassifier, unimodal).encoder(*_one_modality(name, batch))
+            for name, unimodal in self.unimodal.items()
+        ]
         return self.fusion(torch.stack(tokens, dim=1))
+
+
+def _one_modality(name: str, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    return batch.features[name], batch.lengths.get(name)
 
 
 def diffusion_loss(adn: ADN, tokens: Tensor, seed: int) -> Callable[[nn.Module, Tensor, int], Tensor]:

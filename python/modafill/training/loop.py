@@ -130,7 +130,7 @@ def train_stage(
             raise TrainingError(
                 f"{stage.name}: the loss of epoch {epoch + 1} is {mean_loss}; the last checkpoint is kept"
             )
-        scalars = {"loss": mean_loss, "learning_rate": schedule.get_last_lr()[0]}
+        scalars = {"loss": mean_loss, "learning_rate": float(schedule.get_last_lr()[0])}
         schedule.step()
         if stage.validate is not None:
             model.eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -130,7 +131,7 @@ class ADN(nn.Module):
                 )
             else:
                 done = sample_clean(
-                    lambda x, n, mask=mask: self(x, n, mask),
+                    partial(self, available=mask),
                     observed,
                     mask,
                     self.schedule,

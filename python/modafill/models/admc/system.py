@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import snapshot_download
@@ -95,6 +95,10 @@ class ADMC(nn.Module):
         self.fusions = nn.ModuleList(Fusion(count, n_classes, config) for _ in range(len(all_patterns(count)) - 1))
         self.enhanced = Fusion(count, n_classes, config, in_width=2 * config.width)
 
+    def encoder(self, modality: str) -> ModalityEncoder:
+        """The encoder of a modality."""
+        return cast(UnimodalClassifier, self.unimodal[modality]).encoder
+
     def embed(self, batch: Batch) -> Tensor:
         """Embeddings ``[B, M, D]``; features of missing modalities are never read, their embeddings are zero."""
         embeddings = torch.zeros(len(batch), len(self.modalities), self.config.width, device=batch.available.device)
@@ -102,7 +106,7 @@ class ADMC(nn.Module):
             rows = batch.available[:, m].nonzero().flatten()
             if len(rows):
                 lengths = batch.lengths.get(name)
-                embeddings[rows, m] = self.unimodal[name].encoder(
+                embeddings[rows, m] = self.encoder(name)(
                     batch.features[name][rows], None if lengths is None else lengths[rows]
                 )
         return embeddings
