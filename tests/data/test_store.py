@@ -401,3 +401,8 @@ def test_half_precision_and_column_names(tmp_path: Path) -> None:
     x = store.read(np.array([0])).features["a"]
     assert x.dtype == torch.float32
     assert x[0, 0] == np.float16(1 / 3)
+    with (
+        pytest.raises(ValueError, match="got values beyond ±65504"),
+        writer_at(tmp_path / "b.h5", dtype="float16") as writer,
+    ):
+        writer.append({"a": A * 7e4, "b": B})

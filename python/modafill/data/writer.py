@@ -205,6 +205,8 @@ class StoreWriter:
                 raise ValueError(
                     f"{path}: got shape {values.shape}, expected [n, {', '.join(map(str, data.shape[1:]))}]"
                 )
+            if data.dtype == np.float16 and (np.isfinite(values) & (np.abs(values) > np.finfo(np.float16).max)).any():
+                raise ValueError(f"{path}: got values beyond ±65504, expected what float16 can hold")
             start = len(data)
             data.resize(start + len(values), axis=0)
             if len(values):
@@ -242,6 +244,7 @@ class StoreWriter:
             if hasattr(self, "_file"):
                 self._file.close()
         finally:
+            # Told of an error, it removes the temporary file instead of moving it.
             self._replacing.__exit__(GeneratorExit, GeneratorExit(), None)
 
     def __enter__(self) -> StoreWriter:
