@@ -107,8 +107,12 @@ class ModalityEncoder(nn.Module):
             raise ValueError(f"features[{self.name!r}]: got shape {list(x.shape)}, expected {expected}")
         # Widely scaled inputs (openSMILE, COVAREP) have outliers of hundreds of standard deviations.
         x = ((x - self.mean) / self.std).clamp(-10.0, 10.0)
-        if self.sequence and lengths is None:
-            lengths = torch.full((x.shape[0],), x.shape[1], dtype=torch.int64, device=x.device)
+        if self.sequence:
+            if lengths is None:
+                lengths = torch.full((x.shape[0],), x.shape[1], dtype=torch.int64, device=x.device)
+            # Padding is zero after standardising, not before: a text shorter than a kernel sees it.
+            valid = torch.arange(x.shape[1], device=x.device) < lengths[:, None]
+            x = x.masked_fill(~valid[..., None], 0.0)
         return self.encoder(x, lengths)
 
 
