@@ -110,8 +110,9 @@ def sample_clean(
     Returns:
         ``[B, M, D]``: observed tokens bit-exact, missing ones generated.
     """
-    for step in steps[:-1]:
-        schedule.check_step("steps", step)
+    if len(steps) < 2 or steps[-1] != 0 or any(n <= previous for n, previous in pairwise(steps)):
+        raise ValueError(f"steps: got {steps}, expected at least one diffusion step, descending, and 0 at the end")
+    schedule.check_step("steps", steps[0])
     table = schedule.table.to(observed.device)
     keep = available[..., None]
     start = ops.randn(tuple(observed.shape), seed=seed, row_id=row_id, draw=Draw.INITIAL, device=observed.device)

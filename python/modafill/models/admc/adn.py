@@ -135,7 +135,11 @@ class ADN(nn.Module):
                     observed,
                     mask,
                     self.schedule,
-                    steps=angular_steps(self.schedule, self.last_step, sampling_steps or self.config.sampling_steps),
+                    steps=angular_steps(
+                        self.schedule,
+                        self.last_step,
+                        self.config.sampling_steps if sampling_steps is None else sampling_steps,
+                    ),
                     seed=seed,
                     row_id=sample_ids[part],
                 )
