@@ -26,7 +26,11 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a name beside ``path``; what was written there becomes ``path`` at the end, or is removed on an error."""
+    """Yield a name beside ``path``; what was written there becomes ``path`` at the end, or is removed on an error.
+
+    A folder that is already there keeps its other files: only those of the same names are replaced.
+    """
+    path = path.absolute()
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -34,8 +38,11 @@ def replacing(path: Path) -> Iterator[Path]:
         for written in beside.iterdir() if beside.is_dir() else (beside,):
             _sync(written)
         if beside.is_dir() and path.is_dir():
-            shutil.rmtree(path)
-        os.replace(beside, path)
+            for written in beside.iterdir():
+                os.replace(written, path / written.name)
+            beside.rmdir()
+        else:
+            os.replace(beside, path)
     except BaseException:
         shutil.rmtree(beside) if beside.is_dir() else beside.unlink(missing_ok=True)
         raise
