@@ -14,7 +14,7 @@ FORMAT_VERSION = 1
 
 
 def save_folder(path: Path, model: nn.Module, config: dict[str, Any]) -> None:
-    """Write ``model`` and ``config`` to the folder ``path``, whole or not at all."""
+    """Write ``model`` and ``config`` to the folder ``path``, whole or not at all; its other files stay."""
     with replacing(path) as beside:
         beside.mkdir()
         write_json(beside / "config.json", {"format_version": FORMAT_VERSION, **config})
@@ -28,8 +28,10 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: no config.json there, expected a folder written by save_pretrained")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ValueError(f"{file}: not valid JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file}: got a {type(config).__name__}, expected an object")
     if config.get("format_version") != FORMAT_VERSION:
         raise ValueError(
             f"{file}: format version {config.get('format_version')}, this modafill reads version {FORMAT_VERSION}"

@@ -111,9 +111,13 @@ class ADMC(nn.Module):
                 )
         return embeddings
 
+    def check(self, batch: Batch) -> None:
+        """Raise ValueError unless the model can read ``batch`` (:meth:`modafill.data.Batch.validate`)."""
+        batch.validate({name: spec.width for name, spec in self.modalities.items()})
+
     def encode(self, batch: Batch) -> Tensor:
         """Standardised tokens ``[B, M, D]``, zero where missing; a bad batch raises ValueError."""
-        batch.validate({name: spec.width for name, spec in self.modalities.items()})
+        self.check(batch)
         return torch.where(batch.available[..., None], self.scaler(self.embed(batch)), 0.0)
 
     @torch.no_grad()
@@ -166,11 +170,18 @@ class ADMC(nn.Module):
         if not folder.exists():
             if str(path).count("/") != 1:
                 raise ValueError(f"path: got {str(path)!r}, expected an existing folder or a hub id 'owner/name'")
-            folder = Path(snapshot_download(str(path), allow_patterns=["config.json", "model.safetensors"]))
+            try:
+                folder = Path(snapshot_download(str(path), allow_patterns=["config.json", "model.safetensors"]))
+            except (OSError, ValueError) as error:
+                reason = str(error).strip().partition("\n")[0]
+                raise ValueError(f"path: got {str(path)!r}, no folder and no model on the hub ({reason})") from error
         config = read_config(folder)
         if config.get("model") != "admc":
             raise ValueError(f"{folder}: holds the model {config.get('model')!r}, expected 'admc'")
-        modalities = {name: ModalitySpec(**spec) for name, spec in config["modalities"].items()}
-        model = cls(modalities, config["n_classes"], ADMCConfig.from_dict(config["config"]), config["classes"])
+        try:
+            modalities = {name: ModalitySpec(**spec) for name, spec in config["modalities"].items()}
+            model = cls(modalities, config["n_classes"], ADMCConfig.from_dict(config["config"]), config["classes"])
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder / 'config.json'}: not the description of an ADMC ({error!r})") from error
         load_weights(folder / "model.safetensors", model)
         return model.eval()
