@@ -87,6 +87,8 @@ def train_stage(
         _check_key(result, about["key"], key)
         stage.model.load_state_dict(tensors)
         stage.model.eval()
+        if accelerator.is_main_process:
+            resume.unlink(missing_ok=True)  # still there if the process died between the two
         return
     optimizer = torch.optim.Adam(stage.model.parameters(), lr=stage.learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, linear_decay(stage.epochs))
@@ -168,7 +170,6 @@ def train_stage(
         write_tensors(result, stage.model.state_dict(), {"key": key, "state": state})
         resume.unlink(missing_ok=True)
     accelerator.wait_for_everyone()
-    accelerator.free_memory()
 
 
 def _warmed_up(decay: float) -> Callable[[Tensor, Tensor, Tensor | int], Tensor]:

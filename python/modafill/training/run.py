@@ -133,6 +133,7 @@ def train_part(run: Run, fold: int, seed: int, report: Report) -> None:
         run.trainer(fold, seed, accelerator, report).run()
     finally:
         accelerator.end_training()
+        accelerator.free_memory()  # here and not after each stage, because it collects garbage for half a second
 
 
 def train(run: Run, report: Report, jobs: int = 1) -> None:
