@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
 
@@ -29,3 +34,85 @@ def data_dir() -> Path:
     if not path.is_dir():
         pytest.skip(f"no data in {path}; set MODAFILL_DATA to the folder that has it")
     return path
+
+
+SMALLEST = {
+    "width": 8,
+    "mlp_hidden": 8,
+    "classifier_hidden": 8,
+    "adn_layers": 1,
+    "adn_heads": 2,
+    "adn_feedforward": 16,
+    "fusion_layers": 1,
+    "fusion_heads": 2,
+    "fusion_feedforward": 16,
+    "diffusion_steps": 60,
+    "start_step": 4,
+    "sampling_steps": 3,
+    "learning_rate": 0.003,
+    "batch_size": 16,
+    "encoder_epochs": 3,
+    "adn_epochs": 3,
+    "fusion_epochs": 2,
+}
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """Data of 96 samples, and the smallest ADMC that was trained on it with both conditionings by the command line."""
+
+    archive: Path
+    mapping: Path
+    run: Path
+    train_arguments: list[str]
+
+
+def write_tiny(folder: Path, *, groups: bool = True) -> tuple[Path, Path]:
+    """An archive of three classes and its mapping: text and vision vectors, ragged audio, a few modalities missing."""
+    random = np.random.default_rng(3)
+    n = 96
+    label = np.arange(n) % 3
+    available = random.random((n, 3)) < 0.9
+    available[~available.any(1)] = True
+    arrays = {
+        "words": (random.normal(size=(n, 6)) + label[:, None]).astype(np.float32),
+        "sound": (random.normal(size=(n, 5, 4)) - label[:, None, None]).astype(np.float32),
+        "faces": (random.normal(size=(n, 3)) + 2 * label[:, None]).astype(np.float32),
+        "sound_steps": random.integers(1, 6, n),
+        "mood": np.array(["calm", "glad", "sad"])[label],
+        "seen": available,
+    }
+    mapping = {
+        "modalities": {"text": "words", "audio": "sound", "vision": "faces"},
+        "lengths": {"audio": "sound_steps"},
+        "label": {"name": "mood", "kind": "class"},
+        "available": "seen",
+    }
+    if groups:
+        arrays |= {"clip": np.arange(n) // 4, "turn": np.arange(n) % 4}
+        mapping |= {"group": "clip", "order": "turn"}
+    np.savez(folder / "tiny.npz", **arrays)
+    (folder / "tiny.json").write_text(json.dumps(mapping))
+    return folder / "tiny.npz", folder / "tiny.json"
+
+
+def smallest(**changes: object) -> list[str]:
+    """Command-line arguments that shrink the model to nearly nothing."""
+    return [part for name, value in {**SMALLEST, **changes}.items() for part in ("--set", f"{name}={json.dumps(value)}")]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    folder = tmp_path_factory.mktemp("tiny")
+    archive, mapping = write_tiny(folder)
+    arguments = ["train", "admc", "--data", str(archive), "--mapping", str(mapping), *smallest()]
+    arguments += ["--conditioning", "replace", "--conditioning", "clean"]
+    done = subprocess.run(
+        [sys.executable, "-m", "modafill", *arguments, "--out", str(folder / "run")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # threads that wait for each other are slow on a busy machine
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return Tiny(archive, mapping, folder / "run", arguments)

@@ -34,6 +34,8 @@ class Imputation:
 class ModalityImputer(nn.Module):
     """Generates the embeddings of missing modalities with a trained ADMC.
 
+    The model stays in evaluation mode, also as a part of a module that is being trained.
+
     Args:
         model: the trained system.
     """
@@ -41,6 +43,12 @@ class ModalityImputer(nn.Module):
     def __init__(self, model: ADMC) -> None:
         super().__init__()
         self.model = model.eval()
+
+    def train(self, mode: bool = True) -> ModalityImputer:
+        """As :meth:`torch.nn.Module.train`, but the model's dropout stays off."""
+        super().train(mode)
+        self.model.eval()
+        return self
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> ModalityImputer:
@@ -101,19 +109,21 @@ class ModalityImputer(nn.Module):
             full[name] = given[name].to(torch.float32) if name in given else first.new_zeros(shape, dtype=torch.float32)
             if spec.sequence:
                 steps = torch.full((len(first),), full[name].shape[1], dtype=torch.int64, device=first.device)
-                full_lengths[name] = (lengths or {}).get(name, steps)
+                full_lengths[name] = (lengths or {}).get(name, steps) if name in given else steps
         return self.complete(Batch(full, available, rows, full_lengths), n_samples=n_samples, seed=seed)
 
     @torch.no_grad()
     def complete(self, batch: Batch, *, n_samples: int = 1, seed: int = 0) -> Imputation:
         """As calling the imputer, for a :class:`~modafill.data.Batch`."""
-        model = self.model
-        tokens = model.encode(batch)
-        samples = model.scaler.inverse(
-            model.adn.sample(tokens, batch.available, n_samples=n_samples, seed=seed, row_id=batch.row_id)
+        model, keep = self.model, batch.available[..., None]
+        model.check(batch)
+        embeddings = model.embed(batch)
+        samples = model.adn.sample(
+            model.scaler(embeddings), batch.available, n_samples=n_samples, seed=seed, row_id=batch.row_id
         )
-        exact = torch.where(batch.available[..., None], model.embed(batch), samples.mean(0))
-        spread = samples.std(0, correction=1) * ~batch.available[..., None] if n_samples > 1 else None
+        samples = torch.where(keep, embeddings, model.scaler.inverse(samples))
+        exact = torch.where(keep, embeddings, samples.mean(0))
+        spread = samples.std(0, correction=1).masked_fill(keep, 0.0) if n_samples > 1 else None
         return Imputation(
             {name: exact[:, m] for m, name in enumerate(self.modalities)},
             ~batch.available,
@@ -140,6 +150,7 @@ def impute_store(
         raise ValueError(f"{store.path}: has no modality {missing[0]!r}, the model was trained on {imputer.modalities}")
     width = imputer.model.config.width
     names = imputer.modalities
+    device = next(imputer.parameters()).device
     with StoreWriter(
         out,
         modalities=names,
@@ -149,7 +160,7 @@ def impute_store(
     ) as writer:
         for start in range(0, len(store), batch_size):
             rows = np.arange(start, min(start + batch_size, len(store)))
-            batch = store.read(rows)
+            batch = store.read(rows).to(device)
             done = imputer(
                 {name: batch.features[name] for name in names},
                 batch.available[:, [store.modalities.index(name) for name in names]],

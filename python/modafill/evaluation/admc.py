@@ -116,7 +116,7 @@ class _LogisticRegression:
     Sequences enter as their mean over time, windows of turns as the turn itself. The penalty is the best on validation.
     """
 
-    def __init__(self, trainer: FoldTrainer, penalties: tuple[float, ...] = (1e-3, 1e-2, 1e-1)) -> None:
+    def __init__(self, trainer: FoldTrainer, penalties: tuple[float, ...] = (1e-3, 1e-2)) -> None:
         self.trainer, self.penalties = trainer, penalties
         store = trainer.store.unwindowed()
         statistics = Standardizer.fit(store, trainer.split.train, clip=10.0)
