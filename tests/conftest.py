@@ -98,7 +98,9 @@ def write_tiny(folder: Path, *, groups: bool = True) -> tuple[Path, Path]:
 
 def smallest(**changes: object) -> list[str]:
     """Command-line arguments that shrink the model to nearly nothing."""
-    return [part for name, value in {**SMALLEST, **changes}.items() for part in ("--set", f"{name}={json.dumps(value)}")]
+    return [
+        part for name, value in {**SMALLEST, **changes}.items() for part in ("--set", f"{name}={json.dumps(value)}")
+    ]
 
 
 @pytest.fixture(scope="session")
