@@ -1,7 +1,7 @@
 """``python kill.py WRITES ARGUMENTS…``: runs ``modafill ARGUMENTS…`` until it gets through, killed every few writes.
 
-Each attempt is a process of its own that dies by SIGKILL at its WRITES-th file, by turns before and after that file takes
-its place. A checkpoint is written after every epoch. Prints the number of kills.
+Each attempt is a process of its own that dies by SIGKILL at its WRITES-th file, by turns before and after that file
+takes its place. A checkpoint is written after every epoch. Prints the number of kills.
 """
 
 import os

@@ -1,0 +1,216 @@
+"""One stage: what it returns, when it stops, what it refuses, what it leaves on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from functools import partial
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.nn import functional as F
+
+from modafill.files import read_tensors
+from modafill.training import Stage, TrainingError, loop, train_stage
+
+
+@pytest.fixture(scope="module")
+def accelerator() -> Accelerator:
+    return Accelerator(cpu=True)
+
+
+def make_stage(**changes) -> Stage:
+    """A linear regression on four batches an epoch, in an order that depends on the epoch."""
+    torch.manual_seed(5)
+    model = nn.Sequential(nn.Dropout(0.2), nn.Linear(3, 1))
+    x = torch.randn(32, 3)
+    y = x @ torch.tensor([[1.0], [-2.0], [0.5]])
+
+    def batches(epoch, rank, processes):
+        order = torch.randperm(32, generator=torch.Generator().manual_seed(epoch))
+        return ((x[part], y[part]) for part in order.split(8))
+
+    def loss(wrapped, batch, epoch):
+        return F.mse_loss(wrapped(batch[0]), batch[1])
+
+    return Stage(
+        **{"name": "s", "model": model, "batches": batches, "loss": loss, "epochs": 6, "learning_rate": 0.05} | changes
+    )
+
+
+def ignore(*_):
+    pass
+
+
+def test_best_weights_are_kept(tmp_path, accelerator):
+    scores, seen = iter([0.1, 0.7, 0.7, 0.3, 0.6, 0.2]), []
+    stage = make_stage()
+    stage.validate = lambda: seen.append(stage.model[1].weight.detach().clone()) or next(scores)
+    train_stage(stage, tmp_path, accelerator, seed=0, report=ignore)
+    assert len(seen) == 6
+    assert torch.equal(stage.model[1].weight, seen[1])  # the first of equals
+    assert not stage.model.training
+    tensors, about = read_tensors(tmp_path / "s.safetensors")
+    assert torch.equal(tensors["1.weight"], seen[1])
+    assert about["state"] == {"epoch": 6, "score": 0.7, "stale": 4}
+
+
+@pytest.mark.parametrize("patience, epochs", [(1, 3), (2, 4), (3, 6), (None, 6)])
+def test_patience(tmp_path, accelerator, patience, epochs):
+    scores, reports = iter([0.1, 0.7, 0.7, 0.3, 0.8, 0.2]), []
+    stage = make_stage(validate=lambda: next(scores), patience=patience)
+    train_stage(stage, tmp_path, accelerator, seed=0, report=lambda *report: reports.append(report))
+    assert [report[:3] for report in reports] == [("s", epoch + 1, 6) for epoch in range(epochs)]
+    assert reports[0][3].keys() == {"loss", "learning_rate", "validation"}
+
+
+def test_averaged_weights(tmp_path, accelerator):
+    stage, trail = make_stage(ema_decay=0.5), []
+    batches = stage.batches
+
+    def watched(*arguments):
+        for batch in batches(*arguments):
+            yield batch
+            trail.append(stage.model[1].weight.detach().double().clone())
+
+    stage.batches = watched
+    train_stage(stage, tmp_path, accelerator, seed=0, report=ignore)
+    assert len(trail) == 24
+    average = trail[0]
+    for n, weight in enumerate(trail[1:], start=1):
+        decay = min(0.5, (1 + n) / (10 + n))
+        average = decay * average + (1 - decay) * weight
+    torch.testing.assert_close(stage.model[1].weight.double(), average, rtol=1e-5, atol=1e-6)
+    assert (average - trail[-1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 7, 20])
+def test_linear_decay(epochs):
+    # MMIN: niter epochs at the full rate, then niter_decay towards zero, counted from epoch 1.
+    niter_decay = epochs // 2
+    niter = epochs - niter_decay
+    expected = [1.0 - max(0, epoch + 1 - niter) / float(niter_decay + 1) for epoch in range(epochs)]
+    assert [loop.linear_decay(epochs)(epoch) for epoch in range(epochs)] == expected
+    assert all(factor == 1 for factor in expected[:niter])
+    assert expected[-1] > 0
+
+
+def test_learning_rate_of_each_epoch(tmp_path, accelerator):
+    rates = []
+    train_stage(make_stage(), tmp_path, accelerator, seed=0, report=lambda *r: rates.append(r[3]["learning_rate"]))
+    assert rates == pytest.approx([0.05, 0.05, 0.05, 0.05 * 3 / 4, 0.05 * 2 / 4, 0.05 * 1 / 4])
+
+
+def stop_at(epoch: int):
+    def report(name, done, epochs, scalars):
+        if done == epoch:
+            raise KeyboardInterrupt
+
+    return report
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"ema_decay": 0.9}, {"validated": True, "patience": 2}],
+    ids=["plain", "averaged", "validated"],
+)
+def test_resume_bit_equal(tmp_path, accelerator, changes):
+    changes = dict(changes)
+    validated = changes.pop("validated", False)
+
+    def stage(factor):
+        torch.manual_seed(factor)  # what another process would have in its generator
+        stage = make_stage(**changes)
+        if validated:
+            stage.validate = lambda: -float((stage.model[1].weight.detach() - torch.tensor([0.2, -0.4, 0.1])).norm())
+        return stage
+
+    whole = stage(1)
+    train_stage(whole, tmp_path / "whole", accelerator, seed=3, report=ignore)
+    for epoch in range(1, 7):
+        with contextlib.suppress(KeyboardInterrupt):
+            train_stage(
+                stage(epoch), tmp_path / "parts", accelerator, seed=3, report=stop_at(epoch), checkpoint_seconds=0
+            )
+    last = stage(9)
+    train_stage(last, tmp_path / "parts", accelerator, seed=3, report=ignore)
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(last.model.state_dict()[name], tensor), name
+    assert [file.name for file in (tmp_path / "parts").iterdir()] == ["s.safetensors"]
+    assert (
+        read_tensors(tmp_path / "parts" / "s.safetensors")[1] == read_tensors(tmp_path / "whole" / "s.safetensors")[1]
+    )
+
+
+def test_nan_loss_keeps_the_last_checkpoint(tmp_path, accelerator):
+    def stage(bad_epoch):
+        def loss(wrapped, batch, epoch):
+            return F.mse_loss(wrapped(batch[0]), batch[1]) * (math.nan if epoch == bad_epoch else 1.0)
+
+        return make_stage(loss=loss)
+
+    train = partial(train_stage, accelerator=accelerator, seed=0, report=ignore, checkpoint_seconds=0)
+    with pytest.raises(TrainingError, match="s: the loss of epoch 4 is nan"):
+        train(stage(3), tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["s.resume.safetensors"]
+    tensors, about = read_tensors(tmp_path / "s.resume.safetensors")
+    assert about["state"]["epoch"] == 3
+    assert all(tensor.isfinite().all() for tensor in tensors.values())
+    train(stage(None), tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["s.safetensors"]
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_other_configuration_is_refused(tmp_path, accelerator, finished):
+    train = partial(train_stage, folder=tmp_path, accelerator=accelerator, checkpoint_seconds=0)
+    key = {"width": 8, "data": "a.h5"}
+    if finished:
+        train(make_stage(key=key), seed=0, report=ignore)
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            train(make_stage(key=key), seed=0, report=stop_at(3))
+    before = {file: file.read_bytes() for file in tmp_path.iterdir()}
+    for other, seed, named in [
+        ({"width": 16, "data": "a.h5"}, 0, "other width;"),
+        ({"width": 16, "data": "b.h5"}, 1, "other data, seed, width;"),
+        ({"data": "a.h5"}, 0, "other width;"),
+        ({**key, "new": 1}, 0, "other new;"),
+    ]:
+        with pytest.raises(ValueError, match=named):
+            train(make_stage(key=other), seed=seed, report=ignore)
+    assert {file: file.read_bytes() for file in tmp_path.iterdir()} == before
+    stage = make_stage(key=key)
+    train(stage, seed=0, report=ignore)
+
+
+def test_finished_stage_is_loaded_and_not_trained(tmp_path, accelerator):
+    first, second = make_stage(), make_stage()
+    train_stage(first, tmp_path, accelerator, seed=0, report=ignore)
+    (tmp_path / "s.resume.safetensors").write_bytes(b"left by a process that died just after the result was there")
+    second.batches = None
+    train_stage(second, tmp_path, accelerator, seed=0, report=ignore)
+    assert torch.equal(second.model[1].weight, first.model[1].weight)
+    assert [file.name for file in tmp_path.iterdir()] == ["s.safetensors"]
+
+
+def test_damaged_result_is_named(tmp_path, accelerator):
+    (tmp_path / "s.safetensors").write_bytes(b"\0" * 20)
+    with pytest.raises(ValueError, match=r"s\.safetensors: not a readable safetensors file"):
+        train_stage(make_stage(), tmp_path, accelerator, seed=0, report=ignore)
+
+
+def test_gradients_are_clipped(tmp_path, accelerator):
+    stage = make_stage(grad_clip=0.01, epochs=1)
+    norms = []
+    original = accelerator.clip_grad_norm_
+    try:
+        accelerator.clip_grad_norm_ = lambda parameters, limit: (
+            original(parameters, limit),
+            norms.append(float(nn.utils.get_total_norm([p.grad for p in stage.model.parameters()]))),
+        )
+        train_stage(stage, tmp_path, accelerator, seed=0, report=ignore)
+    finally:
+        accelerator.clip_grad_norm_ = original
+    assert norms == pytest.approx([0.01] * 4, rel=1e-3)

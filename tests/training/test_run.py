@@ -1,0 +1,164 @@
+"""Runs as folders: what they hold, what they refuse, which trainings they are made of."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from modafill.files import read_tensors
+from modafill.models.admc import ADMC, ADMCConfig
+from modafill.training import Run, train
+from modafill.training import run as run_module
+
+SETTINGS = {
+    "width": 8, "mlp_hidden": 8, "classifier_hidden": 8, "adn_layers": 1, "adn_heads": 2, "adn_feedforward": 16,
+    "fusion_layers": 1, "fusion_heads": 2, "fusion_feedforward": 16, "diffusion_steps": 60, "start_step": 4,
+    "sampling_steps": 3, "batch_size": 32, "encoder_epochs": 1, "adn_epochs": 1, "fusion_epochs": 1,
+}  # fmt: skip
+
+
+def ignore(*_):
+    pass
+
+
+@pytest.fixture
+def run(tiny, tmp_path) -> Run:
+    config = ADMCConfig(conditioning="clean", **SETTINGS)
+    return Run(tmp_path / "run", str(tiny.archive), str(tiny.mapping), config, ("clean",), folds=2, seeds=(4, 5))
+
+
+def weights(run: Run, fold: int, seed: int) -> dict[str, torch.Tensor]:
+    return read_tensors(run.part_folder(fold, seed) / "model" / "model.safetensors")[0]
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_round_trip(run):
+    run = replace(run, window=0, split_seed=3, config=replace(run.config, encoders={"audio": "textcnn"}))
+    run.write()
+    assert Run.load(run.folder) == run
+    run.write()  # the same run is resumed
+    assert [file.name for file in run.folder.iterdir()] == ["run.json"]
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"seeds": (4,)}, "other seeds;"),
+        ({"folds": 1, "window": 2}, "other folds, window;"),
+        ({"data": "/elsewhere.npz"}, "other data;"),
+        ({"conditionings": ("clean", "replace")}, "other conditionings;"),
+        ({"config": ADMCConfig(conditioning="clean", **{**SETTINGS, "adn_epochs": 2})}, "other config;"),
+    ],
+)
+def test_other_settings_are_refused(run, changes, named):
+    run.write()
+    before = (run.folder / "run.json").read_bytes()
+    with pytest.raises(ValueError, match=named):
+        train(replace(run, **changes), ignore)
+    assert (run.folder / "run.json").read_bytes() == before
+    assert Run.load(run.folder) == run
+
+
+def test_folder_without_a_run(tmp_path):
+    with pytest.raises(ValueError, match=r"no run\.json there, expected a folder written by `modafill train`"):
+        Run.load(tmp_path)
+
+
+@pytest.mark.parametrize("change", [{"format_version": 2}, {"model": "cdtp"}])
+def test_other_version_is_refused(run, change):
+    run.write()
+    file = run.folder / "run.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ValueError, match=r"run\.json: written by another version"):
+        Run.load(run.folder)
+
+
+def test_one_process_at_a_time(run):
+    run.folder.mkdir()
+    with open(run.folder / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="another process is training into this folder"):
+            train(run, ignore)
+    assert [file.name for file in run.folder.iterdir()] == [".lock"]
+
+
+def test_parts(run, monkeypatch):
+    assert run.parts == [(0, 4), (1, 4), (0, 5), (1, 5)]
+    assert [run.part_folder(*part).name for part in run.parts] == [
+        "fold0-seed4", "fold1-seed4", "fold0-seed5", "fold1-seed5",
+    ]  # fmt: skip
+    (run.part_folder(1, 4) / "model").mkdir(parents=True)
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(run_module, "train_part", lambda run, fold, seed, report: asked.append((fold, seed)))
+    train(run, ignore)
+    assert asked == [(0, 4), (0, 5), (1, 5)]
+
+
+def test_folds_are_the_same_for_all_seeds(run):
+    with run.open_store() as store:
+        splits = run.splits(store)
+        groups = store.groups()
+    assert len(splits) == 2
+    assert not set(groups[splits[0].test]) & set(groups[splits[1].test])
+    from accelerate import Accelerator
+
+    for fold, seed in run.parts:
+        trainer = run.trainer(fold, seed, Accelerator(cpu=True), ignore)
+        assert trainer.split.test.tolist() == splits[fold].test.tolist()
+        assert trainer.seed == seed
+
+
+def test_jobs_must_be_positive(run):
+    with pytest.raises(ValueError, match="jobs: got 0, expected at least 1"):
+        train(run, ignore, jobs=0)
+
+
+@pytest.mark.slow
+def test_two_jobs_equal_one(run):
+    run = replace(run, folds=1)
+    reports: list[str] = []
+    train(run, ignore)
+    torch.set_num_threads(2)  # divided among the jobs
+    apart = replace(run, folder=run.folder.with_name("apart"))
+    train(apart, lambda name, *_: reports.append(name), jobs=2)
+    for fold, seed in run.parts:
+        assert same(weights(run, fold, seed), weights(apart, fold, seed))
+    assert not same(weights(run, 0, 4), weights(run, 0, 5))
+    assert {name.split("/")[0] for name in reports} == {"fold0-seed4", "fold0-seed5"}
+
+
+def test_joint_encoders(run):
+    run = replace(run, folds=1, seeds=(0,), config=replace(run.config, joint_encoders=True))
+    stages: list[str] = []
+    train(run, lambda name, *_: stages.append(name))
+    assert stages[0] == "fold0-seed0/encoders-joint"
+    assert not any("encoder-" in stage for stage in stages)
+    folder = run.part_folder(0, 0)
+    model = ADMC.from_pretrained(folder / "model")
+    joint, _ = read_tensors(folder / "stages" / "encoders-joint.safetensors")
+    for name, tensor in model.unimodal.state_dict().items():
+        assert torch.equal(tensor, joint[f"unimodal.{name}"])
+    assert {name.split(".")[0] for name in joint} == {"unimodal", "fusion"}
+
+
+def test_model_folder_holds_what_the_stages_made(tiny):
+    folder = Path(tiny.run) / "fold0-seed0"
+    model = ADMC.from_pretrained(folder / "model")
+    assert model.config.conditioning == "replace"  # the first one asked for
+    assert model.classes == ["calm", "glad", "sad"]
+    parts = {f"encoder-{name}": module for name, module in model.unimodal.items()}
+    parts |= {f"fusion-replace-{index}": module for index, module in enumerate(model.fusions)}
+    parts |= {"adn-replace": model.adn, "enhanced-replace": model.enhanced}
+    for stage, module in parts.items():
+        assert same(module.state_dict(), read_tensors(folder / "stages" / f"{stage}.safetensors")[0]), stage
+    tokens, _ = read_tensors(folder / "stages" / "tokens.safetensors")
+    assert torch.equal(model.scaler.mean, tokens["mean"])
+    assert torch.equal(model.scaler.std, tokens["std"])
