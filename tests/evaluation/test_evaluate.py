@@ -1,0 +1,114 @@
+"""A trained run to its tables."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from modafill.data import missing_patterns
+from modafill.evaluation.admc import CALIBRATION, ERROR, FROZEN, RECOGNITION, draw_embeddings, evaluate_run
+from modafill.evaluation.metrics import nrmse
+from modafill.evaluation.tables import Table
+from modafill.training import Run
+
+COLUMNS = ("{a}", "{t}", "{v}", "{at}", "{av}", "{tv}", "average")
+RIVALS = ["zero fill", "mean fill", "ridge"]
+
+
+def evaluate(folder: Path) -> dict[tuple[str, str], Table]:
+    tables = evaluate_run(folder, n_samples=3, start_steps=(2,), progress=lambda *_: None)
+    return {(table.question, table.metric): table for table in tables}
+
+
+@pytest.fixture(scope="module")
+def tables(tiny) -> dict[tuple[str, str], Table]:
+    torch.set_num_threads(1)
+    return evaluate(tiny.run)
+
+
+def test_questions_rows_and_columns(tables):
+    diffusion, started = ["ADMC replace", "ADMC clean"], "ADMC replace n=2"
+    everyone = [*RIVALS, "ADMC replace", started, "ADMC clean"]
+    averaged = [name for method in everyone[3:] for name in (method, f"{method}, probabilities averaged")]
+    expected = {
+        **{
+            (RECOGNITION, m): ([*RIVALS, *diffusion, "logistic regression"], (*COLUMNS, "full"))
+            for m in ("WA", "UA", "F1")
+        },
+        **{(FROZEN, m): ([*RIVALS, *averaged, "complete data"], (*COLUMNS, "full")) for m in ("WA", "UA", "F1")},
+        (ERROR, "NRMSE"): (everyone, COLUMNS),
+        (CALIBRATION, "CRPS"): (everyone, COLUMNS),
+    }
+    assert {key: (list(table.cells), table.columns) for key, table in tables.items()} == expected
+    for (question, _), table in tables.items():
+        assert table.trials == 1
+        for method, cells in table.cells.items():
+            wanted = set(table.columns)
+            if question == FROZEN:
+                wanted = {"full"} if method == "complete data" else set(COLUMNS)
+            assert set(cells) == wanted
+            assert all(math.isfinite(mean) and mean >= 0 and std == 0 for mean, std in cells.values())
+
+
+def test_files(tables, tiny):
+    content = json.loads((tiny.run / "results.json").read_text())
+    assert content["about"].startswith("tiny.npz: 1 fold(s) × 1 seed(s), K = 3 samples, modafill ")
+    with open(tiny.run / "results.csv", newline="") as file:
+        assert len(list(csv.DictReader(file))) == len(content["records"])
+    text = (tiny.run / "results.md").read_text()
+    assert all(table.markdown() in text for table in tables.values())
+    for record in content["records"]:
+        table = tables[record["question"], record["metric"]]
+        assert table.cells[record["method"]][record["available"]] == (record["value"], 0.0)
+
+
+def test_same_figures_twice(tables, tiny):
+    before = (tiny.run / "results.json").read_bytes()
+    assert evaluate(tiny.run) == tables
+    assert (tiny.run / "results.json").read_bytes() == before
+
+
+def test_evaluation_trains_nothing(tiny):
+    stages = tiny.run / "fold0-seed0" / "stages"
+    before = {file.name: file.stat().st_mtime_ns for file in stages.iterdir()}
+    evaluate(tiny.run)
+    assert {file.name: file.stat().st_mtime_ns for file in stages.iterdir()} == before
+
+
+def test_error_of_the_mean(tables, tiny):
+    """The mean fill's NRMSE of {a}, from the tokens by hand: test rows with everything, over text and vision."""
+    run = Run.load(tiny.run)
+    trainer = run.trainer(0, 0, Accelerator(cpu=True), lambda *_: None)
+    trainer.embed()
+    (a,) = [p for p in missing_patterns(3) if p.tolist() == [False, True, False]]
+    rows, train = (
+        torch.from_numpy(part[trainer.available[part].all(1).numpy()])
+        for part in (trainer.split.test, trainer.split.train)
+    )
+    truth = trainer.tokens[rows][:, ~a]
+    expected = nrmse(trainer.tokens[train].mean(0)[~a].expand_as(truth), truth, 1.0)
+    assert tables[ERROR, "NRMSE"].cells["mean fill"]["{a}"][0] == pytest.approx(expected, rel=1e-6)
+    assert tables[CALIBRATION, "CRPS"].cells["mean fill"]["{a}"][0] == pytest.approx(
+        float((trainer.tokens[train].mean(0)[~a] - truth).abs().mean()), rel=1e-6
+    )
+
+
+def test_unfinished_run_is_refused(tiny, tmp_path):
+    shutil.copytree(tiny.run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "fold0-seed0" / "model")
+    (tmp_path / "run" / "results.json").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match="fold0-seed0 not trained yet; run the same `modafill train` again"):
+        evaluate(tmp_path / "run")
+    assert not (tmp_path / "run" / "results.json").exists()
+
+
+def test_picture(tiny, tmp_path):
+    draw_embeddings(Run.load(tiny.run), tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"

@@ -1,0 +1,75 @@
+"""Metrics against scikit-learn, closed forms and loops."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, f1_score, recall_score
+
+from modafill.evaluation.metrics import crps, nrmse, recognition
+
+
+@pytest.mark.parametrize("classes, n, seed", [(2, 40, 0), (3, 200, 1), (7, 60, 2)])
+def test_recognition(classes, n, seed):
+    generator = torch.Generator().manual_seed(seed)
+    target = torch.randint(classes, (n,), generator=generator).pow(2) // max(1, classes - 1)  # unbalanced
+    target[:classes] = torch.arange(classes)
+    probabilities = torch.rand(n, classes, generator=generator).softmax(1)
+    predicted = probabilities.argmax(1)
+    got = recognition(probabilities, target)
+    assert got == pytest.approx(
+        {
+            "WA": accuracy_score(target, predicted),
+            "UA": recall_score(target, predicted, average="macro", zero_division=0),
+            "F1": f1_score(target, predicted, average="macro", zero_division=0),
+        },
+        abs=1e-6,
+    )
+    assert len(set(got.values())) == 3
+
+
+def test_recognition_by_hand():
+    # Class 0: 3 of 4 right, class 1: 1 of 2 right.
+    probabilities = torch.eye(2)[torch.tensor([0, 0, 0, 1, 1, 0])]
+    got = recognition(probabilities, torch.tensor([0, 0, 0, 0, 1, 1]))
+    assert got == pytest.approx({"WA": 4 / 6, "UA": (3 / 4 + 1 / 2) / 2, "F1": (6 / 8 + 2 / 4) / 2})
+
+
+def test_nrmse_by_hand():
+    estimate, truth = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[1.0, 0.0], [0.0, 4.0]])
+    assert nrmse(estimate, truth, 2.0) == pytest.approx(math.sqrt((4 + 9) / 4) / 2)
+    assert nrmse(truth, truth, 1.0) == 0
+
+
+@pytest.mark.parametrize("k", [2, 3, 8])
+def test_crps_by_a_double_loop(k):
+    samples, truth = torch.randn(k, 5, 2, 3, dtype=torch.float64), torch.randn(5, 2, 3, dtype=torch.float64)
+    error = sum((samples[i] - truth).abs().mean() for i in range(k)) / k
+    pairs = sum((samples[i] - samples[j]).abs().mean() for i in range(k) for j in range(k)) / (k * (k - 1))
+    assert crps(samples, truth, 0.5) == pytest.approx(float(error - pairs / 2) / 0.5, rel=1e-12)
+
+
+@pytest.mark.parametrize("mean, std, y", [(0.0, 1.0, 0.3), (2.0, 0.5, 0.0), (-1.0, 3.0, 4.0)])
+def test_crps_of_a_gaussian(mean, std, y):
+    k = 200_000
+    samples = mean + std * torch.from_numpy(np.random.default_rng(0).normal(size=(k, 1)))
+    z = (y - mean) / std
+    density, below = math.exp(-z * z / 2) / math.sqrt(2 * math.pi), 0.5 * (1 + math.erf(z / math.sqrt(2)))
+    expected = std * (z * (2 * below - 1) + 2 * density - 1 / math.sqrt(math.pi))
+    # Both terms are means of k values whose standard deviation is below that of the samples: five standard errors.
+    assert crps(samples, torch.tensor([y], dtype=torch.float64), 1.0) == pytest.approx(expected, abs=5 * std / k**0.5)
+
+
+def test_crps_does_not_favour_many_samples():
+    """The mean over many draws is the same for 2 and for 16 samples, which the biased estimate does not have."""
+    truth = torch.zeros(100_000, dtype=torch.float64)
+    draws = torch.from_numpy(np.random.default_rng(1).normal(size=(16, 100_000)))
+    assert crps(draws[:2], truth, 1.0) == pytest.approx(crps(draws, truth, 1.0), abs=0.01)
+
+
+@pytest.mark.parametrize("samples", [torch.tensor([[1.0, -2.0]]), torch.tensor([[1.0, -2.0]]).expand(4, 2)])
+def test_crps_of_a_point_forecast(samples):
+    assert crps(samples, torch.tensor([0.0, 1.0]), 2.0) == pytest.approx((1 + 3) / 2 / 2)

@@ -1,0 +1,94 @@
+"""Tables by hand."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+
+import pytest
+
+from modafill.evaluation.tables import AVERAGE, FULL, Record, make_tables, save_tables
+
+SETS = ["{a}", "{t}", "{v}", "{at}", "{av}", "{tv}"]
+
+
+@pytest.fixture
+def records() -> list[Record]:
+    """Method "x" in two folds, with everything; method "y" in one, without {v} and without the complete set."""
+    out = []
+    for fold in (0, 1):
+        for i, available in enumerate(SETS):
+            out.append(Record("Q", "UA", "x", available, fold, 7, 0.1 * i + 0.2 * fold))
+        out.append(Record("Q", "UA", "x", FULL, fold, 7, 0.9))
+        out.append(Record("Q", "NRMSE", "x", "{a}", fold, 7, 1.5))
+    out += [Record("Q", "UA", "y", available, 0, 7, 0.5) for available in SETS if available != "{v}"]
+    return out
+
+
+def test_cells(records):
+    recognition, error = make_tables(records)
+    assert recognition.columns == (*SETS, AVERAGE, FULL)
+    x, y = recognition.cells["x"], recognition.cells["y"]
+    spread = math.sqrt(2 * 0.1**2)  # of two values 0.2 apart, n - 1 in the denominator
+    for i, available in enumerate(SETS):
+        assert x[available] == pytest.approx((0.1 * i + 0.1, spread))
+    assert x[AVERAGE] == pytest.approx((0.35, spread))
+    assert x[FULL] == (0.9, 0)
+    assert "{v}" not in y
+    assert FULL not in y
+    assert y[AVERAGE] == (0.5, 0)
+    assert recognition.trials == 2
+    assert error.columns == ("{a}", AVERAGE)
+    assert error.cells == {"x": {"{a}": (1.5, 0.0), AVERAGE: (1.5, 0.0)}}
+
+
+def test_average_is_taken_within_a_fold_first():
+    """Its spread is that of the folds' averages: here 0, though every single cell varies."""
+    values = {(0, "{a}"): 0.2, (0, "{t}"): 0.8, (1, "{a}"): 0.8, (1, "{t}"): 0.2}
+    (table,) = make_tables([Record("Q", "UA", "x", name, fold, 0, value) for (fold, name), value in values.items()])
+    assert table.cells["x"][AVERAGE] == pytest.approx((0.5, 0.0))
+    assert table.cells["x"]["{a}"][1] > 0.4
+
+
+def test_seeds_and_folds_are_trials():
+    (table,) = make_tables([Record("Q", "UA", "x", "{a}", fold, seed, 0.5) for fold in (0, 1) for seed in (0, 1, 2)])
+    assert table.trials == 6
+
+
+def test_text(records):
+    recognition, error = make_tables(records)
+    assert recognition.title == "Q — UA (higher is better; mean ± std of 2)"
+    assert error.title == "Q — NRMSE (lower is better; mean ± std of 2)"
+    x, y = recognition.rows()
+    assert x == ["x", *(f"{10 * i + 10:.1f} ± 14.1" for i in range(6)), "35.0 ± 14.1", "90.0 ± 0.0"]
+    assert y == ["y", "50.0 ± 0.0", "50.0 ± 0.0", "–", *["50.0 ± 0.0"] * 4, "–"]
+    assert error.rows() == [["x", "1.500 ± 0.000", "1.500 ± 0.000"]]
+    assert recognition.markdown().splitlines() == [
+        "**Q — UA (higher is better; mean ± std of 2)**",
+        "",
+        "| method | {a} | {t} | {v} | {at} | {av} | {tv} | average | full |",
+        "| --- |" + " ---: |" * 8,
+        f"| {' | '.join(x)} |",
+        f"| {' | '.join(y)} |",
+    ]
+
+
+def test_one_trial_has_no_spread(records):
+    (table,) = make_tables([r for r in records if r.method == "y"])
+    assert table.rows() == [["y", "50.0", "50.0", "50.0", "50.0", "50.0", "50.0"]]
+
+
+def test_files(records, tmp_path):
+    save_tables(tmp_path, records, make_tables(records), "about it")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["results.csv", "results.json", "results.md"]
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert content["about"] == "about it"
+    assert [Record(**record) for record in content["records"]] == records
+    with open(tmp_path / "results.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [
+        Record(**{**r, "fold": int(r["fold"]), "seed": int(r["seed"]), "value": float(r["value"])}) for r in rows
+    ] == records
+    text = (tmp_path / "results.md").read_text()
+    assert text == "about it\n\n" + "\n".join(table.markdown() for table in make_tables(records))
