@@ -291,10 +291,15 @@ def _must_exist(path: Path) -> None:
         raise ValueError(f"{path}: no such file")
 
 
+def _quiet() -> bool:
+    """Bars are for terminals; in a file one would leave an empty line before an error's only line."""
+    return not err_console.is_terminal
+
+
 @contextmanager
 def _bar(what: str, total: int | None) -> Iterator[Any]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=err_console, transient=True) as progress:
+    with Progress(*columns, TimeRemainingColumn(), console=err_console, transient=True, disable=_quiet()) as progress:
         task = progress.add_task(what, total=total)
 
         def advance(done: int, of: int | None = None) -> None:
@@ -307,7 +312,7 @@ def _bar(what: str, total: int | None) -> Iterator[Any]:
 def _training_progress() -> Iterator[Any]:
     """A bar per fold and seed that is in training, showing its current stage."""
     columns = (TextColumn("{task.description:<34}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("{task.fields[scalars]}"), console=err_console) as progress:
+    with Progress(*columns, TextColumn("{task.fields[scalars]}"), console=err_console, disable=_quiet()) as progress:
         bars: dict[str, Any] = {}
 
         def report(name: str, epoch: int, epochs: int, scalars: dict[str, float]) -> None:

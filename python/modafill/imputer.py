@@ -95,6 +95,11 @@ class ModalityImputer(nn.Module):
             raise ValueError(f"features: got unknown modality {unknown[0]!r}, expected {list(self.modalities)}")
         if not given:
             raise ValueError("features: got no modality at all, expected at least one")
+        for name, x in given.items():
+            spec = self.model.modalities[name]
+            if x.ndim != 2 + spec.sequence:
+                expected = f"[B, L, {spec.width}]" if spec.sequence else f"[B, {spec.width}]"
+                raise ValueError(f"features[{name!r}]: got shape {list(x.shape)}, expected {expected}")
         first = next(iter(given.values()))
         rows = torch.arange(len(first), device=first.device) if row_ids is None else row_ids
         present = torch.tensor([name in given for name in self.modalities], device=first.device)

@@ -327,7 +327,12 @@ def diffusion_loss(adn: ADN, tokens: Tensor, seed: int) -> Callable[[nn.Module, 
         available = random_available(rows, tokens.shape[1], seed=seed, draw=epoch)
         coefficients = table[step][:, :, None, None]
         v = coefficients[:, SQRT_ALPHA_BAR] * noise - coefficients[:, SQRT_ONE_MINUS_ALPHA_BAR] * x0
-        predicted = model(torch.where(available[..., None], x0, noisy), step, available)
+        observed = x0
+        if adn.config.condition_noise > 0:
+            seed_of_epoch = derive_seed(seed, "condition", epoch)
+            blur = ops.randn(tuple(x0.shape), seed=seed_of_epoch, row_id=rows, device=x0.device)
+            observed = x0 + adn.config.condition_noise * adn.config.latent_scale * blur
+        predicted = model(torch.where(available[..., None], observed, noisy), step, available)
         return F.mse_loss(predicted[~available], v[~available])
 
     return loss

@@ -173,12 +173,22 @@ def train(run: Run, report: Report, jobs: int = 1) -> None:
 _PROGRESS: Any = None
 
 
+_PARENT = 0
+
+
 def _start_worker(progress: Any, threads: int) -> None:
-    global _PROGRESS
-    _PROGRESS = progress
+    global _PROGRESS, _PARENT
+    _PROGRESS, _PARENT = progress, os.getppid()
     torch.set_num_threads(threads)
 
 
 def _work(run: Run, fold: int, seed: int) -> None:
     name = run.part_folder(fold, seed).name
-    train_part(run, fold, seed, lambda stage, *rest: _PROGRESS.put((f"{name}/{stage}", *rest)))
+
+    def report(stage: str, *rest: Any) -> None:
+        # A killed parent leaves its workers behind: they stop at the end of their epoch.
+        if os.getppid() != _PARENT:
+            os._exit(1)
+        _PROGRESS.put((f"{name}/{stage}", *rest))
+
+    train_part(run, fold, seed, report)

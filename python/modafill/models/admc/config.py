@@ -8,6 +8,7 @@ from typing import Any
 from modafill.diffusion import Schedule
 
 CONDITIONINGS = ("replace", "clean")
+INITS = ("unit", "scaled")
 ENCODERS = ("auto", "lstm", "textcnn", "mlp")
 
 
@@ -33,6 +34,9 @@ class ADMCConfig:
         init: first value of missing tokens in ``"replace"``: ``"unit"`` (paper) or ``"scaled"``.
         min_alpha_bar: ``"clean"`` uses steps up to the one with this ᾱ; beyond it the schedule holds no signal.
         sampling_steps: DDIM evaluations of ``"clean"``.
+        condition_noise: standard deviation of noise on the observed tokens while ``"clean"`` trains, in units of theirs
+            (conditioning augmentation, Ho et al. 2022, JMLR 23:47). It keeps the network from trusting what holds for
+            training embeddings only, as a ridge penalty does; sampling reads the observed tokens as they are.
         ema_decay: ``"clean"`` samples from an exponential moving average of the weights; 0 turns it off.
         latent_scale: standard deviation of standardised tokens (start_step and scale are coupled in ``"replace"``).
         fusion_layers, fusion_heads, fusion_feedforward, fusion_dropout: 2, 4, 1024, 0.3 (§4.2).
@@ -62,6 +66,7 @@ class ADMCConfig:
     init: str = "unit"
     min_alpha_bar: float = 1e-4
     sampling_steps: int = 20
+    condition_noise: float = 0.0
     ema_decay: float = 0.995
     latent_scale: float = 1.0
     fusion_layers: int = 2
@@ -81,10 +86,19 @@ class ADMCConfig:
         for name, encoder in self.encoders.items():
             if encoder not in ENCODERS:
                 raise ValueError(f"encoders[{name!r}]: got {encoder!r}, expected one of {', '.join(ENCODERS)}")
+        if self.init not in INITS:
+            raise ValueError(f"init: got {self.init!r}, expected one of {', '.join(INITS)}")
+        object.__setattr__(self, "textcnn_kernels", tuple(self.textcnn_kernels))
+        for number in fields(self):
+            value, least = getattr(self, number.name), 0 if number.name.endswith("_epochs") else 1
+            if number.type in ("int", "int | None") and not (value is None and "None" in number.type):
+                if type(value) is not int or value < least:
+                    raise ValueError(f"{number.name}: got {value!r}, expected a whole number from {least}")
+        if not all(type(kernel) is int and kernel > 0 for kernel in self.textcnn_kernels) or not self.textcnn_kernels:
+            raise ValueError(f"textcnn_kernels: got {list(self.textcnn_kernels)}, expected whole numbers from 1")
         for width, heads in ((self.adn_width or self.width, self.adn_heads), (self.width, self.fusion_heads)):
             if width % heads:
                 raise ValueError(f"heads: got {heads}, expected a divisor of the width {width}")
-        object.__setattr__(self, "textcnn_kernels", tuple(self.textcnn_kernels))
         self.schedule().check_step("start_step", self.start_step)
 
     @classmethod
@@ -122,6 +136,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "adn_layers": 2,
         "adn_heads": 4,
         "adn_feedforward": 192,
+        "condition_noise": 0.5,
         "fusion_feedforward": 256,
         "learning_rate": 1e-3,
         "encoder_epochs": 30,
