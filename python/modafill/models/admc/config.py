@@ -91,11 +91,12 @@ class ADMCConfig:
         object.__setattr__(self, "textcnn_kernels", tuple(self.textcnn_kernels))
         for number in fields(self):
             value, least = getattr(self, number.name), 0 if number.name.endswith("_epochs") else 1
-            if number.type in ("int", "int | None") and not (value is None and "None" in number.type):
-                if type(value) is not int or value < least:
-                    raise ValueError(f"{number.name}: got {value!r}, expected a whole number from {least}")
-        if not all(type(kernel) is int and kernel > 0 for kernel in self.textcnn_kernels) or not self.textcnn_kernels:
-            raise ValueError(f"textcnn_kernels: got {list(self.textcnn_kernels)}, expected whole numbers from 1")
+            whole = number.type == "int" or (number.type == "int | None" and value is not None)
+            if whole and (type(value) is not int or value < least):
+                raise ValueError(f"{number.name}: got {value!r}, expected a whole number, at least {least}")
+        kernels = self.textcnn_kernels
+        if not kernels or not all(type(kernel) is int and kernel > 0 for kernel in kernels):
+            raise ValueError(f"textcnn_kernels: got {list(kernels)}, expected whole numbers, at least 1")
         for width, heads in ((self.adn_width or self.width, self.adn_heads), (self.width, self.fusion_heads)):
             if width % heads:
                 raise ValueError(f"heads: got {heads}, expected a divisor of the width {width}")
