@@ -146,6 +146,7 @@ def evaluate(
         str, typer.Option(help="Further start steps n of the paper's sampler, such as 30,80, shown beside its own.")
     ] = "",
     metric: Annotated[str, typer.Option(help="Recognition metric to print: UA, WA, F1 or all. Files have all.")] = "UA",
+    jobs: Annotated[int, typer.Option(help="Folds and seeds evaluated at a time, sharing the cores.")] = 1,
 ) -> None:
     """Tables of a run on its test part: a row per method, a column per available set.
 
@@ -159,7 +160,7 @@ def evaluate(
         starts = tuple(int(n) for n in start_steps.split(",") if n)
     except ValueError:
         raise ValueError(f"start-steps: got {start_steps!r}, expected numbers with commas, such as 30,80") from None
-    tables = _evaluate(run, samples, starts)
+    tables = _evaluate(run, samples, starts, jobs)
     for table in tables:
         if metric == "all" or table.metric in (metric, "NRMSE", "CRPS"):
             out_console.print(table.rich())
@@ -230,7 +231,7 @@ def demo(
     )
     with _training_progress() as report:
         train(run, report)
-    for table in _evaluate(out, 16, ()):
+    for table in _evaluate(out, 16, (), 1):
         if table.metric in ("UA", "NRMSE", "CRPS"):
             out_console.print(table.rich())
     picture = out / "embeddings.png"
@@ -279,11 +280,11 @@ def _changes(pairs: list[str]) -> dict[str, Any]:
     return changes
 
 
-def _evaluate(folder: Path, samples: int, start_steps: tuple[int, ...]) -> list[Any]:
+def _evaluate(folder: Path, samples: int, start_steps: tuple[int, ...], jobs: int) -> list[Any]:
     from modafill.evaluation.admc import evaluate_run
 
     with _bar("evaluating", None) as advance:
-        return evaluate_run(folder, n_samples=samples, start_steps=start_steps, progress=advance)
+        return evaluate_run(folder, n_samples=samples, start_steps=start_steps, jobs=jobs, progress=advance)
 
 
 def _must_exist(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from modafill.evaluation.tables import FULL, Record, Table, make_tables, save_ta
 from modafill.files import derive_seed
 from modafill.models.baselines import RidgeFill
 from modafill.training.admc import RIVALS, FoldTrainer
-from modafill.training.run import Run
+from modafill.training.run import Run, worker_pool
 
 RECOGNITION = "Recognition, a fusion network per pattern"
 FROZEN = "Recognition, a frozen classifier of complete data"
@@ -58,6 +59,10 @@ def evaluate_fold(
     shown = sorted(range(len(patterns)), key=lambda i: (int(patterns[i].sum()), pattern_name(patterns[i], names)))
     test = torch.from_numpy(trainer.split.test)
     complete = test[trainer.available[test].all(1)].to(trainer.device)
+    if len(complete) == 0:
+        raise ValueError(
+            f"fold {fold}: no test sample has all of {', '.join(names)}, expected at least one to compare with"
+        )
     methods: list[tuple[str, str, dict[str, int]]] = [(m, METHOD_NAMES[m], {}) for m in RIVALS]
     for conditioning in trainer.conditionings:
         methods.append((conditioning, METHOD_NAMES[conditioning], {}))
@@ -146,9 +151,20 @@ def _summaries(store: FeatureStore, statistics: Standardizer) -> dict[str, Tenso
 
 
 def evaluate_run(
-    folder: Path, *, n_samples: int = 16, start_steps: tuple[int, ...] = (), progress: Callable[[int, int], None]
+    folder: Path,
+    *,
+    n_samples: int = 16,
+    start_steps: tuple[int, ...] = (),
+    jobs: int = 1,
+    progress: Callable[[int, int], None],
 ) -> list[Table]:
     """Evaluate every fold and seed of a finished run and write ``results.{json,csv,md}`` into its folder.
+
+    Args:
+        folder: of the run.
+        n_samples, start_steps: as in :func:`evaluate_fold`.
+        jobs: folds and seeds evaluated at a time; torch's threads are divided among them.
+        progress: called with the parts done and their number.
 
     Raises:
         ValueError: the folder is no run, or a part of it is not trained yet.
@@ -157,11 +173,14 @@ def evaluate_run(
     unfinished = [run.part_folder(*part).name for part in run.parts if not (run.part_folder(*part) / "model").is_dir()]
     if unfinished:
         raise ValueError(f"{folder}: {', '.join(unfinished)} not trained yet; run the same `modafill train` again")
+    evaluate_part = partial(_evaluate_part, run, n_samples, start_steps)
     records: list[Record] = []
-    for done, (fold, seed) in enumerate(run.parts):
-        progress(done, len(run.parts))
-        records += evaluate_fold(_trained(run, fold, seed), fold, n_samples=n_samples, start_steps=start_steps)
-    progress(len(run.parts), len(run.parts))
+    progress(0, len(run.parts))
+    with worker_pool(jobs) as pool:
+        results = (map if pool is None else pool.map)(evaluate_part, run.parts)
+        for done, part in enumerate(results, 1):
+            records += part
+            progress(done, len(run.parts))
     tables = make_tables(records)
     about = (
         f"{Path(run.data).name}: {run.folds} fold(s) × {len(run.seeds)} seed(s), K = {n_samples} samples, "
@@ -185,8 +204,17 @@ def draw_embeddings(run: Run, path: Path) -> None:
     embedding_figure(path, tokens.cpu().numpy(), generated, list(trainer.specs), seed=trainer.seed)
 
 
+def _evaluate_part(run: Run, n_samples: int, start_steps: tuple[int, ...], part: tuple[int, int]) -> list[Record]:
+    return evaluate_fold(_trained(run, *part), part[0], n_samples=n_samples, start_steps=start_steps)
+
+
 def _trained(run: Run, fold: int, seed: int) -> FoldTrainer:
     """The trainer of a finished part, its networks loaded."""
-    trainer = run.trainer(fold, seed, Accelerator(), lambda *_: None)
+    folder = run.part_folder(fold, seed)
+
+    def refuse(stage: str, *_: object) -> None:
+        raise ValueError(f"{folder}: stages/{stage}.safetensors is gone; remove {folder.name}/model and train again")
+
+    trainer = run.trainer(fold, seed, Accelerator(), refuse)
     trainer.run()
     return trainer

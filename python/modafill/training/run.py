@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 from collections.abc import Iterator
+from concurrent import futures
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -143,31 +144,47 @@ def train(run: Run, report: Report, jobs: int = 1) -> None:
         report: progress, with the part's folder name in front of the stage's name.
         jobs: processes that train different parts at a time; torch's threads are divided among them.
     """
-    if jobs < 1:
-        raise ValueError(f"jobs: got {jobs}, expected at least 1")
     rank = int(os.environ.get("RANK", "0"))
     with _only_one(run.folder if rank == 0 else run.folder / f".rank{rank}"):
         run.write()
         with run.open_store() as store:
             run.splits(store)
         todo = [part for part in run.parts if not (run.part_folder(*part) / "model").is_dir()]
-        if jobs == 1:
-            for fold, seed in todo:
-                name = run.part_folder(fold, seed).name
-                train_part(run, fold, seed, lambda stage, *rest, name=name: report(f"{name}/{stage}", *rest))
-            return
-        context = multiprocessing.get_context("spawn")
-        progress = context.SimpleQueue()
-        threads = max(1, torch.get_num_threads() // jobs)
-        with context.Pool(jobs, initializer=_start_worker, initargs=(progress, threads)) as pool:
-            results = [pool.apply_async(_work, (run, fold, seed)) for fold, seed in todo]
-            pool.close()
-            while not all(result.ready() for result in results):
+        progress = multiprocessing.get_context("spawn").SimpleQueue()
+        with worker_pool(jobs, progress) as pool:
+            if pool is None:
+                for fold, seed in todo:
+                    name = run.part_folder(fold, seed).name
+                    train_part(run, fold, seed, lambda stage, *rest, name=name: report(f"{name}/{stage}", *rest))
+                return
+            waiting = {pool.submit(_work, run, fold, seed) for fold, seed in todo}
+            while waiting:
+                done, waiting = futures.wait(waiting, timeout=0.2, return_when=futures.FIRST_COMPLETED)
                 while not progress.empty():
                     report(*progress.get())
-                next((r for r in results if not r.ready()), results[0]).wait(0.2)
-            for result in results:
-                result.get()
+                for future in done:
+                    future.result()
+
+
+@contextmanager
+def worker_pool(jobs: int, progress: Any = None) -> Iterator[futures.ProcessPoolExecutor | None]:
+    """A pool of ``jobs`` fresh processes that share torch's threads; None for one job, for the caller to do itself.
+
+    A process that dies breaks the pool with an error; what other processes finished stays.
+    """
+    if jobs < 1:
+        raise ValueError(f"jobs: got {jobs}, expected at least 1")
+    if jobs == 1:
+        yield None
+        return
+    threads = max(1, torch.get_num_threads() // jobs)
+    context = multiprocessing.get_context("spawn")
+    with futures.ProcessPoolExecutor(jobs, context, _start_worker, (progress, threads)) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 _PROGRESS: Any = None
