@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,6 +95,12 @@ def write_tiny(folder: Path, *, groups: bool = True) -> tuple[Path, Path]:
     np.savez(folder / "tiny.npz", **arrays)
     (folder / "tiny.json").write_text(json.dumps(mapping))
     return folder / "tiny.npz", folder / "tiny.json"
+
+
+@pytest.fixture(scope="session")
+def make_tiny() -> Callable[..., tuple[Path, Path]]:
+    """Writes the tiny archive and its mapping into a folder, without groups if asked."""
+    return write_tiny
 
 
 def smallest(**changes: object) -> list[str]:

@@ -1,0 +1,294 @@
+"""The command line as its users meet it: what it prints, what it writes, and how it says what was wrong."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from modafill import cli
+from modafill.data import FeatureStore, convert_npz
+from modafill.models.admc import ADMC
+
+COMMANDS = ("info", "inspect", "convert", "demo", "train", "train admc", "evaluate", "impute", "bench")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def modafill(monkeypatch, capfd):
+    """Runs the command line in this process: (exit status, standard output, standard error)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["modafill", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        return end.value.code or 0, *capfd.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def mistake(modafill):
+    """The one line that a mistake leaves on standard error."""
+
+    def run(*arguments: object) -> str:
+        status, out, err = modafill(*arguments)
+        assert status == 2, (status, out, err)
+        assert out == ""
+        assert err.startswith("modafill: ")
+        assert err.count("\n") == 1
+        assert err.endswith("\n")
+        return err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def store(tiny, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("store") / "tiny.h5"
+    convert_npz(tiny.archive, path, tiny.mapping)
+    return path
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help(modafill, command):
+    status, out, err = modafill(*command.split(), "--help")
+    assert status == 0
+    assert err == ""
+    assert "Usage: modafill" in out
+    names = {"": COMMANDS[:4], "train": ["admc"], "train admc": ["--data", "--conditioning", "--folds", "--jobs"]}
+    assert all(name in out for name in names.get(command, [command]))
+
+
+def test_python_m_modafill():
+    command = [sys.executable, "-m", "modafill"]
+    done = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.strip()) == (0, importlib.metadata.version("modafill"))
+    done = subprocess.run(
+        [sys.executable, "-m", "modafill", "evaluate", "nowhere"], capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("modafill: nowhere: no run.json there")
+    assert done.stderr.count("\n") == 1
+
+
+def test_info(modafill):
+    status, out, err = modafill("info", "--json")
+    facts = json.loads(out)
+    assert (status, err) == (0, "")
+    assert facts["torch"] == torch.__version__
+    assert set(facts["ops"]) >= {"masked_reverse_step", "ddim_step", "add_noise", "randn"}
+    status, out, _ = modafill("info")
+    assert status == 0
+    assert torch.__version__ in out
+
+
+def test_inspect(modafill, tiny, store):
+    reports = []
+    for arguments in ([tiny.archive, "--mapping", tiny.mapping], [store]):
+        status, out, err = modafill("inspect", *arguments, "--json")
+        assert (status, err) == (0, "")
+        reports.append(json.loads(out))
+        status, out, _ = modafill("inspect", *arguments)
+        assert status == 0
+        assert "glad" in out
+    archive, written = reports
+    assert archive["samples"] == written["samples"] == 96
+    for report in reports:
+        assert [modality["name"] for modality in report["modalities"]] == ["text", "audio", "vision"]
+
+
+def test_convert(modafill, tiny, store, tmp_path):
+    out_file = tmp_path / "deep" / "out.h5"
+    status, out, _ = modafill("convert", tiny.archive, out_file, "--mapping", tiny.mapping)
+    assert status == 0
+    assert "wrote" in out
+    rows = np.arange(96)
+    with FeatureStore(out_file) as converted, FeatureStore(store) as expected:
+        a, b = converted.read(rows), expected.read(rows)
+        assert converted.task == expected.task
+    assert torch.equal(a.available, b.available)
+    assert all(torch.equal(a.features[name], b.features[name]) for name in b.features)
+
+
+def test_train_again_is_quick_and_changes_nothing(modafill, tiny):
+    files = {file: file.stat().st_mtime_ns for file in tiny.run.rglob("*.safetensors")}
+    status, out, _ = modafill(*tiny.train_arguments, "--out", tiny.run)
+    assert status == 0
+    assert "next: modafill evaluate" in out
+    assert {file: file.stat().st_mtime_ns for file in tiny.run.rglob("*.safetensors")} == files
+
+
+def test_evaluate(modafill, tiny, tmp_path):
+    shutil.copytree(tiny.run, tmp_path / "run")
+    status, out, _ = modafill("evaluate", tmp_path / "run", "--samples", 2, "--start-steps", "2,3", "--metric", "F1")
+    assert status == 0
+    assert "F1 (higher is better" in out
+    assert "UA (higher is better" not in out
+    assert "ADMC replace n=3" in out
+    assert all((tmp_path / "run" / f"results.{kind}").is_file() for kind in ("json", "csv", "md"))
+
+
+@pytest.mark.parametrize("what", ["run", "model"])
+@pytest.mark.parametrize("samples", [1, 3])
+def test_impute(modafill, tiny, store, tmp_path, what, samples):
+    source = tiny.run if what == "run" else tiny.run / "fold0-seed0" / "model"
+    arguments = ("--samples", samples, "--seed", 5)
+    status, out, _ = modafill("impute", source, store, tmp_path / "a.h5", *arguments)
+    assert status == 0
+    assert "wrote" in out
+    modafill("impute", source, tiny.archive, tmp_path / "b.h5", "--mapping", tiny.mapping, *arguments)
+    modafill("impute", source, store, tmp_path / "c.h5", "--samples", samples, "--seed", 6)
+    rows = np.arange(96)
+    with FeatureStore(store) as given, FeatureStore(tmp_path / "a.h5") as done:
+        available = given.read(rows).available
+        model = ADMC.from_pretrained(tiny.run / "fold0-seed0" / "model")
+        with torch.no_grad():
+            embeddings = model.embed(given.read(rows))
+        assert 0 < int((~available).sum()) < available.numel()
+        assert torch.equal(done.read(rows).available, available)
+        assert np.array_equal(done.generated(rows), ~available.numpy())
+        assert done.ids(rows) == given.ids(rows)
+        assert done.labels().tolist() == given.labels().tolist()
+        assert done.groups().tolist() == given.groups().tolist()
+        filled = torch.stack(list(done.read(rows, generated=True).features.values()), dim=1)
+    assert torch.equal(filled[available], embeddings[available])
+    assert filled.isfinite().all()
+    assert (filled[~available] != 0).any(1).all()
+
+    def all_values(name: str) -> torch.Tensor:
+        with FeatureStore(tmp_path / name) as file:
+            return torch.stack(list(file.read(rows, generated=True).features.values()), dim=1)
+
+    assert torch.equal(all_values("b.h5"), filled)
+    assert torch.equal(all_values("c.h5")[available], filled[available])
+    assert (all_values("c.h5") != filled)[~available].any(1).all()
+
+
+@pytest.mark.slow
+def test_demo_on_other_data(modafill, tiny, tmp_path):
+    status, out, _ = modafill("demo", "--data", tiny.archive, "--mapping", tiny.mapping, "--out", tmp_path / "demo")
+    assert status == 0
+    assert "UA (higher is better" in out
+    assert (tmp_path / "demo" / "embeddings.png").read_bytes()[:4] == b"\x89PNG"
+    assert (tmp_path / "demo" / "results.md").is_file()
+
+
+TRAIN = ["train", "admc", "--data", "{archive}", "--mapping", "{mapping}", "--out", "{new}"]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["inspect", "{folder}/nothing.npz"], "nothing.npz: no such file"),
+        (["convert", "{folder}/nothing.npz", "{new}"], "nothing.npz: no such file"),
+        (["impute", "{run}", "{folder}/nothing.h5", "{new}"], "nothing.h5: no such file"),
+        (["demo", "--data", "{folder}/nothing.npz", "--out", "{new}"], "nothing.npz: no such file"),
+        (["train", "admc", "--data", "{folder}/nothing.npz", "--out", "{new}"], "nothing.npz: no such file"),
+        (["inspect", "{mapping}"], "neither a feature store (.h5) nor an .npz file"),
+        (["inspect", "{folder}/truncated.h5"], "truncated.h5: not a readable feature store"),
+        (["impute", "{run}", "{folder}/truncated.h5", "{new}"], "truncated.h5: not a readable feature store"),
+        (["train", "admc", "--data", "{folder}/truncated.h5", "--out", "{new}"], "truncated.h5: not a readable"),
+        (["inspect", "{folder}/truncated.npz", "--mapping", "{mapping}"], "truncated.npz"),
+        (["convert", "{archive}", "{new}"], "mapping"),
+        (["inspect", "{archive}", "--mapping", "hazuml"], "'hazuml'"),
+        (["convert", "{archive}", "{new}", "--mapping", "mmmo"], "mapping mmmo needs the arrays ['y_train'"),
+        ([*TRAIN, "--preset", "huge"], "preset: got 'huge', expected one of paper, small"),
+        ([*TRAIN, "--conditioning", "warm"], "conditioning: got 'warm', expected one of replace, clean"),
+        ([*TRAIN, "--conditioning", "clean", "--conditioning", "warm"], "conditioning: got 'warm'"),
+        ([*TRAIN, "--seeds", "0"], "seeds: got 0, expected at least 1"),
+        ([*TRAIN, "--folds", "0"], "folds: got 0, expected at least 1"),
+        ([*TRAIN, "--folds", "99"], "99"),
+        ([*TRAIN, "--folds", "two"], "--folds"),
+        ([*TRAIN, "--jobs", "0"], "jobs: got 0, expected at least 1"),
+        ([*TRAIN, "--window", "-3"], "-3"),
+        ([*TRAIN, "--set", "epochs=3"], "set: got 'epochs', expected one of width"),
+        ([*TRAIN, "--set", "width"], "set: got width=, expected a value like 256"),
+        ([*TRAIN, "--set", "width=1.5"], "set: got width=1.5, expected a value like 256"),
+        ([*TRAIN, "--set", "width=true"], "set: got width=true, expected a value like 256"),
+        ([*TRAIN, "--set", "width=0"], "width"),
+        ([*TRAIN, "--set", "adn_heads=0"], "adn_heads"),
+        ([*TRAIN, "--set", "batch_size=0"], "batch_size"),
+        ([*TRAIN, "--set", "batch_size=-2"], "batch_size"),
+        ([*TRAIN, "--set", "adn_width=wide"], "adn_width: got 'wide', expected a whole number, at least 1"),
+        ([*TRAIN, "--set", "adn_heads=7"], "heads: got 7, expected a divisor of the width 256"),
+        ([*TRAIN, "--set", "start_step=2000"], "start_step: got 2000, expected a diffusion step in 1…1000"),
+        ([*TRAIN, "--set", "beta_end=2"], "expected all in (0, 1)"),
+        ([*TRAIN, "--set", "learning_rate=-1"], "learning rate"),
+        ([*TRAIN, "--set", "fusion_dropout=2"], "dropout"),
+        ([*TRAIN, "--set", 'encoders={{"audio": "mlp"}}'], "encoders['audio']: got 'mlp', which cannot read"),
+        ([*TRAIN, "--set", 'encoders={{"audio": "gru"}}'], "encoders['audio']: got 'gru', expected one of"),
+        ([*TRAIN, "--set", "textcnn_kernels=[3,\"a\"]"], "textcnn_kernels"),
+        ([*TRAIN, "--set", 'init="zero"', "--set", "adn_epochs=1"], "init: got 'zero', expected one of unit, scaled"),
+        ([*TRAIN, "--bogus", "1"], "--bogus"),
+        (["train", "admc", "--out", "{new}"], "--data"),
+        (["train", "cdtpp"], "cdtpp"),
+        (["inspekt"], "inspekt"),
+        (["inspect"], "path"),
+        (["evaluate", "{folder}"], "no run.json there"),
+        (["evaluate", "{unfinished}"], "fold0-seed0 not trained yet; run the same `modafill train` again"),
+        (["evaluate", "{run}", "--metric", "AUC"], "metric: got 'AUC', expected UA, WA, F1 or all"),
+        (["evaluate", "{run}", "--samples", "0"], "samples: got 0, expected at least 1"),
+        (["evaluate", "{run}", "--start-steps", "3,b"], "start-steps: got '3,b', expected numbers with commas"),
+        (["evaluate", "{run}", "--start-steps", "61"], "start_step: got 61, expected a diffusion step in 1…60"),
+        (["impute", "{run}", "{store}", "{new}", "--fold", "4"], "fold4-seed0"),
+        (["impute", "{run}", "{store}", "{new}", "--samples", "0"], "samples: got 0"),
+        (["impute", "{folder}", "{store}", "{new}"], "no config.json there"),
+        (["impute", "{folder}/no/where", "{store}", "{new}"], "expected an existing folder or a hub id"),
+        (["bench", "--suite", "laps"], "laps"),
+        (["bench", "--threads", "x"], "threads: got 'x', expected numbers with commas"),
+    ],
+    ids=lambda value: " ".join(value)[:80] if isinstance(value, list) else "",
+)  # fmt: skip
+def test_mistakes(mistake, tiny, store, tmp_path, arguments, message):
+    (tmp_path / "truncated.h5").write_bytes(store.read_bytes()[:4000])
+    (tmp_path / "truncated.npz").write_bytes(tiny.archive.read_bytes()[:3000])
+    if "{unfinished}" in arguments:
+        shutil.copytree(tiny.run, tmp_path / "run")
+        shutil.rmtree(tmp_path / "run" / "fold0-seed0" / "model")
+    names = {
+        "archive": tiny.archive,
+        "mapping": tiny.mapping,
+        "run": tiny.run,
+        "store": store,
+        "folder": tmp_path,
+        "new": tmp_path / "new",
+        "unfinished": tmp_path / "run",
+    }
+    assert message in mistake(*(argument.format(**names) for argument in arguments))
+    assert not (tmp_path / "new").is_file()
+
+
+def test_no_window_without_groups(mistake, make_tiny, tmp_path):
+    archive, mapping = make_tiny(tmp_path, groups=False)
+    line = mistake("train", "admc", "--data", archive, "--mapping", mapping, "--out", tmp_path / "run", "--window", 4)
+    assert "windows need a group column and an order column" in line
+
+
+def test_other_settings_for_the_same_folder(mistake, tiny):
+    line = mistake(*tiny.train_arguments, "--set", "adn_epochs=4", "--seeds", "2", "--out", tiny.run)
+    assert "holds a run with other config, seeds; choose another folder" in line
+
+
+def test_damaged_weights(mistake, tiny, store, tmp_path):
+    shutil.copytree(tiny.run / "fold0-seed0" / "model", tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert "model.safetensors: not a readable safetensors file" in mistake(
+        "impute", tmp_path / "model", store, tmp_path / "out.h5"
+    )
+    assert not (tmp_path / "out.h5").exists()
