@@ -13,7 +13,15 @@ import torch
 from accelerate import Accelerator
 
 from modafill.data import missing_patterns
-from modafill.evaluation.admc import CALIBRATION, ERROR, FROZEN, RECOGNITION, draw_embeddings, evaluate_run
+from modafill.evaluation.admc import (
+    CALIBRATION,
+    ERROR,
+    FROZEN,
+    RECOGNITION,
+    draw_embeddings,
+    evaluate_fold,
+    evaluate_run,
+)
 from modafill.evaluation.metrics import nrmse
 from modafill.evaluation.tables import Table
 from modafill.training import Run
@@ -107,6 +115,22 @@ def test_unfinished_run_is_refused(tiny, tmp_path):
     with pytest.raises(ValueError, match="fold0-seed0 not trained yet; run the same `modafill train` again"):
         evaluate(tmp_path / "run")
     assert not (tmp_path / "run" / "results.json").exists()
+
+
+def test_stages_that_are_gone_are_not_trained_again(tiny, tmp_path):
+    shutil.copytree(tiny.run, tmp_path / "run")
+    stages = tmp_path / "run" / "fold0-seed0" / "stages"
+    (stages / "fusion-ridge-2.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"stages/fusion-ridge-2\.safetensors is gone; remove fold0-seed0/model"):
+        evaluate(tmp_path / "run")
+    assert not (stages / "fusion-ridge-2.safetensors").exists()
+
+
+def test_complete_test_samples_are_needed(tiny):
+    trainer = Run.load(tiny.run).trainer(0, 0, Accelerator(cpu=True), lambda *_: None)
+    trainer.available[torch.from_numpy(trainer.split.test), 1] = False
+    with pytest.raises(ValueError, match="fold 0: no test sample has all of text, audio, vision"):
+        evaluate_fold(trainer, 0)
 
 
 def test_picture(tiny, tmp_path):
