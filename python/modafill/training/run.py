@@ -8,6 +8,7 @@ import multiprocessing
 import os
 from collections.abc import Iterator
 from concurrent import futures
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from modafill.data import FeatureStore, Labels, Split, make_splits, open_data
 from modafill.files import write_json
 from modafill.models.admc import ADMCConfig
 from modafill.training.admc import FoldTrainer
-from modafill.training.loop import Report
+from modafill.training.loop import Report, TrainingError
 
 RUN_FILE = "run.json"
 
@@ -182,6 +183,8 @@ def worker_pool(jobs: int, progress: Any = None) -> Iterator[futures.ProcessPool
     with futures.ProcessPoolExecutor(jobs, context, _start_worker, (progress, threads)) as pool:
         try:
             yield pool
+        except BrokenProcessPool as error:
+            raise TrainingError("a worker process died (killed, or out of memory); the same command goes on") from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
