@@ -9,11 +9,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import numpy as np
 import pytest
 import torch
+
+from modafill.models.admc import ADMC, ADMCConfig, ModalitySpec
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -125,3 +128,21 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     )
     assert done.returncode == 0, done.stderr
     return Tiny(archive, mapping, folder / "run", arguments)
+
+
+@pytest.fixture(scope="session")
+def make_admc() -> Callable[..., ADMC]:
+    """An untrained :data:`SMALLEST` ADMC of text ``[L, 5]``, audio ``[L, 4]`` and vision ``[3]`` for four classes."""
+
+    def make(conditioning: str = "clean", **changes: Any) -> ADMC:
+        torch.manual_seed(0)
+        config = ADMCConfig(**{**SMALLEST, "textcnn_filters": 4, "conditioning": conditioning, **changes})
+        specs = {"text": ModalitySpec(5, True), "audio": ModalitySpec(4, True), "vision": ModalitySpec(3, False)}
+        model = ADMC(specs, 4, config).eval()
+        model.scaler.mean.normal_()
+        model.scaler.std.uniform_(0.2, 3.0)
+        for unimodal in model.unimodal.values():
+            unimodal.encoder.mean.normal_()
+        return model
+
+    return make
