@@ -70,7 +70,10 @@ class RidgeFill:
     def sample(self, tokens: Tensor, available: Tensor, n_samples: int, seed: int, row_id: Tensor) -> Tensor:
         """K completions ``[K, B, M, D]``: prediction plus independent Gaussian residuals."""
         noise = ops.randn(
-            (n_samples * len(tokens), *tokens.shape[1:]), seed=seed, row_id=sample_row_ids(row_id, n_samples)
+            (n_samples * len(tokens), *tokens.shape[1:]),
+            seed=seed,
+            row_id=sample_row_ids(row_id, n_samples),
+            device=tokens.device,
         )
         noise = noise.reshape(n_samples, *tokens.shape)
         return torch.stack([self._fill(tokens, available, z) for z in noise])
@@ -82,9 +85,9 @@ class RidgeFill:
             rows = (pattern == index).nonzero().flatten()
             if len(rows) == 0:
                 continue
-            missing = (~mask).nonzero().flatten()
-            filled = torch.from_numpy(model.predict(tokens[rows][:, mask].flatten(1).numpy())).to(tokens.dtype)
+            missing = (~mask).nonzero().flatten().to(tokens.device)
+            filled = torch.from_numpy(model.predict(tokens[rows][:, mask].flatten(1).cpu().numpy())).to(tokens)
             if noise is not None:
-                filled = filled + spread * noise[rows][:, missing].flatten(1)
+                filled = filled + spread.to(tokens) * noise[rows][:, missing].flatten(1)
             out[rows[:, None], missing] = filled.reshape(len(rows), len(missing), -1)
         return out
