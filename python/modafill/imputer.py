@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from modafill.data import Batch, FeatureStore, StoreWriter
+from modafill.data.patterns import check_available
 from modafill.models.admc import ADMC
 
 
@@ -105,7 +106,8 @@ class ModalityImputer(nn.Module):
         present = torch.tensor([name in given for name in self.modalities], device=first.device)
         if available is None:
             available = present.expand(len(first), -1).clone()
-        elif available.shape == (len(first), len(present)) and bool((available & ~present).any()):
+        check_available("available", available, (len(first), len(present)))
+        if bool((available & ~present).any()):
             absent = [n for n, a, p in zip(self.modalities, available.any(0), present, strict=True) if a and not p]
             raise ValueError(f"available: marks {absent[0]!r} as observed, but features has no such tensor")
         full, full_lengths = {}, {}
