@@ -1,0 +1,314 @@
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from modafill import ModalityImputer
+from modafill.data import FeatureStore, StoreWriter, all_patterns
+from modafill.imputer import Imputation, impute_store
+from modafill.models.admc import ADMC
+
+MakeADMC = Callable[..., ADMC]
+Features = dict[str, Tensor]
+
+NAMES = ("text", "audio", "vision")
+
+
+@pytest.fixture
+def imputer(make_admc: MakeADMC) -> ModalityImputer:
+    return ModalityImputer(make_admc())
+
+
+def make_features(rows: int = 7) -> tuple[Features, Features]:
+    generator = torch.Generator().manual_seed(2)
+    features = {
+        "text": torch.randn(rows, 6, 5, generator=generator),
+        "audio": torch.randn(rows, 8, 4, generator=generator),
+        "vision": torch.randn(rows, 3, generator=generator),
+    }
+    return features, {name: torch.randint(1, 7, (rows,), generator=generator) for name in ("text", "audio")}
+
+
+def bits(result: Imputation) -> list[Tensor]:
+    std = {} if result.std is None else result.std
+    return [*result.embeddings.values(), *result.samples.values(), *std.values(), result.generated]
+
+
+def equal(one: Imputation, other: Imputation) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(bits(one), bits(other), strict=True))
+
+
+PATTERNS = all_patterns(3)
+
+
+@pytest.mark.parametrize("conditioning", ["replace", "clean"])
+@pytest.mark.parametrize("poison", [4.0, math.nan, math.inf])
+def test_nothing_hidden_is_read(make_admc: MakeADMC, conditioning: str, poison: float) -> None:
+    imputer = ModalityImputer(make_admc(conditioning))
+    features, lengths = make_features()
+    result = imputer(features, PATTERNS, lengths, n_samples=2)
+    hidden = {
+        name: torch.where(PATTERNS[:, m].view(-1, *[1] * (x.ndim - 1)), x, poison)
+        for m, (name, x) in enumerate(features.items())
+    }
+    assert equal(imputer(hidden, PATTERNS, lengths, n_samples=2), result)
+    assert all(torch.isfinite(x).all() for x in bits(result))
+    assert torch.equal(result.generated, ~PATTERNS)
+
+
+def test_observed_embeddings_are_the_encoders(imputer: ModalityImputer) -> None:
+    features, lengths = make_features()
+    result = imputer(features, PATTERNS, lengths, n_samples=3)
+    for m, name in enumerate(NAMES):
+        rows = PATTERNS[:, m]
+        with torch.no_grad():
+            encoder = imputer.model.unimodal[name].encoder
+            expected = encoder(features[name][rows], lengths[name][rows] if name in lengths else None)
+        assert torch.equal(result.embeddings[name][rows], expected)
+        assert torch.equal(result.samples[name][:, rows], expected.expand(3, -1, -1))
+        assert (result.std[name][rows] == 0).all()
+        assert (result.std[name][~rows] > 0).all()
+
+
+def test_mean_and_deviation_are_those_of_the_samples(imputer: ModalityImputer) -> None:
+    features, lengths = make_features()
+    result = imputer(features, PATTERNS, lengths, n_samples=5)
+    for m, name in enumerate(NAMES):
+        hidden = ~PATTERNS[:, m]
+        samples = result.samples[name].numpy()[:, hidden]
+        assert samples.shape == (5, 3, 8)
+        np.testing.assert_allclose(result.embeddings[name][hidden], samples.mean(0), rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(result.std[name][hidden], samples.std(0, ddof=1), rtol=1e-4, atol=1e-6)
+    one = imputer(features, PATTERNS, lengths)
+    assert one.std is None
+    for name in NAMES:
+        torch.testing.assert_close(one.samples[name][0], result.samples[name][0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(one.embeddings[name], one.samples[name][0])
+
+
+def test_generated_embeddings_have_the_scale_of_embeddings(imputer: ModalityImputer) -> None:
+    """Tokens are standardised, embeddings are not: the scaler's mean must be back in the result."""
+    features, lengths = make_features()
+    before = imputer(features, PATTERNS, lengths).embeddings["text"]
+    imputer.model.scaler.mean[0] += 100.0
+    after = imputer(features, PATTERNS, lengths).embeddings["text"]
+    hidden = ~PATTERNS[:, 0]
+    # The text is an input nowhere where it is hidden, so all that moves is the result.
+    torch.testing.assert_close(after[hidden] - before[hidden], torch.full((3, 8), 100.0), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("absent", ["none", "left out", "marked"])
+def test_three_ways_to_say_that_a_modality_is_missing(imputer: ModalityImputer, absent: str) -> None:
+    features, lengths = make_features()
+    marked = torch.tensor([True, False, True]).expand(7, -1)
+    expected = imputer(features, marked, lengths)
+    given = {
+        "none": {**features, "audio": None},
+        "left out": {name: x for name, x in features.items() if name != "audio"},
+        "marked": features,
+    }[absent]
+    # Lengths of what is absent are of no consequence.
+    assert equal(imputer(given, marked if absent == "marked" else None, lengths), expected)
+    assert expected.generated[:, 1].all()
+    assert not expected.generated[:, [0, 2]].any()
+
+
+def test_order_of_the_names_and_dtype_do_not_matter(imputer: ModalityImputer) -> None:
+    features, lengths = make_features()
+    expected = imputer(features, PATTERNS, lengths)
+    assert equal(imputer(dict(reversed(features.items())), PATTERNS, lengths), expected)
+    assert equal(imputer({name: x.double() for name, x in features.items()}, PATTERNS, lengths), expected)
+
+
+def test_lengths_default_to_all_steps(imputer: ModalityImputer) -> None:
+    features, _ = make_features()
+    whole = {"text": torch.full((7,), 6), "audio": torch.full((7,), 8)}
+    assert equal(imputer(features, PATTERNS), imputer(features, PATTERNS, whole))
+    shorter = imputer(features, PATTERNS, {**whole, "audio": torch.full((7,), 2)})
+    assert not equal(imputer(features, PATTERNS), shorter)
+
+
+def test_noise_belongs_to_seed_and_row(imputer: ModalityImputer) -> None:
+    features, lengths = make_features()
+    state = torch.random.get_rng_state()
+    first = imputer(features, PATTERNS, lengths, seed=1, row_ids=torch.arange(7) + 50)
+    assert equal(first, imputer(features, PATTERNS, lengths, seed=1, row_ids=torch.arange(7) + 50))
+    assert torch.equal(torch.random.get_rng_state(), state)
+    hidden = ~PATTERNS[:, 0]
+    for other in ({"seed": 2, "row_ids": torch.arange(7) + 50}, {"seed": 1}):
+        moved = imputer(features, PATTERNS, lengths, **other).embeddings["text"]
+        assert (moved != first.embeddings["text"])[hidden].any(1).all()
+    for rows in ([6, 5, 4, 3, 2, 1, 0], [3], [0, 4]):
+        part = imputer(
+            {name: x[rows] for name, x in features.items()},
+            PATTERNS[rows],
+            {name: x[rows] for name, x in lengths.items()},
+            seed=1,
+            row_ids=torch.tensor(rows) + 50,
+        )
+        for name in NAMES:
+            torch.testing.assert_close(part.embeddings[name], first.embeddings[name][rows], rtol=0, atol=1e-5)
+
+
+def test_dropout_stays_off_inside_a_network_in_training(imputer: ModalityImputer) -> None:
+    features, lengths = make_features()
+    expected = imputer(features, PATTERNS, lengths)
+    network = nn.ModuleDict({"imputer": imputer, "head": nn.Linear(8, 2)}).train()
+    assert network["head"].training
+    assert not any(module.training for module in imputer.model.modules())
+    assert equal(imputer(features, PATTERNS, lengths), expected)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
+def test_copies_give_the_same_bits(imputer: ModalityImputer, copied: Callable[..., ModalityImputer]) -> None:
+    features, lengths = make_features()
+    expected = imputer(features, PATTERNS, lengths, n_samples=2)
+    again = copied(imputer)
+    assert equal(again(features, PATTERNS, lengths, n_samples=2), expected)
+    with torch.no_grad():
+        for parameter in again.parameters():
+            parameter.zero_()
+    assert equal(imputer(features, PATTERNS, lengths, n_samples=2), expected)
+
+
+def test_round_trip_through_a_folder(imputer: ModalityImputer, tmp_path: Path) -> None:
+    imputer.save_pretrained(tmp_path / "model")
+    again = ModalityImputer.from_pretrained(tmp_path / "model")
+    assert again.modalities == NAMES
+    features, lengths = make_features()
+    assert equal(again(features, PATTERNS, lengths), imputer(features, PATTERNS, lengths))
+
+
+def with_value(name: str, at: tuple[int, ...], value: float) -> Features:
+    features, _ = make_features()
+    features[name][at] = value
+    return features
+
+
+FEATURES, LENGTHS = make_features()
+ALL = torch.ones(7, 3, dtype=torch.bool)
+
+MISTAKES: dict[str, tuple[dict[str, object], str]] = {
+    "unknown modality": (
+        {"features": {**FEATURES, "smell": torch.ones(7, 2)}},
+        r"features: got unknown modality 'smell', expected \['text', 'audio', 'vision'\]",
+    ),
+    "unknown and None": ({"features": {**FEATURES, "smell": None}}, "unknown modality 'smell'"),
+    "nothing given": ({"features": {}}, "features: got no modality at all"),
+    "only None": ({"features": dict.fromkeys(NAMES)}, "features: got no modality at all"),
+    "nan": ({"features": with_value("vision", (2, 1), math.nan)}, r"features\['vision'\]: got NaN or infinity in row"),
+    "inf": ({"features": with_value("text", (4, 0, 3), math.inf)}, r"features\['text'\]: got NaN or infinity in row"),
+    "empty row": (
+        {"features": FEATURES, "available": ALL & (torch.arange(7) != 5)[:, None]},
+        "nothing is observed in row 5",
+    ),
+    "empty batch": ({"features": {name: x[:0] for name, x in FEATURES.items()}}, "batch: got no rows"),
+    "width": ({"features": {**FEATURES, "vision": torch.ones(7, 4)}}, r"features\['vision'\]: got width 4, expected 3"),
+    "vector for sequence": (
+        {"features": {**FEATURES, "audio": torch.ones(7, 4)}},
+        r"features\['audio'\]: got shape \[7, 4\], expected \[B, L, 4\]",
+    ),
+    "sequence for vector": (
+        {"features": {**FEATURES, "vision": torch.ones(7, 2, 3)}},
+        r"features\['vision'\]: got shape \[7, 2, 3\], expected \[B, 3\]",
+    ),
+    "scalar": ({"features": {"vision": torch.tensor(1.0)}}, r"features\['vision'\]: got shape \[\]"),
+    "fewer rows": ({"features": {**FEATURES, "vision": torch.ones(6, 3)}}, r"features\['vision'\]"),
+    "no steps": ({"features": {**FEATURES, "audio": torch.ones(7, 0, 4)}}, r"features\['audio'\]"),
+    "available but absent": (
+        {"features": {**FEATURES, "audio": None}, "available": ALL},
+        "available: marks 'audio' as observed, but features has no such tensor",
+    ),
+    "shape of available": ({"features": FEATURES, "available": ALL[:, :2]}, "available: got"),
+    "dtype of available": ({"features": FEATURES, "available": ALL.float()}, "available: got torch.float32"),
+    "length": (
+        {"features": FEATURES, "lengths": {"audio": torch.full((7,), 9)}},
+        r"lengths\['audio'\]: got 9 in row 0, expected 1…8",
+    ),
+    "no samples": ({"features": {**FEATURES, "audio": None}, "n_samples": 0}, "n_samples: got 0"),
+}
+
+
+@pytest.mark.parametrize("mistake", list(MISTAKES))
+def test_mistakes_are_named(imputer: ModalityImputer, mistake: str) -> None:
+    arguments, message = MISTAKES[mistake]
+    with pytest.raises(ValueError, match=message):
+        imputer(**arguments)
+
+
+def test_hidden_nan_is_no_mistake(imputer: ModalityImputer) -> None:
+    available = ALL.clone()
+    available[2, 2] = False
+    imputer(with_value("vision", (2, 1), math.nan), available)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> FeatureStore:
+    features, lengths = make_features(20)
+    path = tmp_path / "in.h5"
+    with StoreWriter(
+        path,
+        modalities=["vision", "text", "audio"],
+        widths={"text": 5, "audio": 4, "vision": 3},
+        kinds={"text": "sequence", "audio": "sequence", "vision": "vector"},
+    ) as writer:
+        ragged = {
+            name: [x[:n].numpy() for x, n in zip(features[name], lengths[name], strict=True)]
+            for name in ("text", "audio")
+        }
+        writer.append(
+            {**ragged, "vision": features["vision"].numpy()},
+            available=PATTERNS.repeat(3, 1)[:20].numpy(),
+            ids=[f"clip {i}" for i in range(20)],
+            labels={"mood": np.arange(20) % 3},
+            groups={"speaker": np.arange(20) // 5},
+        )
+    return FeatureStore(path)
+
+
+@pytest.mark.parametrize("batch_size", [3, 20])
+def test_a_store_is_imputed_row_by_row(
+    imputer: ModalityImputer, store: FeatureStore, tmp_path: Path, batch_size: int
+) -> None:
+    out = tmp_path / "out.h5"
+    done = list(impute_store(imputer, store, out, n_samples=2, seed=4, batch_size=batch_size))
+    assert done == [*range(batch_size, 20, batch_size), 20]
+    completed = FeatureStore(out)
+    assert completed.modalities == NAMES, "the order is the model's"
+    given, hidden = store.read(np.arange(20)), completed.generated()
+    batch = completed.read(np.arange(20), generated=True)
+    columns = [store.modalities.index(name) for name in NAMES]
+    expected = imputer(given.features, given.available[:, columns], given.lengths, n_samples=2, seed=4)
+    assert torch.equal(torch.from_numpy(hidden), expected.generated)
+    assert np.array_equal(completed.available(), ~hidden)
+    for name in NAMES:
+        torch.testing.assert_close(batch.features[name], expected.embeddings[name], rtol=0, atol=1e-5)
+    assert list(completed.ids(np.arange(20))) == [f"clip {i}" for i in range(20)]
+    assert completed.labels("mood").tolist() == (np.arange(20) % 3).tolist()
+    assert completed.groups("speaker").tolist() == store.groups("speaker").tolist()
+
+
+def test_a_store_that_is_not_finished_does_not_appear(
+    imputer: ModalityImputer, store: FeatureStore, tmp_path: Path
+) -> None:
+    progress = impute_store(imputer, store, tmp_path / "out.h5", batch_size=5)
+    assert next(progress) == 5
+    progress.close()
+    assert [p.name for p in tmp_path.iterdir()] == ["in.h5"]
+
+
+def test_a_store_without_a_modality_of_the_model(imputer: ModalityImputer, tmp_path: Path) -> None:
+    with StoreWriter(
+        tmp_path / "in.h5", modalities=["vision"], widths={"vision": 3}, kinds={"vision": "vector"}
+    ) as writer:
+        writer.append({"vision": np.zeros((2, 3))})
+    with pytest.raises(ValueError, match="has no modality 'audio'"):
+        next(impute_store(imputer, FeatureStore(tmp_path / "in.h5"), tmp_path / "out.h5"))
