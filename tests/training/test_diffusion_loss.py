@@ -14,10 +14,16 @@ from modafill.training.admc import diffusion_loss
 SEED, EPOCH = 11, 4
 
 
-def make(conditioning: str) -> tuple[ADN, torch.Tensor]:
+def make(conditioning: str, **changes: float) -> tuple[ADN, torch.Tensor]:
     torch.manual_seed(0)
     config = ADMCConfig(
-        conditioning=conditioning, width=8, adn_heads=2, adn_layers=1, adn_feedforward=16, diffusion_steps=300
+        conditioning=conditioning,
+        width=8,
+        adn_heads=2,
+        adn_layers=1,
+        adn_feedforward=16,
+        diffusion_steps=300,
+        **changes,
     )
     return ADN(3, config), torch.randn(20, 3, 8)
 
@@ -102,6 +108,20 @@ def test_row_does_not_depend_on_its_batch(conditioning):
             assert all(torch.equal(a, b) for a, b in zip(arguments, whole[row], strict=True))
     assert all(not torch.equal(whole[row][0], other_epoch[row][0]) for row in whole)
     assert sum(int(whole[row][1]) != int(other_epoch[row][1]) for row in whole) > 15
+
+
+def test_noise_on_the_condition():
+    """What is observed enters with that much noise of its own; the hidden tokens and the target stay as they were."""
+    adn, tokens = make("clean")
+    noised, _ = make("clean", condition_noise=0.5, latent_scale=2.0)
+    rows, seen = torch.arange(20), []
+    for network in (adn, noised):
+        diffusion_loss(network, tokens, SEED)(lambda x, step, shown: seen.append((x, shown)) or x, rows, EPOCH)
+    (plain, shown), (blurred, shown_again) = seen
+    assert torch.equal(shown, shown_again)
+    assert torch.equal(plain[~shown], blurred[~shown])
+    blur = reference.randn((20, 3, 8), seed=derive_seed(SEED, "condition", EPOCH), row_id=rows)
+    torch.testing.assert_close(blurred[shown], (tokens + 1.0 * blur).float()[shown], rtol=0, atol=1e-5)
 
 
 def test_steps_reach_both_ends():

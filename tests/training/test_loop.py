@@ -66,8 +66,9 @@ def test_patience(tmp_path, accelerator, patience, epochs):
     assert reports[0][3].keys() == {"loss", "learning_rate", "validation"}
 
 
-def test_averaged_weights(tmp_path, accelerator):
-    stage, trail = make_stage(ema_decay=0.5), []
+@pytest.mark.parametrize("largest", [0.5, 0.99])  # reached at once, and never
+def test_averaged_weights(tmp_path, accelerator, largest):
+    stage, trail = make_stage(ema_decay=largest), []
     batches = stage.batches
 
     def watched(*arguments):
@@ -80,7 +81,7 @@ def test_averaged_weights(tmp_path, accelerator):
     assert len(trail) == 24
     average = trail[0]
     for n, weight in enumerate(trail[1:], start=1):
-        decay = min(0.5, (1 + n) / (10 + n))
+        decay = min(largest, (1 + n) / (10 + n))
         average = decay * average + (1 - decay) * weight
     torch.testing.assert_close(stage.model[1].weight.double(), average, rtol=1e-5, atol=1e-6)
     assert (average - trail[-1]).abs().max() > 1e-3
@@ -101,6 +102,22 @@ def test_learning_rate_of_each_epoch(tmp_path, accelerator):
     rates = []
     train_stage(make_stage(), tmp_path, accelerator, seed=0, report=lambda *r: rates.append(r[3]["learning_rate"]))
     assert rates == pytest.approx([0.05, 0.05, 0.05, 0.05 * 3 / 4, 0.05 * 2 / 4, 0.05 * 1 / 4])
+
+
+def test_randomness_of_each_epoch_is_its_own(tmp_path, accelerator):
+    def draws(folder: str, seed: int) -> list[float]:
+        seen: list[float] = []
+        stage, torch_seed = make_stage(epochs=3), len(folder)
+        loss = stage.loss
+        stage.loss = lambda *arguments: seen.append(float(torch.rand(()))) or loss(*arguments)
+        torch.manual_seed(torch_seed)
+        train_stage(stage, tmp_path / folder, accelerator, seed=seed, report=ignore)
+        return seen
+
+    first = draws("a", 0)
+    assert len(set(first)) == 12
+    assert draws("bb", 0) == first
+    assert not set(draws("ccc", 1)) & set(first)
 
 
 def stop_at(epoch: int):
