@@ -33,6 +33,8 @@ def replacing(path: Path) -> Iterator[Path]:
     path = path.absolute()
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
+    # A process of the same number may have been killed here, as is usual in containers.
+    _remove(beside)
     try:
         yield beside
         for written in beside.iterdir() if beside.is_dir() else (beside,):
@@ -44,8 +46,12 @@ def replacing(path: Path) -> Iterator[Path]:
         else:
             os.replace(beside, path)
     except BaseException:
-        shutil.rmtree(beside) if beside.is_dir() else beside.unlink(missing_ok=True)
+        _remove(beside)
         raise
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
