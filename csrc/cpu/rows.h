@@ -86,6 +86,10 @@ MODAFILL_INLINE void for_each_chunk(int64_t batch, int64_t width, int threads, F
       const int64_t row = task / chunks, begin = task % chunks * kChunk;
       body(row, begin, static_cast<int>(width - begin < kChunk ? width - begin : kChunk));
     }
+#ifdef __SSE2__
+    // Streaming stores are ordered with nothing that follows, the caller's reads included.
+    _mm_sfence();
+#endif
   };
 #ifdef _OPENMP
   const int64_t useful = batch * width / kElementsPerThread;

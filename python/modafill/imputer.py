@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from modafill.data import Batch, FeatureStore, StoreWriter
 from modafill.data.patterns import check_available
+from modafill.diffusion.samplers import SAMPLE_SHIFT
 from modafill.models.admc import ADMC
 
 
@@ -84,7 +85,7 @@ class ModalityImputer(nn.Module):
                 are never read.
             lengths: name → int64 ``[B]``, true lengths of sequences. Default: all of L.
             n_samples: K completions per row.
-            seed, row_ids: the noise of a row depends on (seed, row id) alone. Default ids: 0…B−1.
+            seed, row_ids: the noise of a row depends on (seed, row id) alone. Ids in [0, 2⁴⁸); default 0…B−1.
 
         Raises:
             ValueError: an unknown modality, a wrong width, NaN or infinity in an observed feature, a row with nothing
@@ -94,6 +95,10 @@ class ModalityImputer(nn.Module):
         unknown = sorted(set(features) - set(self.modalities))
         if unknown:
             raise ValueError(f"features: got unknown modality {unknown[0]!r}, expected {list(self.modalities)}")
+        sequences = [name for name, spec in self.model.modalities.items() if spec.sequence]
+        unknown = sorted(set(lengths or {}) - set(sequences))
+        if unknown:
+            raise ValueError(f"lengths: got {unknown[0]!r}, expected names of sequence modalities, {sequences}")
         if not given:
             raise ValueError("features: got no modality at all, expected at least one")
         for name, x in given.items():
@@ -103,6 +108,8 @@ class ModalityImputer(nn.Module):
                 raise ValueError(f"features[{name!r}]: got shape {list(x.shape)}, expected {expected}")
         first = next(iter(given.values()))
         rows = torch.arange(len(first), device=first.device) if row_ids is None else row_ids
+        if bool(((rows < 0) | (rows >= 1 << SAMPLE_SHIFT)).any()):
+            raise ValueError(f"row_ids: got {rows.min()} to {rows.max()}, expected ids below 2**{SAMPLE_SHIFT}")
         present = torch.tensor([name in given for name in self.modalities], device=first.device)
         if available is None:
             available = present.expand(len(first), -1).clone()

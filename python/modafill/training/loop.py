@@ -71,8 +71,9 @@ def train_stage(
 ) -> None:
     """Train ``stage`` or load its finished result, ``folder/<name>.safetensors``.
 
-    A run that was killed goes on from its last checkpoint (``<name>.resume.safetensors``) and ends with the same bits
-    as one that was not: data order, dropout and noise of an epoch depend on (seed, stage, epoch) alone.
+    A run that was killed goes on from its last checkpoint (``<name>.resume.safetensors``) and, on the same CPU with the
+    same number of threads, ends with the same bits as one that was not: data order, dropout and noise of an epoch
+    depend on (seed, stage, epoch) alone.
 
     Args:
         checkpoint_seconds: at least so long between two checkpoints; no influence on the result.
@@ -139,6 +140,8 @@ def train_stage(
             with torch.no_grad():
                 score = stage.validate()
             scalars["validation"] = score
+            if not math.isfinite(score):
+                raise TrainingError(f"{stage.name}: the validation score of epoch {epoch + 1} is {score}")
             if score > state["score"]:
                 state.update(score=score, stale=0)
                 best = {name: tensor.detach().clone() for name, tensor in stage.model.state_dict().items()}

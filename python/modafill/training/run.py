@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,13 @@ class Run:
         file = folder / RUN_FILE
         if not file.is_file():
             raise ValueError(f"{folder}: no {RUN_FILE} there, expected a folder written by `modafill train`")
-        values = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file}: not valid JSON ({error})") from error
+        expected = {f.name for f in fields(cls)} - {"folder"} | {"model", "format_version"}
+        if not isinstance(values, dict) or set(values) != expected:
+            raise ValueError(f"{file}: not a run, expected an object with {', '.join(sorted(expected))}")
         if (values.pop("model"), values.pop("format_version")) != ("admc", 1):
             raise ValueError(f"{file}: written by another version of modafill")
         values["config"] = ADMCConfig.from_dict(values["config"])
@@ -145,8 +151,9 @@ def train(run: Run, report: Report, jobs: int = 1) -> None:
         report: progress, with the part's folder name in front of the stage's name.
         jobs: processes that train different parts at a time; torch's threads are divided among them.
     """
-    rank = int(os.environ.get("RANK", "0"))
-    with _only_one(run.folder if rank == 0 else run.folder / f".rank{rank}"):
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("WORLD_SIZE: training over several processes is not supported; use --jobs")
+    with _only_one(run.folder):
         run.write()
         with run.open_store() as store:
             run.splits(store)

@@ -9,6 +9,16 @@ from modafill.diffusion import Schedule
 
 CONDITIONINGS = ("replace", "clean")
 INITS = ("unit", "scaled")
+RANGES = {
+    "textcnn_dropout": (0.0, 0.99),
+    "encoder_dropout": (0.0, 0.99),
+    "fusion_dropout": (0.0, 0.99),
+    "min_alpha_bar": (1e-9, 0.99),
+    "ema_decay": (0.0, 0.999999),
+    "condition_noise": (0.0, 100.0),
+    "latent_scale": (1e-6, 1e6),
+    "learning_rate": (1e-9, 10.0),
+}
 ENCODERS = ("auto", "lstm", "textcnn", "mlp")
 
 
@@ -94,13 +104,20 @@ class ADMCConfig:
             whole = number.type == "int" or (number.type == "int | None" and value is not None)
             if whole and (type(value) is not int or value < least):
                 raise ValueError(f"{number.name}: got {value!r}, expected a whole number, at least {least}")
+        for name, (low, high) in RANGES.items():
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected a number from {low} to {high}")
         kernels = self.textcnn_kernels
         if not kernels or not all(type(kernel) is int and kernel > 0 for kernel in kernels):
             raise ValueError(f"textcnn_kernels: got {list(kernels)}, expected whole numbers, at least 1")
         for width, heads in ((self.adn_width or self.width, self.adn_heads), (self.width, self.fusion_heads)):
             if width % heads:
                 raise ValueError(f"heads: got {heads}, expected a divisor of the width {width}")
-        self.schedule().check_step("start_step", self.start_step)
+        schedule = self.schedule()
+        schedule.check_step("start_step", self.start_step)
+        last = schedule.last_step(self.min_alpha_bar)
+        if self.conditioning == "clean" and self.sampling_steps > last:
+            raise ValueError(f"sampling_steps: got {self.sampling_steps}, expected at most {last}, the steps in use")
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> ADMCConfig:

@@ -135,7 +135,8 @@ class ADMC(nn.Module):
     def recognise(self, batch: Batch, *, n_samples: int = 1, seed: int = 0) -> Tensor:
         """Class probabilities ``[B, classes]``: MMCR with each row's own fusion network, MMER where nothing is missing.
 
-        Probabilities are averaged over ``n_samples`` completions.
+        Where something is missing, probabilities are averaged over ``n_samples`` completions; MMER reads one. Call it
+        in evaluation mode: in training mode dropout is drawn from torch's generator.
         """
         tokens = self.encode(batch)
         pattern = pattern_index(batch.available)
