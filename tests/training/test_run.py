@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -145,6 +147,24 @@ def test_joint_encoders(run):
     for name, tensor in model.unimodal.state_dict().items():
         assert torch.equal(tensor, joint[f"unimodal.{name}"])
     assert {name.split(".")[0] for name in joint} == {"unimodal", "fusion"}
+
+
+@pytest.mark.parametrize("changed", ["faces", "mood"])
+def test_other_data_under_a_run_are_refused(tiny, tmp_path, changed):
+    """A file of the same name and size may hold something else: no stage made from the old one is reused."""
+    shutil.copytree(tiny.run, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "fold0-seed0" / "model")
+    data = shutil.copy(tiny.archive, tmp_path)
+    run = replace(Run.load(tmp_path / "run"), data=str(data))
+    (run.folder / "run.json").unlink()
+    train(run, ignore)
+    shutil.rmtree(run.folder / "fold0-seed0" / "model")
+    with np.load(data) as archive:
+        arrays = dict(archive)
+    arrays[changed] = arrays[changed][::-1]
+    np.savez(data, **arrays)
+    with pytest.raises(ValueError, match="made with other data"):
+        train(run, ignore)
 
 
 def test_model_folder_holds_what_the_stages_made(tiny):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -19,7 +21,7 @@ from modafill.files import derive_seed, read_tensors, write_tensors
 from modafill.models.admc import ADMC, ADN, ADMCConfig, Fusion, ModalitySpec, UnimodalClassifier
 from modafill.models.baselines import MeanFill, RidgeFill, ZeroFill
 from modafill.ops.reference import SQRT_ALPHA_BAR, SQRT_ONE_MINUS_ALPHA_BAR
-from modafill.training.loop import Report, Stage, train_stage
+from modafill.training.loop import Report, Stage, check_key, train_stage
 
 RIVALS = ("zero", "mean", "ridge")
 
@@ -59,6 +61,7 @@ class FoldTrainer:
         self.specs = {
             name: ModalitySpec(store.widths[name], store.kinds[name] == "sequence") for name in store.modalities
         }
+        self.key = {**config.to_dict(), "seed": seed, "data": self._fingerprint()}
         torch.manual_seed(derive_seed(seed, "weights"))
         self.model = ADMC(self.specs, labels.n_classes, self._config(conditionings[0]), list(labels.class_names)).to(
             self.device
@@ -69,6 +72,16 @@ class FoldTrainer:
         self._fills: dict[str, ZeroFill | MeanFill | RidgeFill | ADN] = {}
         self._fusions: dict[str, Fusion] = {}
         self.complete_fusion = self._new_fusion("fusion-complete", None)
+
+    def _fingerprint(self) -> str:
+        """What results depend on beside the configuration: parts, classes, availability, a sample of the features."""
+        digest = hashlib.sha256()
+        for array in (*self.split, self.target.cpu().numpy(), self.available.numpy()):
+            digest.update(array.tobytes())
+        sample = self.store.read(np.linspace(0, len(self.store) - 1, min(64, len(self.store))).astype(np.int64))
+        for features in sample.features.values():
+            digest.update(features.numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def _config(self, conditioning: str) -> ADMCConfig:
         return replace(self.config, conditioning=conditioning)
@@ -149,7 +162,8 @@ class FoldTrainer:
         """Tokens of all rows, ``[N, M, D]``, by the frozen encoders; kept beside the stages."""
         path = self.stages / "tokens.safetensors"
         if path.is_file():
-            tensors, _ = read_tensors(path)
+            tensors, about = read_tensors(path)
+            check_key(path, about["key"], self.key)
             self.model.scaler.load_state_dict({"mean": tensors["mean"], "std": tensors["std"]})
             self.tokens = tensors["tokens"].to(self.device)
             return
@@ -163,7 +177,7 @@ class FoldTrainer:
         self.tokens = torch.where(self.available.to(self.device)[..., None], self.model.scaler(embeddings), 0.0)
         if self.accelerator.is_main_process:
             state = self.model.scaler.state_dict()
-            write_tensors(path, {"tokens": self.tokens, **state})
+            write_tensors(path, {"tokens": self.tokens, **state}, {"key": self.key})
         self.accelerator.wait_for_everyone()
 
     def train_diffusion(self, conditioning: str) -> None:
@@ -281,7 +295,7 @@ class FoldTrainer:
 
     def _train(self, stage: Stage) -> None:
         stage.patience = self.config.patience if stage.validate is not None else None
-        stage.key = {**self.config.to_dict(), "rows": len(self.split.train), "data": self.store.path.name}
+        stage.key = self.key
         train_stage(stage, self.stages, self.accelerator, seed=self.seed, report=self.report)
 
 

@@ -85,7 +85,7 @@ def train_stage(
     key = {"stage": stage.name, "seed": seed, **stage.key}
     if result.is_file():
         tensors, about = read_tensors(result)
-        _check_key(result, about["key"], key)
+        check_key(result, about["key"], key)
         stage.model.load_state_dict(tensors)
         stage.model.eval()
         if accelerator.is_main_process:
@@ -98,7 +98,7 @@ def train_stage(
     state: dict[str, Any] = {"epoch": 0, "score": -math.inf, "stale": 0}
     if resume.is_file():
         tensors, about = read_tensors(resume)
-        _check_key(resume, about["key"], key)
+        check_key(resume, about["key"], key)
         state = about["state"]
         schedule.load_state_dict(about["schedule"])
         best = _take(tensors, "best.")
@@ -189,7 +189,8 @@ def _take(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _check_key(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
+def check_key(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Raise ValueError, naming what differs, if ``path`` was made from something else."""
     differing = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
     if differing:
         raise ValueError(f"{path}: made with other {', '.join(differing)}; train into another folder")
