@@ -331,7 +331,7 @@ def main() -> None:
     from modafill.training.loop import TrainingError
 
     try:
-        status = app(standalone_mode=False)
+        status = app(prog_name="modafill", standalone_mode=False)
     except typer.TyperException as error:
         message = error.format_message() if hasattr(error, "format_message") else str(error)
         if message:
