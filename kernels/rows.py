@@ -46,7 +46,7 @@ def coefficient(table, step, inside, COLUMN: tl.constexpr):
 
 @functools.cache
 def _configs(op: str) -> dict[int, dict[str, int]]:
-    listed = json.loads(files(__package__).joinpath("configs", f"{op}.json").read_text(encoding="utf-8"))
+    listed = json.loads((files(__package__) / "configs" / f"{op}.json").read_text(encoding="utf-8"))
     return {int(capability): config for capability, config in listed.items()}
 
 
