@@ -210,7 +210,7 @@ def demo(
 ) -> None:
     """Train a small ADMC, fill in missing modalities, recognise from them, and draw what was generated.
 
-    About three minutes on two cores. The data that ship are three views of 2,000 handwritten digits (UCI Multiple
+    Minutes on two cores. The data that ship are three views of 2,000 handwritten digits (UCI Multiple
     Features, CC BY 4.0).
     """
     from modafill.data import demo_path
