@@ -37,7 +37,7 @@ class Stage:
         learning_rate: Adam's.
         patience: epochs without a better score before it stops; None never stops early.
         ema_decay: decay per update of the averaged weights that become the result; 0 for none.
-        grad_clip: largest gradient norm.
+        grad_clip: largest gradient norm, 1.0 as in MMIN; ADMC names none.
         key: what else the result depends on; a checkpoint of another key is refused.
     """
 

@@ -12,6 +12,9 @@ from modafill.models.admc.encoders import Classifier
 class Fusion(nn.Module):
     """FC(mean over tokens of Attention(tokens)), ``[B, M, D] → [B, classes]``.
 
+    The paper leaves the layers open: here they are pre-norm, which trains stably at any width, and a learned modality
+    embedding is added, because attention with a mean over tokens could not tell modalities apart.
+
     Args:
         n_modalities: M.
         n_classes: classes.
