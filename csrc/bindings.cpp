@@ -6,6 +6,11 @@
 #include <string>
 #include <type_traits>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
 #include "cpu/ops.h"
 #ifdef MODAFILL_CUDA_ARCHITECTURES
 #include "cuda/ops.h"
@@ -53,6 +58,17 @@ CpuOps choose_cpu_ops() {
   if (fits("baseline", true))
     return MODAFILL_OPS_OF(baseline);
   throw std::runtime_error(std::string("MODAFILL_CPU_ISA: got ") + wanted + ", expected baseline, v3 or v4");
+}
+
+// Ask for huge pages for memory that is about to be written: a large block is mapped anew for each call, and in small
+// pages the system spends longer on handing it over than an op on filling it. A system that has none goes on without.
+void prefer_huge_pages([[maybe_unused]] uintptr_t address, [[maybe_unused]] size_t bytes) {
+#ifdef MADV_HUGEPAGE
+  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const uintptr_t first = (address + page - 1) / page * page, last = (address + bytes) / page * page;
+  if (first < last)
+    madvise(reinterpret_cast<void *>(first), last - first, MADV_HUGEPAGE);
+#endif
 }
 
 template <class T>
@@ -194,6 +210,7 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("openmp") = false;
 #endif
+  m.def("prefer_huge_pages", prefer_huge_pages);
   define(m, "masked_reverse_step", masked_reverse_step_args, cpu.masked_reverse_step,
          MODAFILL_CUDA_OP(masked_reverse_step));
   define(m, "ddim_step", ddim_step_args, cpu.ddim_step, MODAFILL_CUDA_OP(ddim_step));

@@ -11,11 +11,12 @@ void add_noise_of(const AddNoiseArgs &args, int threads) {
   for_each_chunk(args.batch, args.width, threads, [&](int64_t row, int64_t begin, int count) {
     const int64_t step = step_of(args.step, row);
     const ForwardRow<C> formula(args.table, step);
+    const int64_t offset = row * args.width + begin;
+    const T *const x = static_cast<const T *>(args.x) + offset;
+    prefetch(x, count);
     alignas(64) float z[kChunk];
     fill_normals(seed, row_id_of(args.key, row), draw_word(step, static_cast<uint32_t>(Draw::kForward)), begin, count,
                  z);
-    const int64_t offset = row * args.width + begin;
-    const T *const x = static_cast<const T *>(args.x) + offset;
     Destination<T> noisy(static_cast<T *>(args.noisy) + offset, total);
     fill(noisy.data(), count, [&](int i) { return formula.noisy(Element<T>::load(x[i]), C(z[i])); });
     noisy.flush(count);

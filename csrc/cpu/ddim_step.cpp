@@ -20,6 +20,8 @@ void ddim_step_of(const DdimStepArgs &args, int threads) {
     Destination<T> out(static_cast<T *>(args.out) + offset, args.batch * args.width);
     const auto write = [&](auto mean) {
       if (noisy) {
+        prefetch(x, count);
+        prefetch(eps, count);
         alignas(64) float z[kChunk];
         fill_normals(seed, row_id_of(args.key, row), draw_word(step, static_cast<uint32_t>(Draw::kReverse)), begin,
                      count, z);

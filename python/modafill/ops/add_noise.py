@@ -49,7 +49,7 @@ def _run(
         )
         return noisy.to(x.dtype), noise.to(x.dtype)
     x, step_tensor, row_id = x.contiguous(), backends.contiguous(step_tensor), backends.contiguous(row_id)
-    noisy, noise = torch.empty_like(x), torch.empty_like(x)
+    noisy, noise = (backends.empty(x.shape, x.dtype, x.device, backend) for _ in range(2))
     if backend == "triton":
         backends.launch_triton("add_noise", noisy, noise, x, table, step, step_tensor, seed, seed_tensor, row_id)
         return noisy, noise

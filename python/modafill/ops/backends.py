@@ -28,6 +28,9 @@ CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OPS = ("masked_reverse_step", "ddim_step", "add_noise", "randn")
 
+# glibc maps blocks of this size and more anew for each allocation.
+_MAPPED_BYTES = 32 * 2**20
+
 library = torch.library.Library("modafill", "DEF")
 
 
@@ -280,6 +283,14 @@ def check_out_allowed(out: Tensor | None) -> None:
     """The registered ops are functional: ``out`` needs the direct path."""
     if out is not None:
         raise ValueError("out: got a tensor while a gradient is needed or a transform is active, expected None")
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device, backend: str) -> Tensor:
+    """The contiguous result of an op that ``backend`` is about to fill."""
+    result = torch.empty(shape, dtype=dtype, device=device)
+    if backend == "cpu" and result.nbytes >= _MAPPED_BYTES:
+        _C.prefer_huge_pages(result.data_ptr(), result.nbytes)
+    return result
 
 
 def pointer(value: Tensor | None) -> int:
