@@ -145,12 +145,15 @@ def evaluate(
     start_steps: Annotated[
         str, typer.Option(help="Further start steps n of the paper's sampler, such as 30,80, shown beside its own.")
     ] = "",
+    part: Annotated[
+        str, typer.Option(help="test, or valid: to choose settings without looking at the test part.")
+    ] = "test",
     metric: Annotated[str, typer.Option(help="Recognition metric to print: UA, WA, F1 or all. Files have all.")] = "UA",
     jobs: Annotated[int, typer.Option(help="Folds and seeds evaluated at a time, sharing the cores.")] = 1,
 ) -> None:
-    """Tables of a run on its test part: a row per method, a column per available set.
+    """Tables of a run: a row per method, a column per available set.
 
-    Writes results.json, results.csv and results.md into the run's folder.
+    Writes results.json, results.csv and results.md (results-valid.* for the validation part) into the run's folder.
     """
     if metric not in ("UA", "WA", "F1", "all"):
         raise ValueError(f"metric: got {metric!r}, expected UA, WA, F1 or all")
@@ -160,11 +163,12 @@ def evaluate(
         starts = tuple(int(n) for n in start_steps.split(",") if n)
     except ValueError:
         raise ValueError(f"start-steps: got {start_steps!r}, expected numbers with commas, such as 30,80") from None
-    tables = _evaluate(run, samples, starts, jobs)
+    tables = _evaluate(run, samples, starts, part, jobs)
     for table in tables:
         if metric == "all" or table.metric in (metric, "NRMSE", "CRPS"):
-            out_console.print(table.rich())
-    out_console.print(f"wrote results.json, results.csv and results.md into {escape(str(run))}")
+            out_console.print(table.rich(out_console.width))
+    stem = "results" if part == "test" else f"results-{part}"
+    out_console.print(f"wrote {stem}.json, {stem}.csv and {stem}.md into {escape(str(run))}")
 
 
 @app.command()
@@ -231,9 +235,9 @@ def demo(
     )
     with _training_progress() as report:
         train(run, report)
-    for table in _evaluate(out, 16, (), 1):
+    for table in _evaluate(out, 16, (), "test", 1):
         if table.metric in ("UA", "NRMSE", "CRPS"):
-            out_console.print(table.rich())
+            out_console.print(table.rich(out_console.width))
     picture = out / "embeddings.png"
     with err_console.status("drawing embeddings"):
         draw_embeddings(run, picture)
@@ -280,11 +284,11 @@ def _changes(pairs: list[str]) -> dict[str, Any]:
     return changes
 
 
-def _evaluate(folder: Path, samples: int, start_steps: tuple[int, ...], jobs: int) -> list[Any]:
+def _evaluate(folder: Path, samples: int, start_steps: tuple[int, ...], part: str, jobs: int) -> list[Any]:
     from modafill.evaluation.admc import evaluate_run
 
     with _bar("evaluating", None) as advance:
-        return evaluate_run(folder, n_samples=samples, start_steps=start_steps, jobs=jobs, progress=advance)
+        return evaluate_run(folder, n_samples=samples, start_steps=start_steps, part=part, jobs=jobs, progress=advance)
 
 
 def _must_exist(path: Path) -> None:

@@ -113,7 +113,17 @@ def test_scores_are_shown_as_classes_and_histogram(make_store: Callable[..., Fea
 
 def test_rendering_shows_what_was_found(archive: Path, tmp_path: Path) -> None:
     text = rendered(inspect_path(archive, MAPPING))
-    for part in ("x.npz", "1,500 samples", "text", "1 (r)", "{at}", "1,199", "label y (class)", "215 groups", "2×5"):
+    for part in (
+        "x.npz",
+        "1,500 samples",
+        "text",
+        "constant columns of text: r",
+        "{at}",
+        "1,199",
+        "label y (class)",
+        "215 groups",
+        "2×5",
+    ):
         assert part in text
     generated = np.array([[0, 1], [0, 0]], dtype=bool)
     columns = {"generated": generated, "splits": {"part": np.array(["train", "test"])}}

@@ -8,9 +8,12 @@ import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import accuracy_score, f1_score, log_loss, recall_score
 
 from modafill.data import missing_patterns
 from modafill.evaluation.admc import (
@@ -24,7 +27,10 @@ from modafill.evaluation.admc import (
 )
 from modafill.evaluation.metrics import nrmse
 from modafill.evaluation.tables import Table
+from modafill.files import read_tensors
+from modafill.models.admc import Fusion
 from modafill.training import Run
+from modafill.training.admc import RIVALS as RIVAL_KEYS
 
 COLUMNS = ("{a}", "{t}", "{v}", "{at}", "{av}", "{tv}", "average")
 RIVALS = ["zero fill", "mean fill", "ridge"]
@@ -70,7 +76,7 @@ def test_questions_rows_and_columns(tables):
 
 def test_files(tables, tiny):
     content = json.loads((tiny.run / "results.json").read_text())
-    assert content["about"].startswith("tiny.npz: 1 fold(s) × 1 seed(s), K = 3 samples, modafill ")
+    assert content["about"].startswith("tiny.npz: 1 fold(s) × 1 seed(s), test part, K = 3 samples, modafill ")
     with open(tiny.run / "results.csv", newline="") as file:
         assert len(list(csv.DictReader(file))) == len(content["records"])
     text = (tiny.run / "results.md").read_text()
@@ -111,6 +117,70 @@ def test_error_of_the_mean(tables, tiny):
     )
 
 
+@pytest.mark.parametrize("part", ["test", "valid"])
+def test_recognition_by_hand(tiny, tmp_path, part):
+    """Zero fill before the frozen classifier, from the written tensors, and logistic regression, by scikit-learn."""
+    folder = tmp_path / "run"
+    shutil.copytree(tiny.run, folder)
+    found = {(t.question, t.metric): t for t in evaluate_run(folder, part=part, n_samples=2, progress=lambda *_: None)}
+    assert (folder / ("results.md" if part == "test" else "results-valid.md")).is_file()
+    run = Run.load(tiny.run)
+    store = run.open_store()
+    (split,) = run.splits(store)
+    rows, train, valid = (
+        part_rows[store.available()[part_rows].all(1)] for part_rows in (getattr(split, part), split.train, split.valid)
+    )
+    target = np.unique(store.labels("mood"), return_inverse=True)[1]
+    stages = tiny.run / "fold0-seed0" / "stages"
+    tokens, _ = read_tensors(stages / "tokens.safetensors")
+    fusion = Fusion(3, 3, run.config).eval()
+    fusion.load_state_dict(read_tensors(stages / "fusion-complete.safetensors")[0])
+    embeddings = tokens["tokens"] * tokens["std"] + tokens["mean"]
+    embeddings[:, 0] = 0
+    filled = (embeddings - tokens["mean"]) / tokens["std"]
+    with torch.no_grad():
+        predicted = fusion(filled[torch.from_numpy(rows)]).argmax(1).numpy()
+    zero = {metric: found[FROZEN, metric].cells["zero fill"]["{av}"][0] for metric in ("WA", "UA", "F1")}
+    assert zero == pytest.approx(_scores(target[rows], predicted))
+
+    vision = store.read(np.arange(len(store))).features["vision"].numpy()
+    x = (vision - vision[split.train].mean(0)) / vision[split.train].std(0)
+    models = [LogisticRegression(C=c, max_iter=1000).fit(x[train], target[train]) for c in (1e-4, 1e-3, 0.01, 0.1)]
+    best = min(models, key=lambda model: log_loss(target[valid], model.predict_proba(x[valid])))
+    logistic = {metric: found[RECOGNITION, metric].cells["logistic regression"]["{v}"][0] for metric in zero}
+    assert logistic == pytest.approx(_scores(target[rows], best.predict(x[rows])))
+
+
+def _scores(target: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
+    return {
+        "WA": accuracy_score(target, predicted),
+        "UA": recall_score(target, predicted, average="macro"),
+        "F1": f1_score(target, predicted, average="macro"),
+    }
+
+
+@pytest.mark.parametrize("method", [*RIVAL_KEYS, "replace", "clean"])
+def test_hidden_tokens_change_nothing(tiny, method):
+    trainer = Run.load(tiny.run).trainer(0, 0, Accelerator(cpu=True), lambda *_: None)
+    trainer.run()
+    rows = torch.from_numpy(trainer.split.test)
+    rows = rows[trainer.available[rows].all(1)]
+    trainer.fill(method)
+    for pattern in missing_patterns(3):
+        before = trainer.complete(method, rows, pattern, 2, 5)
+        clean = trainer.tokens.clone()
+        trainer.tokens[:, ~pattern] = torch.nan
+        after = trainer.complete(method, rows, pattern, 2, 5)
+        trainer.tokens = clean
+        assert torch.isfinite(before).all()
+        assert torch.equal(before, after)
+
+
+def test_unknown_part(tiny):
+    with pytest.raises(ValueError, match="part: got 'train', expected test or valid"):
+        evaluate_run(tiny.run, part="train", progress=lambda *_: None)
+
+
 def test_unfinished_run_is_refused(tiny, tmp_path):
     shutil.copytree(tiny.run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "fold0-seed0" / "model")
@@ -132,7 +202,7 @@ def test_stages_that_are_gone_are_not_trained_again(tiny, tmp_path):
 def test_complete_test_samples_are_needed(tiny):
     trainer = Run.load(tiny.run).trainer(0, 0, Accelerator(cpu=True), lambda *_: None)
     trainer.available[torch.from_numpy(trainer.split.test), 1] = False
-    with pytest.raises(ValueError, match="fold 0: no test sample has all of text, audio, vision"):
+    with pytest.raises(ValueError, match="fold 0: no sample of the test part has all of text, audio, vision"):
         evaluate_fold(trainer, 0)
 
 

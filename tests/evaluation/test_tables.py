@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 
 import pytest
+from rich.console import Console
 
 from modafill.evaluation.tables import AVERAGE, FULL, Record, make_tables, save_tables
 
@@ -74,13 +76,23 @@ def test_text(records):
     ]
 
 
+def test_narrow_terminals_cut_no_figure(records):
+    for width in (80, 200):
+        console = Console(width=width, file=io.StringIO())
+        console.print(make_tables(records)[0].rich(width))
+        text = console.file.getvalue()
+        assert "…" not in text
+        assert text.count("14.1") == 7
+        assert ("35.0 ± 14.1" in text) == (width == 200)
+
+
 def test_one_trial_has_no_spread(records):
     (table,) = make_tables([r for r in records if r.method == "y"])
     assert table.rows() == [["y", "50.0", "50.0", "50.0", "50.0", "50.0", "50.0"]]
 
 
 def test_files(records, tmp_path):
-    save_tables(tmp_path, records, make_tables(records), "about it")
+    save_tables(tmp_path / "results", records, make_tables(records), "about it")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["results.csv", "results.json", "results.md"]
     content = json.loads((tmp_path / "results.json").read_text())
     assert content["about"] == "about it"

@@ -218,6 +218,7 @@ def render_inspection(report: Mapping[str, Any]) -> RenderableType:
     if "modalities" in report:
         parts += [
             _modality_table(report),
+            *(_constant_columns(modality) for modality in report["modalities"] if modality["constant"]["count"]),
             _counts("observed", {p["observed"]: p["samples"] for p in report["patterns"]}),
         ]
     label = report.get("label")
@@ -229,7 +230,7 @@ def render_inspection(report: Mapping[str, Any]) -> RenderableType:
             if "histogram" in label:
                 parts.append(_counts(label["name"], label["histogram"]))
     parts += [Text(f"group {name}: {n} groups") for name, n in report.get("groups", {}).items()]
-    parts += [_counts(f"split {name}", counts) for name, counts in report.get("splits", {}).items()]
+    parts += [_counts(f"parts of {name}", counts) for name, counts in report.get("splits", {}).items()]
     if report.get("unmapped"):
         table = Table("array", "dtype", "shape", title="not mapped", title_justify="left")
         for array in report["unmapped"]:
@@ -239,21 +240,25 @@ def render_inspection(report: Mapping[str, Any]) -> RenderableType:
 
 
 def _modality_table(report: Mapping[str, Any]) -> Table:
-    heads = ("modality", "kind", "width", "lengths", "dtype", "missing", "generated", "NaN", "inf", "constant columns")
+    """A row per modality, the shape in one cell, so that 80 columns hold it."""
+    heads = ("modality", "features", "dtype", "missing", "generated", "NaN", "inf", "constant")
     table = Table(*heads)
     for modality in report["modalities"]:
-        lengths, constant = modality["lengths"], modality["constant"]
-        shown = ", ".join(map(str, constant["first"])) + (", …" if constant["count"] > len(constant["first"]) else "")
+        lengths = modality["lengths"]
         table.add_row(
             Text(modality["name"]),
-            modality["kind"],
-            str(modality["width"]),
-            "–" if lengths is None else f"{lengths[0]}–{lengths[1]}",
+            "×".join([*(["–".join(map(str, dict.fromkeys(lengths)))] if lengths else []), str(modality["width"])]),
             modality["dtype"],
             *(str(modality[key]) for key in ("missing", "generated", "nan", "inf")),
-            Text(f"{constant['count']} ({shown})" if constant["count"] else "0"),
+            str(modality["constant"]["count"]),
         )
     return table
+
+
+def _constant_columns(modality: Mapping[str, Any]) -> Text:
+    constant = modality["constant"]
+    shown = ", ".join(map(str, constant["first"])) + (", …" if constant["count"] > len(constant["first"]) else "")
+    return Text(f"constant columns of {modality['name']}: {shown}")
 
 
 def _counts(title: str, counts: Mapping[str, int]) -> Table:

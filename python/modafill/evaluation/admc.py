@@ -24,6 +24,7 @@ from modafill.training.admc import RIVALS, FoldTrainer
 from modafill.training.run import Run, worker_pool
 
 RECOGNITION = "Recognition, a fusion network per pattern"
+PARTS = ("test", "valid")
 FROZEN = "Recognition, a frozen classifier of complete data"
 ERROR = "Error of the imputed embedding"
 CALIBRATION = "Calibration of the imputed embedding"
@@ -40,9 +41,9 @@ METHOD_NAMES = {
 
 @torch.no_grad()
 def evaluate_fold(
-    trainer: FoldTrainer, fold: int, *, n_samples: int = 16, start_steps: tuple[int, ...] = ()
+    trainer: FoldTrainer, fold: int, *, n_samples: int = 16, start_steps: tuple[int, ...] = (), part: str = "test"
 ) -> list[Record]:
-    """Every figure of a trained fold, on the test samples that have every modality, hiding one set after the other.
+    """Every figure of a trained fold, on the samples that have every modality, hiding one set after the other.
 
     The ADMC rows of the recognition tables read one completion (the paper); "probabilities averaged" reads all K. In
     the frozen-classifier table the plain rows read a point estimate: the mean of K samples, or a rival's own.
@@ -52,6 +53,7 @@ def evaluate_fold(
         fold: its number, for the records.
         n_samples: K samples per row of the diffusion networks; class probabilities are averaged over them.
         start_steps: further starts n of ``"replace"``, shown beside the configured one.
+        part: ``"test"``, or ``"valid"`` to choose settings by; early stopping and ridge's penalty have seen the latter.
     """
     records: list[Record] = []
 
@@ -64,11 +66,11 @@ def evaluate_fold(
     names = list(trainer.specs)
     patterns = missing_patterns(len(names))
     shown = sorted(range(len(patterns)), key=lambda i: (int(patterns[i].sum()), pattern_name(patterns[i], names)))
-    test = torch.from_numpy(trainer.split.test)
-    complete = test[trainer.available[test].all(1)].to(trainer.device)
+    chosen = torch.from_numpy(getattr(trainer.split, part))
+    complete = chosen[trainer.available[chosen].all(1)].to(trainer.device)
     if len(complete) == 0:
         raise ValueError(
-            f"fold {fold}: no test sample has all of {', '.join(names)}, expected at least one to compare with"
+            f"fold {fold}: no sample of the {part} part has all of {', '.join(names)}, expected at least one"
         )
     methods: list[tuple[str, str, dict[str, int]]] = [(m, METHOD_NAMES[m], {}) for m in RIVALS]
     for conditioning in trainer.conditionings:
@@ -174,38 +176,43 @@ def evaluate_run(
     *,
     n_samples: int = 16,
     start_steps: tuple[int, ...] = (),
+    part: str = "test",
     jobs: int = 1,
     progress: Callable[[int, int], None],
 ) -> list[Table]:
     """Evaluate every fold and seed of a finished run and write ``results.{json,csv,md}`` into its folder.
 
+    Those of the validation part are called ``results-valid.*``.
+
     Args:
         folder: of the run.
-        n_samples, start_steps: as in :func:`evaluate_fold`.
+        n_samples, start_steps, part: as in :func:`evaluate_fold`.
         jobs: folds and seeds evaluated at a time; torch's threads are divided among them.
         progress: called with the parts done and their number.
 
     Raises:
         ValueError: the folder is no run, or a part of it is not trained yet.
     """
+    if part not in PARTS:
+        raise ValueError(f"part: got {part!r}, expected {' or '.join(PARTS)}")
     run = Run.load(folder)
     unfinished = [run.part_folder(*part).name for part in run.parts if not (run.part_folder(*part) / "model").is_dir()]
     if unfinished:
         raise ValueError(f"{folder}: {', '.join(unfinished)} not trained yet; run the same `modafill train` again")
-    evaluate_part = partial(_evaluate_part, run, n_samples, start_steps)
+    evaluate_part = partial(_evaluate_part, run, n_samples, start_steps, part)
     records: list[Record] = []
     progress(0, len(run.parts))
     with worker_pool(jobs) as pool:
         results = (map if pool is None else pool.map)(evaluate_part, run.parts)
-        for done, part in enumerate(results, 1):
-            records += part
+        for done, found in enumerate(results, 1):
+            records += found
             progress(done, len(run.parts))
     tables = make_tables(records)
     about = (
-        f"{Path(run.data).name}: {run.folds} fold(s) × {len(run.seeds)} seed(s), K = {n_samples} samples, "
+        f"{Path(run.data).name}: {run.folds} fold(s) × {len(run.seeds)} seed(s), {part} part, K = {n_samples} samples, "
         f"modafill {__version__}, torch {torch.__version__}."
     )
-    save_tables(folder, records, tables, about)
+    save_tables(folder / ("results" if part == "test" else f"results-{part}"), records, tables, about)
     return tables
 
 
@@ -223,8 +230,11 @@ def draw_embeddings(run: Run, path: Path) -> None:
     embedding_figure(path, tokens.cpu().numpy(), generated, list(trainer.specs), seed=trainer.seed)
 
 
-def _evaluate_part(run: Run, n_samples: int, start_steps: tuple[int, ...], part: tuple[int, int]) -> list[Record]:
-    return evaluate_fold(_trained(run, *part), part[0], n_samples=n_samples, start_steps=start_steps)
+def _evaluate_part(
+    run: Run, n_samples: int, start_steps: tuple[int, ...], part: str, fold_and_seed: tuple[int, int]
+) -> list[Record]:
+    trainer = _trained(run, *fold_and_seed)
+    return evaluate_fold(trainer, fold_and_seed[0], n_samples=n_samples, start_steps=start_steps, part=part)
 
 
 def _trained(run: Run, fold: int, seed: int) -> FoldTrainer:

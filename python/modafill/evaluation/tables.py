@@ -62,13 +62,17 @@ class Table:
         lines = [["method", *self.columns], ["---"] + ["---:"] * len(self.columns), *self.rows()]
         return f"**{self.title}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
-    def rich(self) -> RichTable:
-        """For a terminal."""
-        table = RichTable(title=self.title, title_justify="left")
-        table.add_column("method", no_wrap=True)
+    def rich(self, width: int) -> RichTable:
+        """For a terminal of ``width`` columns: where one line is too short, a figure's spread stands below it."""
+        rows = [["method", *self.columns], *self.rows()]
+        needed = sum(3 + max(map(len, column)) for column in zip(*rows, strict=True)) + 1
+        if needed > width:
+            rows = [[cell.replace(" ± ", "\n±") for cell in row] for row in rows]
+        table = RichTable(title=self.title, title_justify="left", show_lines=needed > width and self.trials > 1)
+        table.add_column("method", no_wrap=needed <= width)
         for column in self.columns:
             table.add_column(column, justify="right", no_wrap=True)
-        for row in self.rows():
+        for row in rows[1:]:
             table.add_row(*row)
         return table
 
@@ -100,12 +104,12 @@ def make_tables(records: Sequence[Record]) -> list[Table]:
     return tables
 
 
-def save_tables(folder: Path, records: Sequence[Record], tables: Sequence[Table], about: str) -> None:
-    """Write ``results.json`` (every figure), ``results.csv`` (the same, flat) and ``results.md`` (the tables)."""
-    write_json(folder / "results.json", {"about": about, "records": [asdict(r) for r in records]})
-    with replacing(folder / "results.csv") as beside, open(beside, "w", newline="", encoding="utf-8") as file:
+def save_tables(stem: Path, records: Sequence[Record], tables: Sequence[Table], about: str) -> None:
+    """Write ``stem`` + ``.json`` (every figure), ``.csv`` (the same, flat) and ``.md`` (the tables)."""
+    write_json(stem.with_suffix(".json"), {"about": about, "records": [asdict(r) for r in records]})
+    with replacing(stem.with_suffix(".csv")) as beside, open(beside, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(Record.__dataclass_fields__))
         writer.writeheader()
         writer.writerows(asdict(r) for r in records)
-    with replacing(folder / "results.md") as beside:
+    with replacing(stem.with_suffix(".md")) as beside:
         beside.write_text(f"{about}\n\n" + "\n".join(t.markdown() for t in tables), encoding="utf-8")
