@@ -163,9 +163,11 @@ def evaluate(
         starts = tuple(int(n) for n in start_steps.split(",") if n)
     except ValueError:
         raise ValueError(f"start-steps: got {start_steps!r}, expected numbers with commas, such as 30,80") from None
+    from modafill.evaluation.tables import LOWER_IS_BETTER
+
     tables = _evaluate(run, samples, starts, part, jobs)
     for table in tables:
-        if metric == "all" or table.metric in (metric, "NRMSE", "CRPS"):
+        if metric == "all" or table.metric in (metric, *LOWER_IS_BETTER):
             out_console.print(table.rich(out_console.width))
     stem = "results" if part == "test" else f"results-{part}"
     out_console.print(f"wrote {stem}.json, {stem}.csv and {stem}.md into {escape(str(run))}")
@@ -219,6 +221,7 @@ def demo(
     """
     from modafill.data import demo_path
     from modafill.evaluation.admc import draw_embeddings
+    from modafill.evaluation.tables import LOWER_IS_BETTER
     from modafill.models.admc import ADMCConfig
     from modafill.training import Run, train
 
@@ -236,7 +239,7 @@ def demo(
     with _training_progress() as report:
         train(run, report)
     for table in _evaluate(out, 16, (), "test", 1):
-        if table.metric in ("UA", "NRMSE", "CRPS"):
+        if table.metric in ("UA", *LOWER_IS_BETTER):
             out_console.print(table.rich(out_console.width))
     picture = out / "embeddings.png"
     with err_console.status("drawing embeddings"):

@@ -135,7 +135,7 @@ def test_rendering_shows_what_was_found(archive: Path, tmp_path: Path) -> None:
     report = inspect_path(tmp_path / "g.h5")
     assert [m["generated"] for m in report["modalities"]] == [0, 1]
     assert "[a]" in rendered(report), "names are no markup"
-    assert "split part" in rendered(report)
+    assert "parts of part" in rendered(report)
 
 
 def test_unreadable_files(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import accuracy_score, f1_score, recall_score
+from sklearn.metrics import accuracy_score, f1_score, log_loss, recall_score
 
 from modafill.evaluation.metrics import crps, nrmse, recognition
 
@@ -25,17 +25,22 @@ def test_recognition(classes, n, seed):
             "WA": accuracy_score(target, predicted),
             "UA": recall_score(target, predicted, average="macro", zero_division=0),
             "F1": f1_score(target, predicted, average="macro", zero_division=0),
+            "NLL": log_loss(
+                target, probabilities.double() / probabilities.double().sum(1, keepdim=True), labels=range(classes)
+            ),
         },
         abs=1e-6,
     )
-    assert len(set(got.values())) == 3
+    assert len(set(got.values())) == 4
 
 
 def test_recognition_by_hand():
     # Class 0: 3 of 4 right, class 1: 1 of 2 right.
     probabilities = torch.eye(2)[torch.tensor([0, 0, 0, 1, 1, 0])]
     got = recognition(probabilities, torch.tensor([0, 0, 0, 0, 1, 1]))
-    assert got == pytest.approx({"WA": 4 / 6, "UA": (3 / 4 + 1 / 2) / 2, "F1": (6 / 8 + 2 / 4) / 2})
+    certain_and_wrong = -math.log(2**-23) * 2 / 6
+    expected = {"WA": 4 / 6, "UA": (3 / 4 + 1 / 2) / 2, "F1": (6 / 8 + 2 / 4) / 2, "NLL": certain_and_wrong}
+    assert got == pytest.approx(expected)
 
 
 def test_nrmse_by_hand():

@@ -1,4 +1,4 @@
-"""What is measured: recognition (WA, UA, F1), feature error (NRMSE) and calibration (CRPS)."""
+"""What is measured: recognition (WA, UA, F1, NLL), feature error (NRMSE) and calibration (CRPS)."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 
 
 def recognition(probabilities: Tensor, target: Tensor) -> dict[str, float]:
-    """``{"WA", "UA", "F1"}`` of ``probabilities [B, classes]`` against ``target [B]``.
+    """``{"WA", "UA", "F1", "NLL"}`` of ``probabilities [B, classes]`` against ``target [B]``.
 
     WA is accuracy, UA macro recall, F1 macro F1, as the field computes them (MMIN). Departure: ADMC eq. 7 prints a WA
-    with true negatives and class weights, which exceeds 1 for more than two classes.
+    with true negatives and class weights, which exceeds 1 for more than two classes. NLL is ours: the mean negative
+    log-likelihood in nats, of probabilities no smaller than float32's epsilon. It sees misplaced confidence.
     """
+    truth = probabilities.gather(1, target[:, None]).clamp(min=torch.finfo(torch.float32).eps)
     classes = probabilities.shape[1]
     return {
         "WA": float(multiclass_accuracy(probabilities, target, num_classes=classes, average="micro")),
         "UA": float(multiclass_recall(probabilities, target, num_classes=classes, average="macro")),
         "F1": float(multiclass_f1_score(probabilities, target, num_classes=classes, average="macro")),
+        "NLL": float(-truth.log().mean()),
     }
 
 

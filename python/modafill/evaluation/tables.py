@@ -13,6 +13,7 @@ from rich.table import Table as RichTable
 from modafill.files import replacing, write_json
 
 AVERAGE, FULL = "average", "full"
+LOWER_IS_BETTER = ("NLL", "NRMSE", "CRPS")
 
 
 @dataclass(frozen=True)
@@ -41,12 +42,12 @@ class Table:
     @property
     def title(self) -> str:
         """The question with its metric and the number of trainings."""
-        direction = "lower" if self.metric in ("NRMSE", "CRPS") else "higher"
+        direction = "lower" if self.metric in LOWER_IS_BETTER else "higher"
         return f"{self.question} — {self.metric} ({direction} is better; mean ± std of {self.trials})"
 
     def rows(self) -> list[list[str]]:
         """Formatted cells, method first."""
-        percent = self.metric not in ("NRMSE", "CRPS")
+        percent = self.metric not in LOWER_IS_BETTER
 
         def text(cell: tuple[float, float] | None) -> str:
             if cell is None:
