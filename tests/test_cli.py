@@ -15,6 +15,7 @@ import torch
 
 from modafill import cli
 from modafill.data import FeatureStore, convert_npz
+from modafill.imputer import ModalityImputer
 from modafill.models.admc import ADMC
 
 COMMANDS = ("info", "inspect", "convert", "demo", "train", "train admc", "evaluate", "impute", "bench")
@@ -141,6 +142,19 @@ def test_evaluate(modafill, tiny, tmp_path):
     assert "UA (higher is better" not in out
     assert "ADMC replace n=3" in out
     assert all((tmp_path / "run" / f"results.{kind}").is_file() for kind in ("json", "csv", "md"))
+
+
+def test_impute_reads_the_windows_that_were_trained_on(modafill, tiny, store, tmp_path):
+    modafill(*tiny.train_arguments, "--window", 3, "--out", tmp_path / "run")
+    model = tmp_path / "run" / "fold0-seed0" / "model"
+    assert modafill("impute", model, store, tmp_path / "a.h5")[0] == 0
+    with FeatureStore(store) as given, FeatureStore(tmp_path / "a.h5") as done:
+        rows = np.arange(96)
+        batch = given.windowed(3).read(rows)
+        assert batch.features["vision"].shape == (96, 3, 3)
+        expected = ModalityImputer.from_pretrained(model).complete(batch)
+        found = done.read(rows, generated=True)
+    torch.testing.assert_close(found.features["vision"], expected.embeddings["vision"], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("what", ["run", "model"])

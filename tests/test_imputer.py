@@ -208,7 +208,7 @@ MISTAKES: dict[str, tuple[dict[str, object], str]] = {
     "inf": ({"features": with_value("text", (4, 0, 3), math.inf)}, r"features\['text'\]: got NaN or infinity in row"),
     "empty row": (
         {"features": FEATURES, "available": ALL & (torch.arange(7) != 5)[:, None]},
-        "nothing is observed in row 5",
+        "nothing is observed in row id 5",
     ),
     "empty batch": ({"features": {name: x[:0] for name, x in FEATURES.items()}}, "batch: got no rows"),
     "width": ({"features": {**FEATURES, "vision": torch.ones(7, 4)}}, r"features\['vision'\]: got width 4, expected 3"),
@@ -312,3 +312,19 @@ def test_a_store_without_a_modality_of_the_model(imputer: ModalityImputer, tmp_p
         writer.append({"vision": np.zeros((2, 3))})
     with pytest.raises(ValueError, match="has no modality 'audio'"):
         next(impute_store(imputer, FeatureStore(tmp_path / "in.h5"), tmp_path / "out.h5"))
+
+
+def test_a_store_with_an_empty_row(imputer: ModalityImputer, tmp_path: Path) -> None:
+    available = np.ones((6, 3), dtype=bool)
+    available[4] = False
+    shapes = {"audio": (6, 2, 4), "text": (6, 2, 5), "vision": (6, 3)}
+    with StoreWriter(
+        tmp_path / "in.h5",
+        modalities=list(shapes),
+        widths={name: shape[-1] for name, shape in shapes.items()},
+        kinds={name: "sequence" if len(shape) == 3 else "vector" for name, shape in shapes.items()},
+    ) as writer:
+        writer.append({name: np.zeros(shape) for name, shape in shapes.items()}, available=available)
+    with pytest.raises(ValueError, match=r"in\.h5: nothing is observed in row 4, expected at least one modality"):
+        next(impute_store(imputer, FeatureStore(tmp_path / "in.h5"), tmp_path / "out.h5", batch_size=3))
+    assert not (tmp_path / "out.h5").exists()

@@ -191,16 +191,14 @@ def impute(
     from modafill.training import Run
 
     _must_exist(path)
-    folder, window = run, None
+    folder = run
     if (run / "run.json").is_file():
         spec = Run.load(run)
-        folder, window = spec.part_folder(fold, spec.seeds[0]) / "model", spec.window
+        folder = spec.part_folder(fold, spec.seeds[0]) / "model"
     imputer = ModalityImputer.from_pretrained(folder)
     with tempfile.TemporaryDirectory() as scratch:
         store = open_data(path, Path(scratch), mapping)
-        window = store.task.get("window") if window is None else window
-        if window and any(spec.sequence for spec in imputer.model.modalities.values()):
-            store = store.windowed(window)
+        store = store.windowed(imputer.model.window)
         with _bar("imputing", len(store)) as advance:
             for done in impute_store(imputer, store, out, n_samples=samples, seed=seed):
                 advance(done)

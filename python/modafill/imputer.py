@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from modafill.data import Batch, FeatureStore, StoreWriter
-from modafill.data.patterns import check_available
+from modafill.data.patterns import check_available, name_rows
 from modafill.diffusion.samplers import SAMPLE_SHIFT
 from modafill.models.admc import ADMC
 
@@ -164,7 +164,15 @@ def impute_store(
         raise ValueError(f"{store.path}: has no modality {missing[0]!r}, the model was trained on {imputer.modalities}")
     width = imputer.model.config.width
     names = imputer.modalities
+    empty = np.flatnonzero(~store.available()[:, [store.modalities.index(name) for name in names]].any(1))
+    if len(empty):
+        where = name_rows(empty.tolist())
+        raise ValueError(f"{store.path}: nothing is observed in {where}, expected at least one modality")
     device = next(imputer.parameters()).device
+    order = store.order()
+    labels = {name: store.labels(name) for name in store.label_names}
+    groups = {name: store.groups(name) for name in store.group_names}
+    splits = {name: store.split(name) for name in store.split_names}
     with StoreWriter(
         out,
         modalities=names,
@@ -183,15 +191,14 @@ def impute_store(
                 seed=seed,
                 row_ids=batch.row_id,
             )
-            order = store.order()
             writer.append(
                 {name: x.cpu().numpy() for name, x in done.embeddings.items()},
                 available=~done.generated.cpu().numpy(),
                 generated=done.generated.cpu().numpy(),
                 ids=store.ids(rows),
-                labels={name: store.labels(name)[rows] for name in store.label_names},
-                groups={name: store.groups(name)[rows] for name in store.group_names},
-                splits={name: store.split(name)[rows] for name in store.split_names},
+                labels={name: values[rows] for name, values in labels.items()},
+                groups={name: values[rows] for name, values in groups.items()},
+                splits={name: values[rows] for name, values in splits.items()},
                 order=None if order is None else order[rows],
             )
             yield int(rows[-1]) + 1

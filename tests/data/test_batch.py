@@ -99,7 +99,7 @@ def edit(change: Callable[[Batch], object]) -> Batch:
             r"'audio'\]: got NaN .* row ids 12, 13",
         ),
         (edit(lambda b: b.features["audio"].__setitem__((0, 4, 1), -torch.inf)), r"row id 10"),
-        (edit(lambda b: b.available.__setitem__(1, False)), "nothing is observed in row 1, expected"),
+        (edit(lambda b: b.available.__setitem__(1, False)), "nothing is observed in row id 11, expected"),
         (replace(make_batch(), available=torch.ones(4, 3, dtype=torch.bool)), r"available: got .*\[4, 3\]"),
         (replace(make_batch(), available=torch.ones(4, 2)), r"available: got torch.float32"),
         (replace(make_batch(), label=torch.zeros(3)), "label: got 3 rows, expected 4"),

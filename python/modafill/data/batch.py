@@ -124,7 +124,7 @@ class Batch:
                 )
         empty = ~self.available.any(1)
         if bool(empty.any()):
-            rows = name_rows(empty.nonzero()[:, 0].tolist())
+            rows = name_rows(self.row_id[empty].tolist(), "row id")
             raise ValueError(f"available: nothing is observed in {rows}, expected at least one modality")
         return self
 

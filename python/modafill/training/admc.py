@@ -63,9 +63,9 @@ class FoldTrainer:
         }
         self.key = {**config.to_dict(), "seed": seed, "data": self._fingerprint()}
         torch.manual_seed(derive_seed(seed, "weights"))
-        self.model = ADMC(self.specs, labels.n_classes, self._config(conditionings[0]), list(labels.class_names)).to(
-            self.device
-        )
+        self.model = ADMC(
+            self.specs, labels.n_classes, self._config(conditionings[0]), list(labels.class_names), store.window
+        ).to(self.device)
         self.adns = {conditionings[0]: self.model.adn}
         for conditioning in conditionings[1:]:
             self.adns[conditioning] = ADN(len(self.specs), self._config(conditioning)).to(self.device)

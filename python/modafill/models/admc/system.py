@@ -68,6 +68,7 @@ class ADMC(nn.Module):
         n_classes: classes to recognise.
         config: numbers of the model.
         classes: names of the classes, for people.
+        window: turns per sample, where the sequences it was trained on are windows of turns; None where they are not.
     """
 
     def __init__(
@@ -76,12 +77,13 @@ class ADMC(nn.Module):
         n_classes: int,
         config: ADMCConfig,
         classes: list[str] | None = None,
+        window: int | None = None,
     ) -> None:
         super().__init__()
         if len(modalities) < 2:
             raise ValueError(f"modalities: got {list(modalities)}, expected at least two")
         self.modalities = dict(modalities)
-        self.n_classes, self.config = n_classes, config
+        self.n_classes, self.config, self.window = n_classes, config, window
         self.classes = classes or [str(c) for c in range(n_classes)]
         self.unimodal = nn.ModuleDict(
             {
@@ -159,6 +161,7 @@ class ADMC(nn.Module):
             "modalities": {name: {"width": m.width, "sequence": m.sequence} for name, m in self.modalities.items()},
             "n_classes": self.n_classes,
             "classes": self.classes,
+            "window": self.window,
             "config": self.config.to_dict(),
             **about,
         }
@@ -181,7 +184,8 @@ class ADMC(nn.Module):
             raise ValueError(f"{folder}: holds the model {config.get('model')!r}, expected 'admc'")
         try:
             modalities = {name: ModalitySpec(**spec) for name, spec in config["modalities"].items()}
-            model = cls(modalities, config["n_classes"], ADMCConfig.from_dict(config["config"]), config["classes"])
+            numbers = ADMCConfig.from_dict(config["config"])
+            model = cls(modalities, config["n_classes"], numbers, config["classes"], config["window"])
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"{folder / 'config.json'}: not the description of an ADMC ({error!r})") from error
         load_weights(folder / "model.safetensors", model)
