@@ -203,6 +203,13 @@ def test_gradients_and_compilation(backend: str, table: Tensor) -> None:
         assert torch.equal(compiled(x, step), call(x, step))
 
 
+def test_a_device_without_an_index_is_the_current_one() -> None:
+    rows = torch.arange(4, device="cuda:0")
+    noise = ops.randn((4, 8), seed=3, row_id=rows, device="cuda")
+    assert noise.device == rows.device
+    assert torch.equal(noise.cpu(), ops.randn((4, 8), seed=3))
+
+
 def test_auto_prefers_the_compiled_kernels(table: Tensor) -> None:
     choice = ops.explain("randn", device="cuda")
     assert choice.backend == ("cuda" if backends.native_build()["cuda_architectures"] else "triton")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,8 @@ def evaluate_fold(
         fold: its number, for the records.
         n_samples: K samples per row of the diffusion networks; class probabilities are averaged over them.
         start_steps: further starts n of ``"replace"``, shown beside the configured one.
-        part: ``"test"``, or ``"valid"`` to choose settings by; early stopping and ridge's penalty have seen the latter.
+        part: ``"test"``, or ``"valid"`` to choose settings by; early stopping and the penalties of ridge and logistic
+            regression have seen the latter.
     """
     records: list[Record] = []
 
@@ -146,18 +148,22 @@ class _LogisticRegression:
         x = torch.cat([self.features[name] for name, seen in zip(t.specs, pattern, strict=True) if seen], 1).numpy()
         y = t.target.cpu().numpy()
         train, valid = (part[t.available[part][:, pattern].all(1).numpy()] for part in (t.split.train, t.split.valid))
-        best, best_loss = None, np.inf
+
+        def probabilities(model: LogisticRegression, part: np.ndarray) -> np.ndarray:
+            out = np.zeros((len(part), t.labels.n_classes), dtype=np.float32)
+            out[:, model.classes_] = model.predict_proba(x[part])
+            return out
+
+        models: list[tuple[float, LogisticRegression]] = []
         for penalty in self.penalties:
             model = LogisticRegression(C=penalty, max_iter=1000).fit(x[train], y[train])
-            loss = log_loss(y[valid], model.predict_proba(x[valid]), labels=model.classes_)
-            # From strong to weak: once the loss rises, weaker penalties only over-fit more (and converge slower).
-            if loss >= best_loss:
+            loss = log_loss(y[valid], probabilities(model, valid), labels=list(range(t.labels.n_classes)))
+            models.append((loss, model))
+            # From strong to weak: where two in a row are worse, weaker ones only over-fit more, and converge slowly.
+            if len(models) > 2 and min(loss, models[-2][0]) > min(models[:-2], key=itemgetter(0))[0]:
                 break
-            best, best_loss = model, loss
-        assert best is not None
-        out = np.zeros((len(rows), t.labels.n_classes), dtype=np.float32)
-        out[:, best.classes_] = best.predict_proba(x[rows.cpu().numpy()])
-        return torch.from_numpy(out).to(t.device)
+        best = min(models, key=itemgetter(0))[1]
+        return torch.from_numpy(probabilities(best, rows.cpu().numpy())).to(t.device)
 
 
 def _summaries(store: FeatureStore, statistics: Standardizer) -> dict[str, Tensor]:

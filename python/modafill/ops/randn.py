@@ -142,6 +142,8 @@ def randn(
     if device is None:
         device = next((t.device for t in (out, row_id, step, seed) if isinstance(t, Tensor)), "cpu")
     device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     args = (
         list(shape),
         *backends.split_step("step", step),
