@@ -305,6 +305,28 @@ def test_a_store_that_is_not_finished_does_not_appear(
     assert [p.name for p in tmp_path.iterdir()] == ["in.h5"]
 
 
+def test_a_store_may_have_more_than_the_model(imputer: ModalityImputer, store: FeatureStore, tmp_path: Path) -> None:
+    batch = store.read(np.arange(20))
+    with StoreWriter(
+        tmp_path / "more.h5",
+        modalities=["gaze", *store.modalities],
+        widths={**store.widths, "gaze": 2},
+        kinds={**store.kinds, "gaze": "sequence"},
+    ) as writer:
+        ragged = {
+            name: [x[:n].numpy() for x, n in zip(batch.features[name], batch.lengths[name], strict=True)]
+            for name in ("text", "audio")
+        }
+        features = {**ragged, "vision": batch.features["vision"].numpy(), "gaze": [np.ones((3, 2))] * 20}
+        available = np.concatenate([np.ones((20, 1), dtype=bool), batch.available.numpy()], axis=1)
+        writer.append(features, available=available)
+    for source, out in ((store, "a.h5"), (FeatureStore(tmp_path / "more.h5"), "b.h5")):
+        list(impute_store(imputer, source, tmp_path / out, seed=4))
+    a, b = (FeatureStore(tmp_path / name).read(np.arange(20), generated=True) for name in ("a.h5", "b.h5"))
+    assert list(b.features) == list(NAMES)
+    assert all(torch.equal(a.features[name], b.features[name]) for name in NAMES)
+
+
 def test_a_store_without_a_modality_of_the_model(imputer: ModalityImputer, tmp_path: Path) -> None:
     with StoreWriter(
         tmp_path / "in.h5", modalities=["vision"], widths={"vision": 3}, kinds={"vision": "vector"}

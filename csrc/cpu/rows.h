@@ -55,7 +55,7 @@ MODAFILL_INLINE void fill(T *out, int count, F f) {
     out[i] = Element<T>::store(f(i));
 }
 
-// Ask for what is read, or written, after the noise is made: memory works while the arithmetic units do.
+// Ask for what is read after the noise is made: memory works while the arithmetic units do.
 template <class T>
 MODAFILL_INLINE void prefetch(const T *values, int count) {
 #ifdef __GNUC__

@@ -148,26 +148,28 @@ def evaluate(
     part: Annotated[
         str, typer.Option(help="test, or valid: to choose settings without looking at the test part.")
     ] = "test",
-    metric: Annotated[str, typer.Option(help="Recognition metric to print: UA, WA, F1 or all. Files have all.")] = "UA",
+    metric: Annotated[
+        str, typer.Option(help="Recognition metric to print: UA, WA, F1, NLL or all. Files have all.")
+    ] = "UA",
     jobs: Annotated[int, typer.Option(help="Folds and seeds evaluated at a time, sharing the cores.")] = 1,
 ) -> None:
     """Tables of a run: a row per method, a column per available set.
 
     Writes results.json, results.csv and results.md (results-valid.* for the validation part) into the run's folder.
     """
-    if metric not in ("UA", "WA", "F1", "all"):
-        raise ValueError(f"metric: got {metric!r}, expected UA, WA, F1 or all")
+    if metric not in ("UA", "WA", "F1", "NLL", "all"):
+        raise ValueError(f"metric: got {metric!r}, expected UA, WA, F1, NLL or all")
     if samples < 1:
         raise ValueError(f"samples: got {samples}, expected at least 1")
     try:
         starts = tuple(int(n) for n in start_steps.split(",") if n)
     except ValueError:
         raise ValueError(f"start-steps: got {start_steps!r}, expected numbers with commas, such as 30,80") from None
-    from modafill.evaluation.tables import LOWER_IS_BETTER
-
     tables = _evaluate(run, samples, starts, part, jobs)
+    if part == "valid":
+        out_console.print("On the validation part:")
     for table in tables:
-        if metric == "all" or table.metric in (metric, *LOWER_IS_BETTER):
+        if metric == "all" or table.metric in (metric, "NRMSE", "CRPS"):
             out_console.print(table.rich(out_console.width))
     stem = "results" if part == "test" else f"results-{part}"
     out_console.print(f"wrote {stem}.json, {stem}.csv and {stem}.md into {escape(str(run))}")
@@ -219,7 +221,6 @@ def demo(
     """
     from modafill.data import demo_path
     from modafill.evaluation.admc import draw_embeddings
-    from modafill.evaluation.tables import LOWER_IS_BETTER
     from modafill.models.admc import ADMCConfig
     from modafill.training import Run, train
 
@@ -237,7 +238,7 @@ def demo(
     with _training_progress() as report:
         train(run, report)
     for table in _evaluate(out, 16, (), "test", 1):
-        if table.metric in ("UA", *LOWER_IS_BETTER):
+        if table.metric in ("UA", "NRMSE", "CRPS"):
             out_console.print(table.rich(out_console.width))
     picture = out / "embeddings.png"
     with err_console.status("drawing embeddings"):

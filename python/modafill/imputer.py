@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from modafill.data import Batch, FeatureStore, StoreWriter
 from modafill.data.patterns import check_available, name_rows
-from modafill.diffusion.samplers import SAMPLE_SHIFT
 from modafill.models.admc import ADMC
 
 
@@ -36,7 +35,8 @@ class Imputation:
 class ModalityImputer(nn.Module):
     """Generates the embeddings of missing modalities with a trained ADMC.
 
-    The model stays in evaluation mode, also as a part of a module that is being trained.
+    The model is frozen: it stays in evaluation mode, also as a part of a module that is being trained, its parameters
+    want no gradient, and none flows through it to the features.
 
     Args:
         model: the trained system.
@@ -44,7 +44,7 @@ class ModalityImputer(nn.Module):
 
     def __init__(self, model: ADMC) -> None:
         super().__init__()
-        self.model = model.eval()
+        self.model = model.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> ModalityImputer:
         """As :meth:`torch.nn.Module.train`, but the model's dropout stays off."""
@@ -108,8 +108,6 @@ class ModalityImputer(nn.Module):
                 raise ValueError(f"features[{name!r}]: got shape {list(x.shape)}, expected {expected}")
         first = next(iter(given.values()))
         rows = torch.arange(len(first), device=first.device) if row_ids is None else row_ids
-        if bool(((rows < 0) | (rows >= 1 << SAMPLE_SHIFT)).any()):
-            raise ValueError(f"row_ids: got {rows.min()} to {rows.max()}, expected ids below 2**{SAMPLE_SHIFT}")
         present = torch.tensor([name in given for name in self.modalities], device=first.device)
         if available is None:
             available = present.expand(len(first), -1).clone()
@@ -186,7 +184,7 @@ def impute_store(
             done = imputer(
                 {name: batch.features[name] for name in names},
                 batch.available[:, [store.modalities.index(name) for name in names]],
-                batch.lengths,
+                {name: batch.lengths[name] for name in names if name in batch.lengths},
                 n_samples=n_samples,
                 seed=seed,
                 row_ids=batch.row_id,

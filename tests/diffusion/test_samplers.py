@@ -254,6 +254,17 @@ def test_sample_ids_keep_their_first_samples() -> None:
     assert (sample_row_ids(rows, 2**15 - 1) >= 0).all()
 
 
+@pytest.mark.parametrize("rows", [[-1], [3, 2**48]])
+def test_sample_ids_that_would_collide_are_refused(rows: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"row_id: got .* expected ids from 0 to 2\*\*48 - 1"):
+        sample_row_ids(torch.tensor(rows), 2)
+
+
+def test_sample_ids_are_whole_numbers() -> None:
+    with pytest.raises(ValueError, match=r"row_id: got torch.float32 \[2\], expected int64 \[B\]"):
+        sample_row_ids(torch.zeros(2), 2)
+
+
 @pytest.mark.parametrize("n_samples", [0, -1, 2**15])
 def test_sample_ids_check_their_number(n_samples: int) -> None:
     with pytest.raises(ValueError, match=f"n_samples: got {n_samples}"):

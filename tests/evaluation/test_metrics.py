@@ -41,6 +41,12 @@ def test_recognition_by_hand():
     assert got == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_no_number_is_not_recognised(value):
+    with pytest.raises(ValueError, match="probabilities: got NaN or infinity"):
+        recognition(torch.tensor([[0.5, 0.5], [value, 0.1]]), torch.tensor([0, 0]))
+
+
 def test_nrmse_by_hand():
     estimate, truth = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[1.0, 0.0], [0.0, 4.0]])
     assert nrmse(estimate, truth, 2.0) == pytest.approx(math.sqrt((4 + 9) / 4) / 2)

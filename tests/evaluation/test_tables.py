@@ -86,6 +86,26 @@ def test_narrow_terminals_cut_no_figure(records):
         assert ("35.0 ± 14.1" in text) == (width == 200)
 
 
+@pytest.mark.parametrize("modalities", [3, 4, 6])
+def test_many_sets_cut_no_figure_either(modalities):
+    sets = [f"{{{'x' * size}{i}}}" for size in range(1, modalities) for i in range(math.comb(modalities, size))]
+    values = {name: 0.1234 + i / 1000 for i, name in enumerate(sets)}
+    records = [
+        Record("Q", metric, "a method, probabilities averaged", name, fold, 0, value)
+        for metric in ("UA", "CRPS")
+        for fold in (0, 1)
+        for name, value in values.items()
+    ]
+    for table in make_tables(records):
+        console = Console(width=80, file=io.StringIO())
+        console.print(table.rich(80))
+        text = console.file.getvalue()
+        assert "…" not in text
+        assert max(map(len, text.splitlines())) <= 80
+        for value in values.values():
+            assert (f"{100 * value:.1f}" if table.metric == "UA" else f"{value:.3f}") in text
+
+
 def test_one_trial_has_no_spread(records):
     (table,) = make_tables([r for r in records if r.method == "y"])
     assert table.rows() == [["y", "50.0", "50.0", "50.0", "50.0", "50.0", "50.0"]]

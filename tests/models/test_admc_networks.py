@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -366,8 +367,14 @@ def test_complete_rows_cost_nothing(conditioning: str, monkeypatch: pytest.Monke
     evaluations = {"replace": SMALL.start_step, "clean": SMALL.sampling_steps}
     assert len(calls) == evaluations[conditioning]
     calls.clear()
-    adn.sample(tokens, AVAILABLE[:4], start_step=3, sampling_steps=2)
+    options = {"replace": {"start_step": 3}, "clean": {"sampling_steps": 2}}
+    adn.sample(tokens, AVAILABLE[:4], **options[conditioning])
     assert len(calls) == {"replace": 3, "clean": 2}[conditioning]
+    other = options["clean" if conditioning == "replace" else "replace"]
+    with pytest.raises(
+        ValueError, match=f"{next(iter(other))}: got .* expected None with conditioning '{conditioning}'"
+    ):
+        adn.sample(tokens, AVAILABLE[:4], **other)
 
 
 def test_no_rows() -> None:
@@ -385,10 +392,17 @@ def test_no_rows() -> None:
         (torch.zeros(2, 3, 16), torch.ones(3, 3).bool(), {}, "available: got"),
         (torch.zeros(2, 3, 16), torch.tensor([[1, 0, 0], [0, 0, 0]]).bool(), {}, r"nothing is observed in rows \[1\]"),
         (torch.zeros(1, 3, 16), torch.tensor([[True, False, True]]), {"n_samples": 0}, "n_samples: got 0"),
+        (torch.zeros(1, 3, 16), torch.tensor([[True, False, True]]), {"chunk_size": -1}, "chunk_size: got -1"),
+        (
+            torch.zeros(1, 3, 16),
+            torch.tensor([[True, False, True]]),
+            {"row_id": torch.arange(2)},
+            r"row_id: got shape \[2\], expected \[1\]",
+        ),
     ],
 )
 def test_sample_errors(
-    conditioning: str, tokens: Tensor, available: Tensor, options: dict[str, int], message: str
+    conditioning: str, tokens: Tensor, available: Tensor, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         make_adn(conditioning).sample(tokens, available, **options)

@@ -185,7 +185,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "broken config": (lambda p: (p / "config.json").write_text('{"model": '), r"config\.json: not valid JSON"),
     "binary config": (lambda p: (p / "config.json").write_bytes(b"\xff\xfe\x00"), r"config\.json: not valid JSON"),
     "a list for config": (lambda p: (p / "config.json").write_text("[1]"), "got a list, expected an object"),
-    "newer format": (lambda p: edit_config(p, format_version=2), "format version 2, this modafill reads version 1"),
+    "older format": (lambda p: edit_config(p, format_version=1), "format version 1, this modafill reads version 2"),
     "no format": (lambda p: edit_config(p, format_version=None), "format version None"),
     "other model": (lambda p: edit_config(p, model="cdtp"), "holds the model 'cdtp', expected 'admc'"),
     "no modalities": (lambda p: edit_config(p, modalities=None), "not the description of an ADMC"),

@@ -30,6 +30,24 @@ def _steps(batch: int, kind: str) -> int | Tensor:
     return torch.tensor(17) if kind == "scalar" else torch.arange(batch) * 7 % 50 + 1
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_autograd_knows_that_out_was_written(backend: str, schedule: Schedule, generator: torch.Generator) -> None:
+    x, eps, observed, available = _inputs((2, 3, 5), torch.float32, generator)
+    calls: list[Callable[[], Tensor]] = [
+        lambda: ops.masked_reverse_step(x, eps, observed, available, schedule.table, 7, seed=1, out=x, backend=backend),
+        lambda: ops.ddim_step(x, eps, schedule.table, 7, 3, out=x, backend=backend),
+        lambda: ops.randn((2, 3, 5), seed=1, out=x, backend=backend),
+    ]
+    for call in calls:
+        weight = torch.ones_like(x, requires_grad=True)
+        loss = (x * weight).sum()
+        call()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+    with torch.inference_mode():
+        ops.randn((2, 3, 5), seed=1, out=torch.empty(2, 3, 5), backend=backend)
+
+
 @pytest.mark.parametrize("kind", ["integer", "scalar", "rows"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)

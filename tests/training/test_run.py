@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -161,10 +162,54 @@ def test_other_data_under_a_run_are_refused(tiny, tmp_path, changed):
     shutil.rmtree(run.folder / "fold0-seed0" / "model")
     with np.load(data) as archive:
         arrays = dict(archive)
-    arrays[changed] = arrays[changed][::-1]
+    if changed == "faces":
+        arrays[changed][17, 1] += 1e-3  # a single value of a single sample
+    else:
+        arrays[changed] = arrays[changed][::-1]
     np.savez(data, **arrays)
     with pytest.raises(ValueError, match="made with other data"):
         train(run, ignore)
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+@pytest.mark.parametrize("part", ["train", "valid", "test"])
+def test_values_that_are_no_numbers_are_refused_in_every_part(run, tmp_path, part, value):
+    """A store that was not written by us may hold them; the error names the sample before anything is trained."""
+    with run.open_store() as store:
+        row = int(getattr(run.splits(store)[0], part)[0])
+        vision = store.modalities.index("vision")
+        while not store.available()[row, vision]:
+            row += 1
+        path = shutil.copy(store.path, tmp_path / "bad.h5")
+    with h5py.File(path, "r+") as file:
+        (dataset,) = [d for d in _datasets(file) if d.shape == (96, 3) and d.dtype == np.float32]
+        dataset[row, 2] = value
+    bad = replace(run, folder=tmp_path / "bad", data=str(path), mapping=None)
+    with pytest.raises(ValueError, match=rf"bad\.h5: features\['vision'\]: got NaN or infinity in row id {row},"):
+        train(bad, ignore)
+    assert not list(bad.folder.rglob("*.safetensors"))
+
+
+def _datasets(group: h5py.Group) -> list[h5py.Dataset]:
+    found: list[h5py.Dataset] = []
+    group.visititems(lambda _, node: found.append(node) if isinstance(node, h5py.Dataset) else None)
+    return found
+
+
+@pytest.mark.slow
+def test_a_part_that_fails_stops_the_others(run):
+    """What waits does not begin, what runs ends with its epoch, and the same command goes on afterwards."""
+    run = replace(run, seeds=(4, 5, 6), config=replace(run.config, adn_epochs=60))
+    bad = run.part_folder(0, 4) / "stages" / "encoder-text.safetensors"
+    bad.parent.mkdir(parents=True)
+    bad.write_bytes(b"nonsense")
+    with pytest.raises(ValueError, match=r"encoder-text\.safetensors"):
+        train(run, ignore, jobs=2)
+    assert not list(run.folder.glob("*/model"))
+    assert len(list(run.folder.glob("fold*"))) <= 4
+    bad.unlink()
+    train(replace(run, seeds=(4, 5, 6)), ignore, jobs=2)
+    assert len(list(run.folder.glob("*/model"))) == 6
 
 
 def test_model_folder_holds_what_the_stages_made(tiny):

@@ -24,6 +24,12 @@ def sample_row_ids(row_id: Tensor, n_samples: int) -> Tensor:
     """
     if not 1 <= n_samples < 1 << 15:
         raise ValueError(f"n_samples: got {n_samples}, expected 1…{(1 << 15) - 1}")
+    if row_id.dtype != torch.int64 or row_id.ndim != 1:
+        raise ValueError(f"row_id: got {row_id.dtype} {list(row_id.shape)}, expected int64 [B]")
+    if len(row_id) and not 0 <= int(row_id.min()) <= int(row_id.max()) < 1 << SAMPLE_SHIFT:
+        raise ValueError(
+            f"row_id: got {int(row_id.min())} to {int(row_id.max())}, expected ids from 0 to 2**{SAMPLE_SHIFT} - 1"
+        )
     k = torch.arange(n_samples, dtype=torch.int64, device=row_id.device)
     return ((k << SAMPLE_SHIFT)[:, None] + row_id[None, :]).flatten()
 

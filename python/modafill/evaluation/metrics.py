@@ -14,6 +14,8 @@ def recognition(probabilities: Tensor, target: Tensor) -> dict[str, float]:
     with true negatives and class weights, which exceeds 1 for more than two classes. NLL is ours: the mean negative
     log-likelihood in nats, of probabilities no smaller than float32's epsilon. It sees misplaced confidence.
     """
+    if not bool(torch.isfinite(probabilities).all()):
+        raise ValueError("probabilities: got NaN or infinity, expected finite values")
     truth = probabilities.gather(1, target[:, None]).clamp(min=torch.finfo(torch.float32).eps)
     classes = probabilities.shape[1]
     return {

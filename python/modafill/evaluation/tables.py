@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
 
 from modafill.files import replacing, write_json
 
 AVERAGE, FULL = "average", "full"
+_METHOD_WIDTH = 17
 LOWER_IS_BETTER = ("NLL", "NRMSE", "CRPS")
 
 
@@ -63,19 +65,39 @@ class Table:
         lines = [["method", *self.columns], ["---"] + ["---:"] * len(self.columns), *self.rows()]
         return f"**{self.title}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
-    def rich(self, width: int) -> RichTable:
-        """For a terminal of ``width`` columns: where one line is too short, a figure's spread stands below it."""
+    def rich(self, width: int) -> RenderableType:
+        """For a terminal of ``width`` columns.
+
+        Where a line is too short for a row, a figure's spread stands below it; where it still is, the columns go into
+        several tables.
+        """
         rows = [["method", *self.columns], *self.rows()]
-        needed = sum(3 + max(map(len, column)) for column in zip(*rows, strict=True)) + 1
-        if needed > width:
+        narrow = 1 + sum(map(_width, zip(*rows, strict=True))) > width
+        if narrow:
             rows = [[cell.replace(" ± ", "\n±") for cell in row] for row in rows]
-        table = RichTable(title=self.title, title_justify="left", show_lines=needed > width and self.trials > 1)
-        table.add_column("method", no_wrap=needed <= width)
-        for column in self.columns:
-            table.add_column(column, justify="right", no_wrap=True)
-        for row in rows[1:]:
-            table.add_row(*row)
-        return table
+        widths = [_width(column) for column in zip(*rows, strict=True)]
+        method_width = min(widths[0], _METHOD_WIDTH) if narrow else widths[0]
+        blocks: list[list[int]] = [[]]
+        for index in range(1, len(widths)):
+            if blocks[-1] and 1 + method_width + sum(widths[i] for i in [*blocks[-1], index]) > width:
+                blocks.append([])
+            blocks[-1].append(index)
+        tables: list[RichTable] = []
+        for block in blocks:
+            title = None if tables else self.title
+            table = RichTable(title=title, title_justify="left", show_lines=narrow and self.trials > 1)
+            table.add_column("method", no_wrap=not narrow)
+            for index in block:
+                table.add_column(rows[0][index], justify="right", no_wrap=True)
+            for row in rows[1:]:
+                table.add_row(row[0], *(row[index] for index in block))
+            tables.append(table)
+        return Group(*tables)
+
+
+def _width(column: Sequence[str]) -> int:
+    """Characters of a column with its margins and border."""
+    return 3 + max(len(line) for cell in column for line in cell.split("\n"))
 
 
 def make_tables(records: Sequence[Record]) -> list[Table]:

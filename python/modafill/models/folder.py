@@ -10,7 +10,7 @@ from torch import nn
 
 from modafill.files import read_tensors, replacing, write_json, write_tensors
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def save_folder(path: Path, model: nn.Module, config: dict[str, Any]) -> None:

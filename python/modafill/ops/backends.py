@@ -15,11 +15,10 @@ from torch import Tensor
 
 from modafill.ops import reference
 
-try:
-    from modafill import _C
-except ImportError as error:  # a source tree that was never built still has the reference backend
-    _C = None  # type: ignore[assignment]
-    _NATIVE_ERROR = str(error)
+# A source tree that was never built still has the reference backend; an extension that fails to load is an error.
+_C: Any = importlib.import_module("modafill._C") if importlib.util.find_spec("modafill._C") else None
+
+_NOT_BUILT = "the extension was never built; see CONTRIBUTING.md"
 
 BACKENDS = ("cpu", "cuda", "triton", "reference")
 ENVIRONMENT = "MODAFILL_BACKEND"
@@ -76,7 +75,7 @@ def explain(
 def native_build() -> dict[str, Any]:
     """The instruction set in use, whether OpenMP is, and the GPU architectures the extension was built for."""
     if _C is None:
-        return {"extension": _NATIVE_ERROR, "cpu_isa": None, "openmp": False, "cuda_architectures": []}
+        return {"extension": _NOT_BUILT, "cpu_isa": None, "openmp": False, "cuda_architectures": []}
     return {
         "extension": "built",
         "cpu_isa": _C.cpu_isa,
@@ -121,7 +120,7 @@ def _why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | No
     if backend == "triton":
         return None if importlib.util.find_spec("triton") else "triton is not installed"
     if _C is None:
-        return f"the compiled extension does not import: {_NATIVE_ERROR}"
+        return _NOT_BUILT
     if backend == "cuda":
         if not _C.cuda_architectures:
             return "modafill was built without CUDA"
@@ -141,12 +140,12 @@ def select(op: str, device: torch.device, dtype: torch.dtype, backend: str) -> s
 
 
 def runs_directly(*tensors: Any) -> bool:
-    """True where nothing could tell a call of the extension from a call of the registered op.
+    """Whether a call of the extension stands in for one of the registered op.
 
-    That is: nothing traces, no dispatch or function mode and no functorch transform is active, no gradient is wanted
-    and every tensor is a plain one.
+    It does where nothing traces or profiles, no dispatch or function mode and no functorch transform is active, no
+    gradient is wanted and every tensor is a plain one.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.autograd._profiler_enabled():
         return False
     if (
         torch._C._len_torch_dispatch_stack()
@@ -283,6 +282,13 @@ def check_out_allowed(out: Tensor | None) -> None:
     """The registered ops are functional: ``out`` needs the direct path."""
     if out is not None:
         raise ValueError("out: got a tensor while a gradient is needed or a transform is active, expected None")
+
+
+def written(result: Any, out: Tensor | None) -> Any:
+    """``result``; autograd is told that ``out`` has new values, so that a backward that needs the old ones fails."""
+    if out is not None:
+        torch.autograd.graph.increment_version(out)
+    return result
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device, backend: str) -> Tensor:

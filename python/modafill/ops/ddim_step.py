@@ -247,6 +247,6 @@ def ddim_step(
         None if clip is None else float(clip),
     )
     if backends.runs_directly(x, eps, table, step, prev_step, seed, row_id, out):
-        return _run(*args, backend, out)
+        return backends.written(_run(*args, backend, out), out)
     backends.check_out_allowed(out)
     return backends.dispatch(_op, _Function, *args, backend)

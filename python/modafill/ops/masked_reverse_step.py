@@ -199,6 +199,6 @@ def masked_reverse_step(
     """
     args = (x, eps, observed, available, table, *backends.split_step("step", step), *backends.split_seed(seed), row_id)
     if backends.runs_directly(x, eps, observed, available, table, step, seed, row_id, out):
-        return _run(*args, backend, out)
+        return backends.written(_run(*args, backend, out), out)
     backends.check_out_allowed(out)
     return backends.dispatch(_op, _Function, *args, backend)

@@ -155,6 +155,6 @@ def randn(
         backend,
     )
     if backends.runs_directly(row_id, step, seed, out):
-        return _run(*args, out)
+        return backends.written(_run(*args, out), out)
     backends.check_out_allowed(out)
     return _op(*args)

@@ -74,13 +74,20 @@ class FoldTrainer:
         self.complete_fusion = self._new_fusion("fusion-complete", None)
 
     def _fingerprint(self) -> str:
-        """What results depend on beside the configuration: parts, classes, availability, a sample of the features."""
-        digest = hashlib.sha256()
+        """What results depend on beside the configuration: parts, classes, availability, window and all features.
+
+        The one pass over them also finds NaN and infinity, in whichever part they are.
+        """
+        digest = hashlib.sha256(str(self.store.window).encode())
         for array in (*self.split, self.target.cpu().numpy(), self.available.numpy()):
             digest.update(array.tobytes())
-        sample = self.store.read(np.linspace(0, len(self.store) - 1, min(64, len(self.store))).astype(np.int64))
-        for features in sample.features.values():
-            digest.update(features.numpy().tobytes())
+        for batch in self.store.unwindowed().iter_batches(np.arange(len(self.store)), 1024):
+            try:
+                batch.validate()
+            except ValueError as error:
+                raise ValueError(f"{self.store.path}: {error}") from error
+            for features in batch.features.values():
+                digest.update(features.numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def _config(self, conditioning: str) -> ADMCConfig:

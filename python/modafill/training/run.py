@@ -158,27 +158,42 @@ def train(run: Run, report: Report, jobs: int = 1) -> None:
         with run.open_store() as store:
             run.splits(store)
         todo = [part for part in run.parts if not (run.part_folder(*part) / "model").is_dir()]
-        progress = multiprocessing.get_context("spawn").SimpleQueue()
-        with worker_pool(jobs, progress) as pool:
+        context = multiprocessing.get_context("spawn")
+        progress, stop = context.SimpleQueue(), context.Event()
+
+        def show_progress() -> None:
+            while not progress.empty():
+                report(*progress.get())
+
+        with worker_pool(jobs, (progress, stop)) as pool:
             if pool is None:
                 for fold, seed in todo:
                     name = run.part_folder(fold, seed).name
                     train_part(run, fold, seed, lambda stage, *rest, name=name: report(f"{name}/{stage}", *rest))
                 return
-            waiting = {pool.submit(_work, run, fold, seed) for fold, seed in todo}
-            while waiting:
-                done, waiting = futures.wait(waiting, timeout=0.2, return_when=futures.FIRST_COMPLETED)
-                while not progress.empty():
-                    report(*progress.get())
-                for future in done:
-                    future.result()
+            parts = [pool.submit(_work, run, fold, seed) for fold, seed in todo]
+            waiting = set(parts)
+            try:
+                while waiting:
+                    done, waiting = futures.wait(waiting, timeout=0.2, return_when=futures.FIRST_COMPLETED)
+                    show_progress()
+                    for future in done:
+                        future.result()
+            except BaseException:
+                # What runs ends with its epoch; a queue that nobody reads would hold it up for ever.
+                stop.set()
+                waiting = {future for future in parts if not future.cancel()}
+                while futures.wait(waiting, timeout=0.2).not_done:
+                    show_progress()
+                raise
 
 
 @contextmanager
-def worker_pool(jobs: int, progress: Any = None) -> Iterator[futures.ProcessPoolExecutor | None]:
+def worker_pool(jobs: int, channel: tuple[Any, Any] = (None, None)) -> Iterator[futures.ProcessPoolExecutor | None]:
     """A pool of ``jobs`` fresh processes that share torch's threads; None for one job, for the caller to do itself.
 
-    A process that dies breaks the pool with an error; what other processes finished stays.
+    A process that dies breaks the pool with an error; what other processes finished stays. After an error nothing new
+    begins. ``channel``: a queue for progress and an event that stops the workers.
     """
     if jobs < 1:
         raise ValueError(f"jobs: got {jobs}, expected at least 1")
@@ -187,35 +202,41 @@ def worker_pool(jobs: int, progress: Any = None) -> Iterator[futures.ProcessPool
         return
     threads = max(1, torch.get_num_threads() // jobs)
     context = multiprocessing.get_context("spawn")
-    with futures.ProcessPoolExecutor(jobs, context, _start_worker, (progress, threads)) as pool:
-        try:
-            yield pool
-        except BrokenProcessPool as error:
-            raise TrainingError("a worker process died (killed, or out of memory); the same command goes on") from error
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    pool = futures.ProcessPoolExecutor(jobs, context, _start_worker, (channel, threads))
+    try:
+        yield pool
+    except BrokenProcessPool as error:
+        raise TrainingError("a worker process died (killed, or out of memory); the same command goes on") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-_PROGRESS: Any = None
+_CHANNEL: tuple[Any, Any] = (None, None)
 
 
 _PARENT = 0
 
 
-def _start_worker(progress: Any, threads: int) -> None:
-    global _PROGRESS, _PARENT
-    _PROGRESS, _PARENT = progress, os.getppid()
+def _start_worker(channel: tuple[Any, Any], threads: int) -> None:
+    global _CHANNEL, _PARENT
+    _CHANNEL, _PARENT = channel, os.getppid()
     torch.set_num_threads(threads)
 
 
 def _work(run: Run, fold: int, seed: int) -> None:
     name = run.part_folder(fold, seed).name
+    progress, stop = _CHANNEL
+
+    def go_on() -> None:
+        if stop.is_set():
+            raise TrainingError(f"{name}: stopped because another part failed; the same command goes on")
 
     def report(stage: str, *rest: Any) -> None:
+        go_on()
         # A killed parent leaves its workers behind: they stop at the end of their epoch.
         if os.getppid() != _PARENT:
             os._exit(1)
-        _PROGRESS.put((f"{name}/{stage}", *rest))
+        progress.put((f"{name}/{stage}", *rest))
 
+    go_on()
     train_part(run, fold, seed, report)

@@ -103,6 +103,14 @@ class ADN(nn.Module):
             raise ValueError(
                 f"available: got {available.dtype} {list(available.shape)}, expected bool {list(tokens.shape[:2])}"
             )
+        if chunk_size < 1:
+            raise ValueError(f"chunk_size: got {chunk_size}, expected at least 1")
+        if row_id is not None and row_id.shape != (len(tokens),):
+            raise ValueError(f"row_id: got shape {list(row_id.shape)}, expected [{len(tokens)}]")
+        foreign = {"replace": ("sampling_steps", sampling_steps), "clean": ("start_step", start_step)}
+        name, value = foreign[self.config.conditioning]
+        if value is not None:
+            raise ValueError(f"{name}: got {value}, expected None with conditioning {self.config.conditioning!r}")
         bad = (~available.any(1)).nonzero().flatten().tolist()
         if bad:
             raise ValueError(
