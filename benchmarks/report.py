@@ -23,6 +23,7 @@ import modafill
 from modafill import ops
 from modafill.benchmarks.rivals import last_level_cache
 from modafill.benchmarks.runner import ROOFLINES
+from modafill.ops.backends import _C, native_build
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -30,7 +31,8 @@ def machine(device: torch.device) -> dict[str, Any]:
     return {
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),
-        "instruction_set": torch.backends.cpu.get_cpu_capability(),
+        "instruction_set": native_build()["cpu_isa"],
+        "instruction_set_of_torch": torch.backends.cpu.get_cpu_capability(),
         "last_level_cache_bytes": last_level_cache(),
         "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "driver": _driver() if device.type == "cuda" else None,
@@ -142,17 +144,23 @@ def _version(package: str) -> str | None:
 def _commit() -> dict[str, Any] | None:
     """Commit of the checkout that the package lies in, if it lies in one of modafill's.
 
-    ``dirty``: tracked files differ from it, or the installed Python files from those of the checkout.
+    ``dirty``: tracked files differ from it, or the installed Python files from those of the checkout, or a source of
+    the extension is younger than the extension.
     """
     package = Path(modafill.__file__).parent
     top = _output(["git", "-C", str(package), "rev-parse", "--show-toplevel"])
     if not top or not (Path(top) / "python" / "modafill" / "ops").is_dir():
         return None
-    sources = Path(top) / "python" / "modafill"
-    stale = package != sources and any(
-        not (package / name).is_file() or not filecmp.cmp(sources / name, package / name, shallow=False)
-        for name in (path.relative_to(sources) for path in sources.rglob("*.py"))
+    folders = {"python/modafill": package, "kernels": package / "kernels", "benchmarks": package / "benchmarks"}
+    stale = any(
+        not (installed / name).is_file() or not filecmp.cmp(Path(top) / source / name, installed / name, shallow=False)
+        for source, installed in folders.items()
+        if installed.is_dir()
+        for name in (path.relative_to(Path(top) / source) for path in (Path(top) / source).rglob("*.py"))
     )
+    if _C is not None:
+        built = Path(_C.__file__).stat().st_mtime
+        stale |= any(path.stat().st_mtime > built for path in (Path(top) / "csrc").rglob("*") if path.is_file())
     changed = _output(["git", "-C", top, "status", "--porcelain", "--untracked-files=no"])
     return {"id": _output(["git", "-C", top, "rev-parse", "HEAD"]), "dirty": bool(changed) or stale}
 

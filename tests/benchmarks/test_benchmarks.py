@@ -38,7 +38,16 @@ ROW = {
     "max_error": float,
 }
 MACHINE = {
-    *("cpu", "cores", "instruction_set", "last_level_cache_bytes", "gpu", "driver", "system"),
+    *(
+        "cpu",
+        "cores",
+        "instruction_set",
+        "instruction_set_of_torch",
+        "last_level_cache_bytes",
+        "gpu",
+        "driver",
+        "system",
+    ),
     *("python", "torch", "triton", "diffusers", "modafill", "dispatch", "commit", "date", "left_out"),
 }
 
