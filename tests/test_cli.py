@@ -126,6 +126,15 @@ def test_convert(modafill, tiny, store, tmp_path):
     assert all(torch.equal(a.features[name], b.features[name]) for name in b.features)
 
 
+def test_a_log_gets_a_line_now_and_then(modafill, tiny, tmp_path, monkeypatch):
+    shutil.copytree(tiny.run, tmp_path / "run")
+    assert modafill("evaluate", tmp_path / "run", "--samples", 1)[2] == ""
+    monkeypatch.setattr(cli, "_SECONDS_BETWEEN_LINES", 0.0)
+    assert modafill("evaluate", tmp_path / "run", "--samples", 1)[2] == "evaluating: 0 of 1\nevaluating: 1 of 1\n"
+    err = modafill(*tiny.train_arguments, "--set", "adn_epochs=4", "--out", tmp_path / "new")[2]
+    assert "fold0-seed0/adn-clean: epoch 4 of 4  loss " in err
+
+
 def test_train_again_is_quick_and_changes_nothing(modafill, tiny):
     files = {file: file.stat().st_mtime_ns for file in tiny.run.rglob("*.safetensors")}
     status, out, _ = modafill(*tiny.train_arguments, "--out", tiny.run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -298,19 +299,31 @@ def _must_exist(path: Path) -> None:
         raise ValueError(f"{path}: no such file")
 
 
-def _quiet() -> bool:
-    """Bars are for terminals; in a file one would leave an empty line before an error's only line."""
-    return not err_console.is_terminal
+# Bars are for terminals; a log gets a line now and then.
+_SECONDS_BETWEEN_LINES = 30.0
+
+
+class _Log:
+    def __init__(self) -> None:
+        self.last = time.monotonic()
+
+    def line(self, text: str) -> None:
+        """Print ``text`` on standard error, unless that is a terminal or the last line is too young."""
+        if not err_console.is_terminal and time.monotonic() - self.last >= _SECONDS_BETWEEN_LINES:
+            print(text, file=sys.stderr, flush=True)
+            self.last = time.monotonic()
 
 
 @contextmanager
 def _bar(what: str, total: int | None) -> Iterator[Any]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=err_console, transient=True, disable=_quiet()) as progress:
+    log, quiet = _Log(), not err_console.is_terminal
+    with Progress(*columns, TimeRemainingColumn(), console=err_console, transient=True, disable=quiet) as progress:
         task = progress.add_task(what, total=total)
 
         def advance(done: int, of: int | None = None) -> None:
             progress.update(task, completed=done, total=of)
+            log.line(f"{what}: {done} of {of or total}")
 
         yield advance
 
@@ -319,7 +332,8 @@ def _bar(what: str, total: int | None) -> Iterator[Any]:
 def _training_progress() -> Iterator[Any]:
     """A bar per fold and seed that is in training, showing its current stage."""
     columns = (TextColumn("{task.description:<34}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TextColumn("{task.fields[scalars]}"), console=err_console, disable=_quiet()) as progress:
+    log, quiet = _Log(), not err_console.is_terminal
+    with Progress(*columns, TextColumn("{task.fields[scalars]}"), console=err_console, disable=quiet) as progress:
         bars: dict[str, Any] = {}
 
         def report(name: str, epoch: int, epochs: int, scalars: dict[str, float]) -> None:
@@ -328,6 +342,7 @@ def _training_progress() -> Iterator[Any]:
                 bars[part] = progress.add_task(part, scalars="")
             shown = "  ".join(f"{key} {value:.4g}" for key, value in scalars.items() if key != "learning_rate")
             progress.update(bars[part], description=f"{part}  {stage}", completed=epoch, total=epochs, scalars=shown)
+            log.line(f"{name}: epoch {epoch} of {epochs}  {shown}")
 
         yield report
 
