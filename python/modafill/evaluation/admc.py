@@ -159,8 +159,8 @@ class _LogisticRegression:
             model = LogisticRegression(C=penalty, max_iter=1000).fit(x[train], y[train])
             loss = log_loss(y[valid], probabilities(model, valid), labels=list(range(t.labels.n_classes)))
             models.append((loss, model))
-            # From strong to weak: where two in a row are worse, weaker ones only over-fit more, and converge slowly.
-            if len(models) > 2 and min(loss, models[-2][0]) > min(models[:-2], key=itemgetter(0))[0]:
+            # From strong to weak: once the loss is clearly worse, weaker ones only over-fit more, and converge slowly.
+            if loss > 1.01 * min(models, key=itemgetter(0))[0]:
                 break
         best = min(models, key=itemgetter(0))[1]
         return torch.from_numpy(probabilities(best, rows.cpu().numpy())).to(t.device)
