@@ -126,6 +126,19 @@ def test_convert(modafill, tiny, store, tmp_path):
     assert all(torch.equal(a.features[name], b.features[name]) for name in b.features)
 
 
+@pytest.mark.parametrize("command", ["convert", "impute"])
+def test_nothing_is_overwritten(mistake, tiny, store, tmp_path, command):
+    source = shutil.copy(store if command == "impute" else tiny.archive, tmp_path)
+    arguments = [command, tiny.run] if command == "impute" else [command, "--mapping", tiny.mapping]
+    (tmp_path / "there.h5").write_text("mine")
+    before = Path(source).read_bytes()
+    assert "exists already" in mistake(*arguments, source, tmp_path / "there.h5")
+    assert "expected a name that ends in .h5" in mistake(*arguments, source, tmp_path / "out.npz")
+    mistake(*arguments, source, source)
+    assert Path(source).read_bytes() == before
+    assert (tmp_path / "there.h5").read_text() == "mine"
+
+
 def test_a_log_gets_a_line_now_and_then(modafill, tiny, tmp_path, monkeypatch):
     shutil.copytree(tiny.run, tmp_path / "run")
     assert modafill("evaluate", tmp_path / "run", "--samples", 1)[2] == ""
@@ -289,7 +302,7 @@ def test_mistakes(mistake, tiny, store, tmp_path, arguments, message):
         "run": tiny.run,
         "store": store,
         "folder": tmp_path,
-        "new": tmp_path / "new",
+        "new": tmp_path / "new.h5",
         "unfinished": tmp_path / "run",
     }
     assert message in mistake(*(argument.format(**names) for argument in arguments))

@@ -82,6 +82,7 @@ def convert(
     """Convert an archive into a feature store."""
     from modafill.data import convert_npz
 
+    _must_be_new(out)
     convert_npz(path, out, mapping)
     out_console.print(f"wrote {escape(str(out))}")
 
@@ -91,7 +92,9 @@ def train_admc(
     data: Annotated[Path, typer.Option(help="A feature store (.h5) or an archive (.npz).")],
     out: Annotated[Path, typer.Option(help="Folder of the run.")],
     mapping: Mapping = None,
-    preset: Annotated[str, typer.Option(help="'paper' (§4.2 of ADMC) or 'small' (two CPU cores, minutes).")] = "paper",
+    preset: Annotated[
+        str, typer.Option(help="'paper' (the numbers of §4.2 of ADMC) or 'small' (two CPU cores, minutes).")
+    ] = "paper",
     conditioning: Annotated[
         list[str] | None,
         typer.Option(
@@ -194,6 +197,7 @@ def impute(
     from modafill.training import Run
 
     _must_exist(path)
+    _must_be_new(out)
     folder = run
     if (run / "run.json").is_file():
         spec = Run.load(run)
@@ -292,6 +296,13 @@ def _evaluate(folder: Path, samples: int, start_steps: tuple[int, ...], part: st
 
     with _bar("evaluating", None) as advance:
         return evaluate_run(folder, n_samples=samples, start_steps=start_steps, part=part, jobs=jobs, progress=advance)
+
+
+def _must_be_new(out: Path) -> None:
+    if out.suffix != ".h5":
+        raise ValueError(f"{out}: expected a name that ends in .h5, because a feature store is written")
+    if out.exists():
+        raise ValueError(f"{out}: exists already; remove it or choose another name")
 
 
 def _must_exist(path: Path) -> None:

@@ -109,6 +109,7 @@ def test_many_sets_cut_no_figure_either(modalities):
 def test_one_trial_has_no_spread(records):
     (table,) = make_tables([r for r in records if r.method == "y"])
     assert table.rows() == [["y", "50.0", "50.0", "50.0", "50.0", "50.0", "50.0"]]
+    assert table.title == "Q — UA (higher is better)"
 
 
 def test_files(records, tmp_path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from importlib import resources
 from pathlib import Path
@@ -16,6 +16,34 @@ from modafill.data.npz import ArrayHeader, NpzFile
 SPLIT = "{split}"
 
 MappingLike = Union["NpzMapping", Mapping[str, Any], str, os.PathLike[str]]
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_optional_text(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _is_text_by_name(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
+
+
+# What each key of a mapping must be, as a check and in words.
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "modalities": (_is_text_by_name, "an object: modality → name of an array"),
+    "splits": (lambda value: isinstance(value, (list, tuple)) and all(map(_is_text, value)), "a list of names"),
+    "label": (lambda value: value is None or isinstance(value, dict), "an object with the name of an array and a kind"),
+    **dict.fromkeys(("group", "order", "id", "available"), (_is_optional_text, "the name of an array")),
+    **dict.fromkeys(("lengths", "columns"), (_is_text_by_name, "an object: modality → name of an array")),
+    "clip": (
+        lambda value: isinstance(value, dict) and all(isinstance(v, (int, float)) for v in value.values()),
+        "an object: modality → number",
+    ),
+    "window": (lambda value: value is None or (type(value) is int and value >= 0), "a whole number of turns"),
+    **dict.fromkeys(("nonfinite", "description"), (_is_text, "a text")),
+}
 
 
 @dataclass(frozen=True)
@@ -61,6 +89,10 @@ class NpzMapping:
         allowed = {f.name for f in fields(cls)} - {"name"}
         if set(given) - allowed:
             raise ValueError(f"mapping {name}: got the keys {sorted(set(given) - allowed)}, expected {sorted(allowed)}")
+        for key, value in given.items():
+            fits, expected = _RULES[key]
+            if not fits(value):
+                raise ValueError(f"mapping {name}: {key}: got {value!r}, expected {expected}")
         mapping = cls(name, **{**given, "splits": tuple(given.get("splits", ()))}) if "modalities" in given else None
         if mapping is None or not isinstance(mapping.modalities, dict) or len(mapping.modalities) < 2:
             raise ValueError(f"mapping {name}: expected 'modalities' to name two arrays or more")

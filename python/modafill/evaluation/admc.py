@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import log_loss
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from modafill import __version__
@@ -156,7 +157,9 @@ class _LogisticRegression:
 
         models: list[tuple[float, LogisticRegression]] = []
         for penalty in self.penalties:
-            model = LogisticRegression(C=penalty, max_iter=1000).fit(x[train], y[train])
+            # BLAS threads would wait for each other, for minutes where another program has a core.
+            with threadpool_limits(1):
+                model = LogisticRegression(C=penalty, max_iter=1000).fit(x[train], y[train])
             loss = log_loss(y[valid], probabilities(model, valid), labels=list(range(t.labels.n_classes)))
             models.append((loss, model))
             # From strong to weak: once the loss is clearly worse, weaker ones only over-fit more, and converge slowly.

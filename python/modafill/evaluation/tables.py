@@ -45,7 +45,8 @@ class Table:
     def title(self) -> str:
         """The question with its metric and the number of trainings."""
         direction = "lower" if self.metric in LOWER_IS_BETTER else "higher"
-        return f"{self.question} — {self.metric} ({direction} is better; mean ± std of {self.trials})"
+        spread = f"; mean ± std of {self.trials}" if self.trials > 1 else ""
+        return f"{self.question} — {self.metric} ({direction} is better{spread})"
 
     def rows(self) -> list[list[str]]:
         """Formatted cells, method first."""

@@ -124,6 +124,8 @@ def _why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | No
     if backend == "cuda":
         if not _C.cuda_architectures:
             return "modafill was built without CUDA"
+        if not torch.cuda.is_available():
+            return "torch sees no CUDA device"
         major, minor = torch.cuda.get_device_capability(device)
         if major < 8:
             return f"it needs compute capability 8.0 or later, the device has {major}.{minor}"
