@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import csv
 import math
 import pickle
 from collections.abc import Callable
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from modafill import ModalityImputer
-from modafill.data import FeatureStore, StoreWriter, all_patterns
-from modafill.imputer import Imputation, impute_store
+from modafill.data import Batch, FeatureStore, StoreWriter, all_patterns, pattern_index
+from modafill.imputer import Imputation, impute_store, recognise_store
 from modafill.models.admc import ADMC
 
 MakeADMC = Callable[..., ADMC]
@@ -38,8 +39,7 @@ def make_features(rows: int = 7) -> tuple[Features, Features]:
 
 
 def bits(result: Imputation) -> list[Tensor]:
-    std = {} if result.std is None else result.std
-    return [*result.embeddings.values(), *result.samples.values(), *std.values(), result.generated]
+    return [*result.embeddings.values(), *result.samples.values(), result.generated]
 
 
 def equal(one: Imputation, other: Imputation) -> bool:
@@ -88,7 +88,8 @@ def test_mean_and_deviation_are_those_of_the_samples(imputer: ModalityImputer) -
         np.testing.assert_allclose(result.embeddings[name][hidden], samples.mean(0), rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(result.std[name][hidden], samples.std(0, ddof=1), rtol=1e-4, atol=1e-6)
     one = imputer(features, PATTERNS, lengths)
-    assert one.std is None
+    with pytest.raises(ValueError, match="std: a single sample has no spread, expected .* n_samples of 2 or more"):
+        _ = one.std
     for name in NAMES:
         torch.testing.assert_close(one.samples[name][0], result.samples[name][0], rtol=0, atol=1e-5)
         torch.testing.assert_close(one.embeddings[name], one.samples[name][0])
@@ -244,6 +245,39 @@ def test_mistakes_are_named(imputer: ModalityImputer, mistake: str) -> None:
         imputer(**arguments)
 
 
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [
+        (list(FEATURES.values()), "features: got list, expected a mapping from name to tensor"),
+        (FEATURES["vision"].numpy(), "features: got ndarray, expected a mapping"),
+        ({"vision": FEATURES["vision"].numpy()}, r"features\['vision'\]: got ndarray, expected a tensor"),
+    ],
+)
+def test_what_is_no_tensor(imputer: ModalityImputer, features: object, message: str) -> None:
+    for call in (imputer, imputer.recognise):
+        with pytest.raises(TypeError, match=message):
+            call(features)
+
+
+def test_recognition_is_the_models(imputer: ModalityImputer) -> None:
+    features, lengths = make_features()
+    batch = Batch(features, PATTERNS, torch.arange(7) + 3, lengths)
+    expected = imputer.model.recognise(batch, n_samples=4, seed=2)
+    found = imputer.recognise(features, PATTERNS, lengths, n_samples=4, seed=2, row_ids=torch.arange(7) + 3)
+    assert torch.equal(found, expected)
+    assert found.shape == (7, len(imputer.classes))
+    torch.testing.assert_close(found.sum(1), torch.ones(7))
+    # One row that lacks something, by the definition: completions through the pattern's own network, averaged.
+    samples = imputer.model.scaler(
+        torch.stack(list(imputer(features, PATTERNS, lengths, n_samples=4).samples.values()), 2)
+    )
+    fusion = imputer.model.fusions[pattern_index(PATTERNS)[0]]
+    with torch.no_grad():
+        by_hand = fusion(samples[:, 0]).softmax(-1).mean(0)
+    again = imputer.recognise(features, PATTERNS, lengths, n_samples=4)
+    torch.testing.assert_close(again[0], by_hand, rtol=0, atol=1e-5)
+
+
 def test_hidden_nan_is_no_mistake(imputer: ModalityImputer) -> None:
     available = ALL.clone()
     available[2, 2] = False
@@ -296,6 +330,27 @@ def test_a_store_is_imputed_row_by_row(
     assert completed.groups("speaker").tolist() == store.groups("speaker").tolist()
 
 
+@pytest.mark.parametrize("batch_size", [3, 20])
+def test_a_store_is_recognised_row_by_row(
+    imputer: ModalityImputer, store: FeatureStore, tmp_path: Path, batch_size: int
+) -> None:
+    out = tmp_path / "out.csv"
+    progress = recognise_store(imputer, store, out, n_samples=2, seed=4, batch_size=batch_size)
+    assert next(progress) == batch_size
+    assert not out.exists()
+    assert [*progress][-1:] == ([20] if batch_size < 20 else [])
+    with open(out, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    batch = store.read(np.arange(20))
+    columns = [store.modalities.index(name) for name in NAMES]
+    expected = imputer.recognise(batch.features, batch.available[:, columns], batch.lengths, n_samples=2, seed=4)
+    assert list(rows[0]) == ["id", "class", *(f"p({name})" for name in imputer.classes)]
+    assert [row["id"] for row in rows] == [f"clip {i}" for i in range(20)]
+    found = torch.tensor([[float(row[f"p({name})"]) for name in imputer.classes] for row in rows])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert [row["class"] for row in rows] == [imputer.classes[i] for i in found.argmax(1)]
+
+
 def test_a_store_that_is_not_finished_does_not_appear(
     imputer: ModalityImputer, store: FeatureStore, tmp_path: Path
 ) -> None:
@@ -334,6 +389,18 @@ def test_a_store_without_a_modality_of_the_model(imputer: ModalityImputer, tmp_p
         writer.append({"vision": np.zeros((2, 3))})
     with pytest.raises(ValueError, match="has no modality 'audio'"):
         next(impute_store(imputer, FeatureStore(tmp_path / "in.h5"), tmp_path / "out.h5"))
+
+
+def test_a_store_of_vectors_for_a_model_of_sequences(imputer: ModalityImputer, tmp_path: Path) -> None:
+    widths = {"text": 5, "audio": 4, "vision": 3}
+    with StoreWriter(
+        tmp_path / "in.h5", modalities=list(widths), widths=widths, kinds=dict.fromkeys(widths, "vector")
+    ) as writer:
+        writer.append({name: np.zeros((2, width)) for name, width in widths.items()})
+    for function in (impute_store, recognise_store):
+        with pytest.raises(ValueError, match=r"features\['text'\]: got shape \[2, 5\], expected \[B, L, 5\]"):
+            next(function(imputer, FeatureStore(tmp_path / "in.h5"), tmp_path / "out"))
+    assert [path.name for path in tmp_path.iterdir()] == ["in.h5"]
 
 
 def test_a_store_with_an_empty_row(imputer: ModalityImputer, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from modafill.data import Batch, FeatureStore, StoreWriter
+from modafill.files import replacing
 from modafill.data.patterns import check_available, name_rows
 from modafill.models.admc import ADMC
 
@@ -22,14 +24,22 @@ class Imputation:
     Attributes:
         embeddings: name → ``[B, D]``, the encoder's embedding where observed, the mean of the samples where generated.
         generated: bool ``[B, M]``, True where an embedding was generated.
-        std: name → ``[B, D]``, standard deviation of the samples, 0 where observed; None for one sample.
         samples: name → ``[K, B, D]``.
     """
 
     embeddings: dict[str, Tensor]
     generated: Tensor
-    std: dict[str, Tensor] | None
     samples: dict[str, Tensor]
+
+    @property
+    def std(self) -> dict[str, Tensor]:
+        """Name → ``[B, D]``, standard deviation of the samples, 0 where observed; ValueError for a single sample."""
+        spread = {}
+        for m, (name, samples) in enumerate(self.samples.items()):
+            if len(samples) < 2:
+                raise ValueError("std: a single sample has no spread, expected a call with n_samples of 2 or more")
+            spread[name] = samples.std(0, correction=1).masked_fill(~self.generated[:, m, None], 0.0)
+        return spread
 
 
 class ModalityImputer(nn.Module):
@@ -66,6 +76,11 @@ class ModalityImputer(nn.Module):
         """Names, in the order of the columns of ``available`` and ``generated``."""
         return tuple(self.model.modalities)
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of :meth:`recognise`'s columns."""
+        return tuple(self.model.classes)
+
     @torch.no_grad()
     def forward(
         self,
@@ -88,9 +103,40 @@ class ModalityImputer(nn.Module):
             seed, row_ids: the noise of a row depends on (seed, row id) alone. Ids in [0, 2⁴⁸); default 0…B−1.
 
         Raises:
+            TypeError: features that are no mapping, or no tensors.
             ValueError: an unknown modality, a wrong width, NaN or infinity in an observed feature, a row with nothing
                 observed, an empty batch.
         """
+        return self.complete(self._batch(features, available, lengths, row_ids), n_samples=n_samples, seed=seed)
+
+    @torch.no_grad()
+    def recognise(
+        self,
+        features: Mapping[str, Tensor | None],
+        available: Tensor | None = None,
+        lengths: Mapping[str, Tensor] | None = None,
+        *,
+        n_samples: int = 1,
+        seed: int = 0,
+        row_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Class probabilities ``[B, classes]`` from the completed batch (ADMC §3.3).
+
+        Arguments and errors are those of calling the imputer. Where something is missing, probabilities are averaged
+        over the ``n_samples`` completions.
+        """
+        batch = self._batch(features, available, lengths, row_ids)
+        return self.model.recognise(batch, n_samples=n_samples, seed=seed)
+
+    def _batch(
+        self,
+        features: Mapping[str, Tensor | None],
+        available: Tensor | None,
+        lengths: Mapping[str, Tensor] | None,
+        row_ids: Tensor | None,
+    ) -> Batch:
+        if not isinstance(features, Mapping):
+            raise TypeError(f"features: got {type(features).__name__}, expected a mapping from name to tensor")
         given = {name: x for name, x in features.items() if x is not None}
         unknown = sorted(set(features) - set(self.modalities))
         if unknown:
@@ -103,9 +149,9 @@ class ModalityImputer(nn.Module):
             raise ValueError("features: got no modality at all, expected at least one")
         for name, x in given.items():
             spec = self.model.modalities[name]
-            if x.ndim != 2 + spec.sequence:
-                expected = f"[B, L, {spec.width}]" if spec.sequence else f"[B, {spec.width}]"
-                raise ValueError(f"features[{name!r}]: got shape {list(x.shape)}, expected {expected}")
+            if not isinstance(x, Tensor):
+                raise TypeError(f"features[{name!r}]: got {type(x).__name__}, expected a tensor (see torch.as_tensor)")
+            spec.check(name, x)
         first = next(iter(given.values()))
         rows = torch.arange(len(first), device=first.device) if row_ids is None else row_ids
         present = torch.tensor([name in given for name in self.modalities], device=first.device)
@@ -122,7 +168,7 @@ class ModalityImputer(nn.Module):
             if spec.sequence:
                 steps = torch.full((len(first),), full[name].shape[1], dtype=torch.int64, device=first.device)
                 full_lengths[name] = (lengths or {}).get(name, steps) if name in given else steps
-        return self.complete(Batch(full, available, rows, full_lengths), n_samples=n_samples, seed=seed)
+        return Batch(full, available, rows, full_lengths)
 
     @torch.no_grad()
     def complete(self, batch: Batch, *, n_samples: int = 1, seed: int = 0) -> Imputation:
@@ -135,11 +181,9 @@ class ModalityImputer(nn.Module):
         )
         samples = torch.where(keep, embeddings, model.scaler.inverse(samples))
         exact = torch.where(keep, embeddings, samples.mean(0))
-        spread = samples.std(0, correction=1).masked_fill(keep, 0.0) if n_samples > 1 else None
         return Imputation(
             {name: exact[:, m] for m, name in enumerate(self.modalities)},
             ~batch.available,
-            None if spread is None else {name: spread[:, m] for m, name in enumerate(self.modalities)},
             {name: samples[:, :, m] for m, name in enumerate(self.modalities)},
         )
 
@@ -157,16 +201,9 @@ def impute_store(
 
     The file appears at ``out`` when the last row is written, or not at all. Labels, groups, splits and ids come along.
     """
-    missing = sorted(set(imputer.modalities) - set(store.modalities))
-    if missing:
-        raise ValueError(f"{store.path}: has no modality {missing[0]!r}, the model was trained on {imputer.modalities}")
+    _check_store(imputer, store)
     width = imputer.model.config.width
     names = imputer.modalities
-    empty = np.flatnonzero(~store.available()[:, [store.modalities.index(name) for name in names]].any(1))
-    if len(empty):
-        where = name_rows(empty.tolist())
-        raise ValueError(f"{store.path}: nothing is observed in {where}, expected at least one modality")
-    device = next(imputer.parameters()).device
     order = store.order()
     labels = {name: store.labels(name) for name in store.label_names}
     groups = {name: store.groups(name) for name in store.group_names}
@@ -178,17 +215,8 @@ def impute_store(
         kinds=dict.fromkeys(names, "vector"),
         task={k: v for k, v in store.task.items() if k != "window"},
     ) as writer:
-        for start in range(0, len(store), batch_size):
-            rows = np.arange(start, min(start + batch_size, len(store)))
-            batch = store.read(rows).to(device)
-            done = imputer(
-                {name: batch.features[name] for name in names},
-                batch.available[:, [store.modalities.index(name) for name in names]],
-                {name: batch.lengths[name] for name in names if name in batch.lengths},
-                n_samples=n_samples,
-                seed=seed,
-                row_ids=batch.row_id,
-            )
+        for rows, batch in _batches(imputer, store, batch_size):
+            done = imputer.complete(batch, n_samples=n_samples, seed=seed)
             writer.append(
                 {name: x.cpu().numpy() for name, x in done.embeddings.items()},
                 available=~done.generated.cpu().numpy(),
@@ -200,3 +228,49 @@ def impute_store(
                 order=None if order is None else order[rows],
             )
             yield int(rows[-1]) + 1
+
+
+def recognise_store(
+    imputer: ModalityImputer,
+    store: FeatureStore,
+    out: Path,
+    *,
+    n_samples: int = 1,
+    seed: int = 0,
+    batch_size: int = 1024,
+) -> Iterator[int]:
+    """Write a CSV file of ``id``, the likeliest class and the probability of each; yields the rows done so far.
+
+    The file appears at ``out`` when the last row is written, or not at all.
+    """
+    _check_store(imputer, store)
+    with replacing(out) as beside, open(beside, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "class", *(f"p({name})" for name in imputer.classes)])
+        for rows, batch in _batches(imputer, store, batch_size):
+            probabilities = imputer.model.recognise(batch, n_samples=n_samples, seed=seed).cpu()
+            likeliest = probabilities.argmax(1).tolist()
+            for name, best, row in zip(store.ids(rows), likeliest, probabilities.tolist(), strict=True):
+                writer.writerow([name, imputer.classes[best], *(f"{p:.6g}" for p in row)])
+            yield int(rows[-1]) + 1
+
+
+def _check_store(imputer: ModalityImputer, store: FeatureStore) -> None:
+    missing = sorted(set(imputer.modalities) - set(store.modalities))
+    if missing:
+        raise ValueError(f"{store.name}: has no modality {missing[0]!r}, the model was trained on {imputer.modalities}")
+    empty = np.flatnonzero(~store.available()[:, [store.modalities.index(name) for name in imputer.modalities]].any(1))
+    if len(empty):
+        where = name_rows(empty.tolist())
+        raise ValueError(f"{store.name}: nothing is observed in {where}, expected at least one modality")
+
+
+def _batches(imputer: ModalityImputer, store: FeatureStore, batch_size: int) -> Iterator[tuple[np.ndarray, Batch]]:
+    """Row numbers and the model's modalities of a whole store, on the model's device."""
+    device, names = next(imputer.parameters()).device, imputer.modalities
+    for start in range(0, len(store), batch_size):
+        rows = np.arange(start, min(start + batch_size, len(store)))
+        read = store.read(rows).to(device)
+        available = read.available[:, [store.modalities.index(name) for name in names]]
+        lengths = {name: read.lengths[name] for name in names if name in read.lengths}
+        yield rows, Batch({name: read.features[name] for name in names}, available, read.row_id, lengths)

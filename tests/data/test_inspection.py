@@ -91,7 +91,7 @@ def test_nan_and_infinity_are_counted_not_refused(archive: Path, tmp_path: Path)
 def test_an_archive_that_no_mapping_fits(archive: Path) -> None:
     report = json.loads(json.dumps(inspect_path(archive)))
     assert report["mapping"] is None
-    assert report["problem"].startswith("no mapping fits the arrays")
+    assert report["problem"].startswith("no built-in mapping fits the arrays")
     assert {array["name"] for array in report["unmapped"]} == set(np.load(archive).files)
     assert "notes" in rendered(report)
     with pytest.raises(ValueError, match="mapping hazumi needs"):

@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from modafill.data import FeatureStore, NpzMapping, builtin_mappings, convert_npz, load_mapping, open_data
+from modafill.data import (
+    FeatureStore,
+    NpzMapping,
+    builtin_mappings,
+    convert_npz,
+    inspect_path,
+    load_mapping,
+    open_data,
+)
 from modafill.data.npz import NpzFile
 
 MAPPING: dict[str, Any] = {"modalities": {"text": "t", "audio": "a"}, "label": {"name": "y", "kind": "class"}}
@@ -171,7 +179,7 @@ def test_a_mapping_by_object_name_and_path(tmp_path: Path) -> None:
         ({**MAPPING, "clip": {"a": "much"}}, "clip: got .* modality → number"),
         ({**MAPPING, "window": 2.5}, "window: got 2.5, expected a whole number of turns"),
         ({**MAPPING, "groups": "g"}, r"got the keys \['groups'\]"),
-        ({**MAPPING, "nonfinite": "ignore"}, "got nonfinite 'ignore'"),
+        ({**MAPPING, "nonfinite": "ignore"}, "nonfinite: got 'ignore', expected error or missing or zero"),
         ({**MAPPING, "clip": {"vision": 3}}, r"clip names the unknown modalities \['vision'\]"),
         ({**MAPPING, "label": {"kind": "class"}}, "the label to have the name"),
         ({**MAPPING, "label": {"name": "y", "kind": "rank"}}, "mapping given: label: got kind 'rank'"),
@@ -194,7 +202,7 @@ def test_the_mapping_is_found_by_content(tmp_path: Path) -> None:
     n = 4
     arrays = {"fourier": np.ones((n, 2)), "karhunen": np.ones((n, 2)), "zernike": np.ones((n, 2))}
     assert convert_npz(save(tmp_path / "a.npz", **arrays, digit=np.arange(n)), tmp_path / "a.h5").name == "digits"
-    with pytest.raises(ValueError, match=r"no mapping fits the arrays .*digits lacks digit; hazumi lacks UI_mean, pid"):
+    with pytest.raises(ValueError, match=r"no built-in mapping fits .*digits lacks digit; hazumi .*docs/data\.md"):
         convert_npz(save(tmp_path / "b.npz", **arrays), tmp_path / "b.h5")
     hazumi = {"text": np.ones((n, 2)), "audio": np.ones((n, 2)), "vision": np.ones((n, 2)), "UI_mean": np.arange(n)}
     names = {f"{name}_cols": np.array(["x", "y"]) for name in ("text", "audio", "vision")}
@@ -313,19 +321,37 @@ def test_a_malformed_mask(tmp_path: Path) -> None:
         convert_npz(path, tmp_path / "x.h5", {**MAPPING, "available": "seen"})
 
 
-def test_nan_is_an_error_unless_asked_to_be_zero(tmp_path: Path) -> None:
+def test_nan_is_an_error_unless_the_mapping_says_what_it_means(tmp_path: Path) -> None:
     n = 2200
     t, a = np.ones((n, 3)), np.ones((n, 4, 2))
     t[[5, 2100], 1] = np.nan
     a[2150, 3, :] = -np.inf
     path = simple(tmp_path / "x.npz", n, t=t, a=a)
-    with pytest.raises(ValueError, match=r"'t' has 2 in rows 5, 2100; 'a' has 2 in row 2150 .*\"nonfinite\": \"zero\""):
+    with pytest.raises(ValueError, match=r"'t' has 2 in rows 5, 2100; 'a' has 2 in row 2150\. .*\"available\""):
         convert_npz(path, tmp_path / "x.h5", MAPPING)
     assert [file.name for file in tmp_path.iterdir()] == ["x.npz"]
     convert_npz(path, tmp_path / "x.h5", {**MAPPING, "nonfinite": "zero"})
     batch = FeatureStore(tmp_path / "x.h5").read(np.array([5, 6, 2150]))
     assert batch.features["text"].tolist() == [[1, 0, 1], [1, 1, 1], [1, 1, 1]]
     assert batch.features["audio"][2].tolist() == [[1, 1], [1, 1], [1, 1], [0, 0]]
+    convert_npz(path, tmp_path / "m.h5", {**MAPPING, "nonfinite": "missing"})
+    store = FeatureStore(tmp_path / "m.h5")
+    assert np.argwhere(~store.available()).tolist() == [[5, 0], [2100, 0], [2150, 1]]
+    batch = store.read(np.array([5, 2150]))
+    assert not batch.features["text"][0].any()
+    assert batch.features["audio"][:, 3].tolist() == [[1, 1], [0, 0]]
+    modalities = inspect_path(path, {**MAPPING, "nonfinite": "missing"})["modalities"]
+    assert [(m["missing"], m["nan"], m["inf"]) for m in modalities] == [(2, 0, 0), (1, 0, 0)]
+
+
+def test_nan_beyond_the_length_does_not_make_a_sequence_missing(tmp_path: Path) -> None:
+    a, lengths = np.ones((10, 4, 2)), np.full(10, 4)
+    a[3, 2:], lengths[3], a[7, 1] = np.nan, 2, np.nan
+    path = simple(tmp_path / "x.npz", a=a, steps=lengths)
+    convert_npz(path, tmp_path / "x.h5", {**MAPPING, "lengths": {"audio": "steps"}, "nonfinite": "missing"})
+    store = FeatureStore(tmp_path / "x.h5")
+    assert np.argwhere(~store.available()).tolist() == [[7, 1]]
+    assert store.read(np.arange(10)).lengths["audio"].tolist() == [4, 4, 4, 2, 4, 4, 4, 0, 4, 4]
 
 
 def test_values_beyond_float32_count_as_infinite(tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ class Batch:
             if bool(bad.any()):
                 rows = name_rows(self.row_id[bad].tolist(), "row id")
                 raise ValueError(
-                    f"features[{name!r}]: got NaN or infinity in {rows}, expected finite values where observed"
+                    f"features[{name!r}]: got NaN or infinity in {rows}, expected finite values where available is True"
                 )
         empty = ~self.available.any(1)
         if bool(empty.any()):

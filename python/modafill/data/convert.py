@@ -52,6 +52,17 @@ class Block:
         lengths = self.lengths.get(name, np.full(len(x), x.shape[1]))
         return seen[:, None] & (np.arange(x.shape[1]) < lengths[:, None])
 
+    def nonfinite(self, name: str, m: int) -> np.ndarray:
+        """bool like the features: where a valid value is NaN or infinity."""
+        return ~np.isfinite(self.features[name]) & self.observed(name, m)[..., None]
+
+    def hide(self, name: str, m: int, rows: np.ndarray) -> None:
+        """Make a modality missing in ``rows``, bool ``[n]``."""
+        self.available[rows, m] = False
+        self.features[name][rows] = 0
+        if name in self.lengths:
+            self.lengths[name][rows] = 0
+
 
 class MappedNpz:
     """An archive seen through a mapping.
@@ -160,7 +171,7 @@ class MappedNpz:
             piece = slice(start, start + rows)
             with np.errstate(over="ignore"):
                 features = {name: next(stream).astype(np.float32) for name, stream in streams.items()}
-            yield Block(
+            block = Block(
                 features=features,
                 available=available[piece],
                 lengths={name: values[piece] for name, values in lengths.items()},
@@ -170,6 +181,10 @@ class MappedNpz:
                 splits={"split": np.full(len(available[piece]), part)} if mapping.splits else {},
                 order=None if order is None else order[piece],
             )
+            if mapping.nonfinite == "missing":
+                for m, name in enumerate(features):
+                    block.hide(name, m, block.nonfinite(name, m).reshape(len(block.ids), -1).any(1))
+            yield block
 
     def _load(self, template: str, part: str) -> np.ndarray:
         return self.npz.load(template.replace(SPLIT, part))
@@ -204,7 +219,7 @@ def convert_npz(
 
     Raises:
         ValueError: an unreadable or suspicious archive, no fitting mapping, arrays that disagree, or NaN or infinity in
-            observed features (unless the mapping says ``"nonfinite": "zero"``).
+            observed features (unless the mapping's ``nonfinite`` says what they mean).
     """
     with NpzFile(source) as npz:
         used = choose_mapping(npz, mapping)
@@ -239,14 +254,14 @@ def open_data(
         out = Path(cache_dir) / f"{source.stem}.h5"
         if out.exists():
             try:
-                store = FeatureStore(out)
+                store = FeatureStore(out, name=str(path))
             except ValueError:
                 store = None
             if store is not None and store.task.get("source") == digest:
                 return store
         out.parent.mkdir(parents=True, exist_ok=True)
         _convert(MappedNpz(npz, used), out, {"source": digest})
-    return FeatureStore(out)
+    return FeatureStore(out, name=str(path))
 
 
 def file_format(path: str | os.PathLike[str]) -> str:
@@ -288,7 +303,7 @@ def _convert(data: MappedNpz, out: Path, task: dict[str, Any]) -> None:
     ) as writer:
         for block in data.blocks():
             for m, (name, x) in enumerate(block.features.items()):
-                bad = ~np.isfinite(x) & block.observed(name, m)[..., None]
+                bad = block.nonfinite(name, m)
                 if bad.any():
                     bad_values[name] = bad_values.get(name, 0) + int(bad.sum())
                     rows = np.flatnonzero(bad.reshape(len(bad), -1).any(1)) + start
@@ -304,6 +319,7 @@ def _convert(data: MappedNpz, out: Path, task: dict[str, Any]) -> None:
                 for name, rows in bad_rows.items()
             )
             raise ValueError(
-                f"{data.npz.path}: NaN or infinity in observed features: array {what} "
-                '(a mapping with "nonfinite": "zero" replaces them by 0)'
+                f"{data.npz.path}: NaN or infinity in observed features: array {what}. Where that means a missing "
+                'modality, name a bool array [N, M] as "available" in the mapping, or say "nonfinite": "missing"; '
+                '"zero" takes the values for 0'
             )

@@ -14,6 +14,7 @@ from modafill.data.labels import check_label_spec
 from modafill.data.npz import ArrayHeader, NpzFile
 
 SPLIT = "{split}"
+NONFINITE = ("error", "missing", "zero")
 
 MappingLike = Union["NpzMapping", Mapping[str, Any], str, os.PathLike[str]]
 
@@ -63,7 +64,8 @@ class NpzMapping:
         lengths: sequence modality → array of ints ``[N]``, valid steps; 0 means missing.
         columns: modality → array ``[D]`` of column names.
         clip: modality → bound; values are clipped to ±bound.
-        nonfinite: ``"error"``, or ``"zero"`` to replace NaN and infinity in observed features by 0.
+        nonfinite: what NaN or infinity in an observed feature means: ``"error"``; ``"missing"``, this sample lacks the
+            modality; ``"zero"``, the value is 0.
         window: how many turns of a group make a sample.
         description: one line for people.
     """
@@ -96,8 +98,8 @@ class NpzMapping:
         mapping = cls(name, **{**given, "splits": tuple(given.get("splits", ()))}) if "modalities" in given else None
         if mapping is None or not isinstance(mapping.modalities, dict) or len(mapping.modalities) < 2:
             raise ValueError(f"mapping {name}: expected 'modalities' to name two arrays or more")
-        if mapping.nonfinite not in ("error", "zero"):
-            raise ValueError(f"mapping {name}: got nonfinite {mapping.nonfinite!r}, expected 'error' or 'zero'")
+        if mapping.nonfinite not in NONFINITE:
+            raise ValueError(f"mapping {name}: nonfinite: got {mapping.nonfinite!r}, expected {' or '.join(NONFINITE)}")
         for what in ("lengths", "columns", "clip"):
             unknown = set(getattr(mapping, what)) - set(mapping.modalities)
             if unknown:
@@ -208,4 +210,7 @@ def choose_mapping(npz: NpzFile, given: MappingLike | None = None) -> NpzMapping
     if fits:
         raise ValueError(f"{npz.path}: the mappings {fits} all fit, expected one to be named")
     reasons = "; ".join(f"{name} lacks {', '.join(absent[:4])}" for name, absent in missing.items())
-    raise ValueError(f"{npz.path}: no mapping fits the arrays {list(npz.headers)} ({reasons})")
+    raise ValueError(
+        f"{npz.path}: no built-in mapping fits the arrays {list(npz.headers)} ({reasons}); "
+        "say which array is what with --mapping FILE.json, see docs/data.md"
+    )

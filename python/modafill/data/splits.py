@@ -61,7 +61,7 @@ def make_splits(
     divide = _Divider(groups, _strata(store) if groups is None else None, seed, valid_fraction)
     if split is not None or store.split_names:
         if folds != 1:
-            raise ValueError(f"folds: got {folds}, expected 1: {store.path} comes with a split")
+            raise ValueError(f"folds: got {folds}, expected 1: {store.name} comes with a split")
         splits = [_given(store.split(split), divide)]
     else:
         parts = divide.folds(len(store), folds)

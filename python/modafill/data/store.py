@@ -40,6 +40,7 @@ class FeatureStore:
 
     Attributes:
         path: the file.
+        name: what messages call it: the path, or that of the file it was converted from.
         modalities: names, in the order of the columns of availability.
         widths: name → D.
         kinds: name → ``"vector"`` or ``"sequence"``, as :meth:`read` returns them.
@@ -54,10 +55,11 @@ class FeatureStore:
         ValueError: not a store, truncated, of a newer version, or inconsistent; the message has path and reason.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, name: str | None = None) -> None:
         self.path = Path(path)
+        self.name = str(path) if name is None else name
         if not self.path.exists():
-            raise FileNotFoundError(f"{self.path}: no such file")
+            raise FileNotFoundError(f"{self.name}: no such file")
         self.window: int | None = None
         self._handle: h5py.File | None = None
         self._process = 0
@@ -66,10 +68,10 @@ class FeatureStore:
             self._read_layout()
         except (KeyError, OSError, RuntimeError, TypeError, UnicodeDecodeError) as error:
             self.close()
-            raise ValueError(f"{self.path}: not a readable feature store: {_reason(error)}") from None
+            raise ValueError(f"{self.name}: not a readable feature store: {_reason(error)}") from None
         except ValueError as error:
             self.close()
-            raise ValueError(f"{self.path}: {error}") from None
+            raise ValueError(f"{self.name}: {error}") from None
 
     def _read_layout(self) -> None:
         file = self._file
@@ -159,16 +161,16 @@ class FeatureStore:
         try:
             yield
         except (OSError, RuntimeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{self.path}: cannot read {what}: {_reason(error)}") from None
+            raise ValueError(f"{self.name}: cannot read {what}: {_reason(error)}") from None
 
     def _column(self, kind: str, name: str | None) -> np.ndarray:
         names = self._names(kind)
         if name is None:
             if len(names) != 1:
-                raise ValueError(f"{self.path}: expected one of the {kind} {list(names)} to be named")
+                raise ValueError(f"{self.name}: expected one of the {kind} {list(names)} to be named")
             name = names[0]
         if name not in names:
-            raise ValueError(f"{self.path}: no {kind} named {name!r}, only {list(names)}")
+            raise ValueError(f"{self.name}: no {kind} named {name!r}, only {list(names)}")
         return self._array(f"{kind}/{name}")
 
     def _names(self, kind: str) -> tuple[str, ...]:
@@ -302,10 +304,10 @@ class FeatureStore:
         if length < 1:
             raise ValueError(f"length: got {length}, expected at least 1")
         if not any(self._is_vector(name) for name in self.modalities):
-            raise ValueError(f"{self.path}: windows are made of vectors, and every modality here is a sequence")
+            raise ValueError(f"{self.name}: windows are made of vectors, and every modality here is a sequence")
         order = self.order()
         if order is None or not self.group_names:
-            raise ValueError(f"{self.path}: windows need a group column and an order column")
+            raise ValueError(f"{self.name}: windows need a group column and an order column")
         codes = np.unique(self.groups(group or self.task.get("group")), return_inverse=True)[1]
         by_turn = np.lexsort((order, codes))
         starts = np.flatnonzero(np.diff(codes[by_turn], prepend=-1))

@@ -85,7 +85,7 @@ class FoldTrainer:
             try:
                 batch.validate()
             except ValueError as error:
-                raise ValueError(f"{self.store.path}: {error}") from error
+                raise ValueError(f"{self.store.name}: {error}") from error
             for features in batch.features.values():
                 digest.update(features.numpy().tobytes())
         return digest.hexdigest()[:16]

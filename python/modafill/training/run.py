@@ -114,7 +114,7 @@ class Run:
         split = self.splits(store)[fold]
         spec = store.task.get("label")
         if spec is None:
-            raise ValueError(f"{store.path}: the data name no label, expected one in the mapping")
+            raise ValueError(f"{store.name}: the data name no label, expected one in the mapping")
         labels = Labels.fit(spec, store.labels(spec["name"]), split.train)
         folder = self.part_folder(fold, seed)
         return FoldTrainer(folder, store, split, labels, self.config, self.conditionings, seed, accelerator, report)

@@ -25,6 +25,12 @@ class ModalitySpec:
     width: int
     sequence: bool
 
+    def check(self, name: str, x: Tensor) -> None:
+        """Raise ValueError unless ``x`` has as many dimensions as features of the modality ``name``."""
+        if x.ndim != 2 + self.sequence:
+            expected = f"[B, L, {self.width}]" if self.sequence else f"[B, {self.width}]"
+            raise ValueError(f"features[{name!r}]: got shape {list(x.shape)}, expected {expected}")
+
 
 class TokenScaler(nn.Module):
     """Per-modality standardisation of embeddings ``[B, M, D]``, fitted on the training part.
@@ -116,6 +122,8 @@ class ADMC(nn.Module):
     def check(self, batch: Batch) -> None:
         """Raise ValueError unless the model can read ``batch`` (:meth:`modafill.data.Batch.validate`)."""
         batch.validate({name: spec.width for name, spec in self.modalities.items()})
+        for name, spec in self.modalities.items():
+            spec.check(name, batch.features[name])
 
     def encode(self, batch: Batch) -> Tensor:
         """Standardised tokens ``[B, M, D]``, zero where missing; a bad batch raises ValueError."""
