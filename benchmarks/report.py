@@ -82,7 +82,8 @@ def print_report(result: Mapping[str, Any], console: Console | None = None) -> N
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in result["rows"]:
         shape = "×".join(map(str, row["shape"]))
-        threads = "" if row["device"] == "cuda" else f", {row['threads']} threads"
+        plural = "" if row["threads"] == 1 else "s"
+        threads = "" if row["device"] == "cuda" else f", {row['threads']} thread{plural}"
         groups.setdefault(f"{row['op']} ({row['mode']}), {shape} {row['dtype']}{threads}", []).append(row)
     for title, rows in groups.items():
         console.print(_table(title, rows))

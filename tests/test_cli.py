@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.metadata
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -18,7 +20,7 @@ from modafill.data import FeatureStore, convert_npz
 from modafill.imputer import ModalityImputer
 from modafill.models.admc import ADMC
 
-COMMANDS = ("info", "inspect", "convert", "demo", "train", "train admc", "evaluate", "impute", "bench")
+COMMANDS = ("info", "inspect", "convert", "demo", "train", "train admc", "evaluate", "impute", "recognise", "bench")
 
 
 @pytest.fixture(autouse=True)
@@ -126,17 +128,18 @@ def test_convert(modafill, tiny, store, tmp_path):
     assert all(torch.equal(a.features[name], b.features[name]) for name in b.features)
 
 
-@pytest.mark.parametrize("command", ["convert", "impute"])
+@pytest.mark.parametrize("command", ["convert", "impute", "recognise"])
 def test_nothing_is_overwritten(mistake, tiny, store, tmp_path, command):
-    source = shutil.copy(store if command == "impute" else tiny.archive, tmp_path)
-    arguments = [command, tiny.run] if command == "impute" else [command, "--mapping", tiny.mapping]
-    (tmp_path / "there.h5").write_text("mine")
+    source = shutil.copy(tiny.archive if command == "convert" else store, tmp_path)
+    arguments = [command, "--mapping", tiny.mapping] if command == "convert" else [command, tiny.run]
+    there = tmp_path / ("there.csv" if command == "recognise" else "there.h5")
+    there.write_text("mine")
     before = Path(source).read_bytes()
-    assert "exists already" in mistake(*arguments, source, tmp_path / "there.h5")
-    assert "expected a name that ends in .h5" in mistake(*arguments, source, tmp_path / "out.npz")
+    assert "exists already" in mistake(*arguments, source, there)
+    assert f"expected a name that ends in {there.suffix}" in mistake(*arguments, source, tmp_path / "out.npz")
     mistake(*arguments, source, source)
     assert Path(source).read_bytes() == before
-    assert (tmp_path / "there.h5").read_text() == "mine"
+    assert there.read_text() == "mine"
 
 
 def test_a_log_gets_a_line_now_and_then(modafill, tiny, tmp_path, monkeypatch):
@@ -145,7 +148,18 @@ def test_a_log_gets_a_line_now_and_then(modafill, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "_SECONDS_BETWEEN_LINES", 0.0)
     assert modafill("evaluate", tmp_path / "run", "--samples", 1)[2] == "evaluating: 0 of 1\nevaluating: 1 of 1\n"
     err = modafill(*tiny.train_arguments, "--set", "adn_epochs=4", "--out", tmp_path / "new")[2]
-    assert "fold0-seed0/adn-clean: epoch 4 of 4  loss " in err
+    assert err.startswith("96 samples in 24 groups: 64 for training, 12 for validation, 20 for testing (a random fifth")
+    assert "fold0-seed0, stage 5 of 38 (adn-clean), epoch 4 of 4: loss " in err
+    assert re.search(r"stage 1 of 38 \(encoder-text\), epoch 1 of 3: loss [\d.]+, validation [\d.]+\n", err)
+
+
+def test_a_run_of_several_parts_says_how_far_it_is(modafill, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "_SECONDS_BETWEEN_LINES", 0.0)
+    err = modafill(*tiny.train_arguments, "--seeds", 2, "--folds", 2, "--out", tmp_path / "new")[2]
+    assert "(in each of 2 folds)" in err
+    lines = err.splitlines()
+    assert lines[1].endswith("; 0 of 4 trained")
+    assert re.search(r"^fold1-seed1, .*; 3 of 4 trained, about \d+ min left$", lines[-1])
 
 
 def test_train_again_is_quick_and_changes_nothing(modafill, tiny):
@@ -186,7 +200,9 @@ def test_impute(modafill, tiny, store, tmp_path, what, samples):
     arguments = ("--samples", samples, "--seed", 5)
     status, out, _ = modafill("impute", source, store, tmp_path / "a.h5", *arguments)
     assert status == 0
-    assert "wrote" in out
+    with FeatureStore(store) as given:
+        text, audio, vision = (~given.available()).sum(0)
+    assert out.rstrip().endswith(f"generated of 96: text {text}, audio {audio}, vision {vision}")
     modafill("impute", source, tiny.archive, tmp_path / "b.h5", "--mapping", tiny.mapping, *arguments)
     modafill("impute", source, store, tmp_path / "c.h5", "--samples", samples, "--seed", 6)
     rows = np.arange(96)
@@ -213,6 +229,25 @@ def test_impute(modafill, tiny, store, tmp_path, what, samples):
     assert torch.equal(all_values("b.h5"), filled)
     assert torch.equal(all_values("c.h5")[available], filled[available])
     assert (all_values("c.h5") != filled)[~available].any(1).all()
+
+
+def test_recognise(modafill, tiny, store, tmp_path):
+    status, out, _ = modafill("recognise", tiny.run, store, tmp_path / "a.csv", "--samples", 3, "--seed", 5)
+    assert (status, "96 samples" in out) == (0, True)
+    modafill(
+        "recognise", tiny.run, tiny.archive, tmp_path / "b.csv", "--mapping", tiny.mapping, "--samples", 3, "--seed", 5
+    )
+    assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
+    with open(tmp_path / "a.csv", newline="", encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    with FeatureStore(store) as given:
+        batch, ids = given.read(np.arange(96)), given.ids()
+    model = ADMC.from_pretrained(tiny.run / "fold0-seed0" / "model")
+    expected = model.recognise(batch, n_samples=3, seed=5)
+    assert [row["id"] for row in table] == ids
+    found = torch.tensor([[float(row[f"p({name})"]) for name in model.classes] for row in table])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert [row["class"] for row in table] == [model.classes[i] for i in expected.argmax(1)]
 
 
 @pytest.mark.slow
@@ -281,7 +316,9 @@ TRAIN = ["train", "admc", "--data", "{archive}", "--mapping", "{mapping}", "--ou
         (["evaluate", "{run}", "--samples", "0"], "samples: got 0, expected at least 1"),
         (["evaluate", "{run}", "--start-steps", "3,b"], "start-steps: got '3,b', expected numbers with commas"),
         (["evaluate", "{run}", "--start-steps", "61"], "start_step: got 61, expected a diffusion step in 1…60"),
-        (["impute", "{run}", "{store}", "{new}", "--fold", "4"], "fold4-seed0"),
+        (["impute", "{run}", "{store}", "{new}", "--fold", "4"], "fold: got 4, expected 0…0"),
+        ([*TRAIN[:-1], "{mapping}"], "tiny.json is a file, expected a folder"),
+        (["demo", "--out", "{mapping}"], "tiny.json is a file, expected a folder"),
         (["impute", "{run}", "{store}", "{new}", "--samples", "0"], "samples: got 0"),
         (["impute", "{folder}", "{store}", "{new}"], "no config.json there"),
         (["impute", "{folder}/no/where", "{store}", "{new}"], "expected an existing folder or a hub id"),
@@ -307,6 +344,25 @@ def test_mistakes(mistake, tiny, store, tmp_path, arguments, message):
     }
     assert message in mistake(*(argument.format(**names) for argument in arguments))
     assert not (tmp_path / "new").is_file()
+
+
+def test_data_that_cannot_be_trained_on_leave_nothing_behind(mistake, tiny, tmp_path):
+    with np.load(tiny.archive) as archive:
+        arrays = dict(archive)
+    split = np.array(["train", "valid", "test"])[np.minimum(arrays["clip"] % 6, 2)]
+    parts = {f"{key}_{name}": value[split == name] for name in np.unique(split) for key, value in arrays.items()}
+    del parts["words_train"]
+    np.savez(tmp_path / "parts.npz", **parts)
+    mapping = {
+        "splits": ["train", "valid", "test"],
+        "modalities": {"text": "words_{split}", "vision": "faces_{split}"},
+        "label": {"name": "mood_{split}", "kind": "class"},
+    }
+    (tmp_path / "parts.json").write_text(json.dumps(mapping))
+    arguments = ["--data", tmp_path / "parts.npz", "--mapping", tmp_path / "parts.json", "--out", tmp_path / "run"]
+    line = mistake("train", "admc", *arguments)
+    assert "parts.npz: fold 0: none of the 16 training samples has text, expected at least one" in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["parts.json", "parts.npz"]
 
 
 def test_no_window_without_groups(mistake, make_tiny, tmp_path):

@@ -88,7 +88,7 @@ def test_mean_and_deviation_are_those_of_the_samples(imputer: ModalityImputer) -
         np.testing.assert_allclose(result.embeddings[name][hidden], samples.mean(0), rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(result.std[name][hidden], samples.std(0, ddof=1), rtol=1e-4, atol=1e-6)
     one = imputer(features, PATTERNS, lengths)
-    with pytest.raises(ValueError, match="std: a single sample has no spread, expected .* n_samples of 2 or more"):
+    with pytest.raises(ValueError, match=r"std: a single sample has no spread, expected .* n_samples of 2 or more"):
         _ = one.std
     for name in NAMES:
         torch.testing.assert_close(one.samples[name][0], result.samples[name][0], rtol=0, atol=1e-5)

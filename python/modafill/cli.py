@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -82,9 +83,9 @@ def convert(
     """Convert an archive into a feature store."""
     from modafill.data import convert_npz
 
-    _must_be_new(out)
+    _must_be_new(out, ".h5")
     convert_npz(path, out, mapping)
-    out_console.print(f"wrote {escape(str(out))}")
+    _say(f"wrote {out}")
 
 
 @train_app.command("admc")
@@ -138,8 +139,8 @@ def train_admc(
         window=window,
     )
     with _training_progress() as report:
-        train(run, report, jobs)
-    out_console.print(f"trained into {escape(str(out))}; next: modafill evaluate {escape(str(out))}")
+        train(run, report, jobs, _announce)
+    _say(f"trained into {out}; next: modafill evaluate {out}")
 
 
 @app.command()
@@ -157,7 +158,14 @@ def evaluate(
     ] = "UA",
     jobs: Annotated[int, typer.Option(help="Folds and seeds evaluated at a time, sharing the cores.")] = 1,
 ) -> None:
-    """Tables of a run: a row per method, a column per available set.
+    """Tables of a run: a row per method, a column per available set ({at}: audio and text are observed).
+
+    Methods: zero fill, mean fill, ridge regression and ADMC complete the embeddings; "probabilities averaged" averages
+    the classifier's output over K completions, the other rows read one. Logistic regression reads what is observed.
+
+    Metrics: WA is accuracy, UA macro recall, F1 macro F1 (%); NLL the negative log-likelihood of the true class (nats);
+    NRMSE the root mean squared error and CRPS the continuous ranked probability score of hidden embeddings, in units of
+    their standard deviation.
 
     Writes results.json, results.csv and results.md (results-valid.* for the validation part) into the run's folder.
     """
@@ -172,44 +180,61 @@ def evaluate(
     tables = _evaluate(run, samples, starts, part, jobs)
     if part == "valid":
         out_console.print("On the validation part:")
-    for table in tables:
-        if metric == "all" or table.metric in (metric, "NRMSE", "CRPS"):
-            out_console.print(table.rich(out_console.width))
+    _print_tables([table for table in tables if metric == "all" or table.metric in (metric, "NRMSE", "CRPS")])
     stem = "results" if part == "test" else f"results-{part}"
-    out_console.print(f"wrote {stem}.json, {stem}.csv and {stem}.md into {escape(str(run))}")
+    _say(f"wrote {stem}.json, {stem}.csv and {stem}.md into {run}")
+
+
+RunOrModel = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, or of one model.")]
+InPath = Annotated[Path, typer.Argument(metavar="IN", help="A feature store (.h5) or an archive (.npz).")]
+NoiseSeed = Annotated[int, typer.Option(help="Of the noise; a row's noise depends on (seed, row number) alone.")]
+Fold = Annotated[int, typer.Option(help="Which fold's model of a run.")]
 
 
 @app.command()
 def impute(
-    run: Annotated[Path, typer.Argument(help="Folder of a run, or of one model.")],
-    path: Annotated[Path, typer.Argument(metavar="IN", help="A feature store (.h5) or an archive (.npz).")],
+    run: RunOrModel,
+    path: InPath,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The store to write (.h5).")],
     mapping: Mapping = None,
     samples: Annotated[int, typer.Option(help="Completions per row, averaged.")] = 1,
-    seed: Annotated[int, typer.Option(help="Of the noise; a row's noise depends on (seed, row number) alone.")] = 0,
-    fold: Annotated[int, typer.Option(help="Which fold's model of a run.")] = 0,
+    seed: NoiseSeed = 0,
+    fold: Fold = 0,
 ) -> None:
     """Write a store of completed embeddings, with what was generated marked."""
-    import tempfile
-
-    from modafill.data import open_data
-    from modafill.imputer import ModalityImputer, impute_store
-    from modafill.training import Run
+    from modafill.data import FeatureStore
+    from modafill.imputer import impute_store
 
     _must_exist(path)
-    _must_be_new(out)
-    folder = run
-    if (run / "run.json").is_file():
-        spec = Run.load(run)
-        folder = spec.part_folder(fold, spec.seeds[0]) / "model"
-    imputer = ModalityImputer.from_pretrained(folder)
-    with tempfile.TemporaryDirectory() as scratch:
-        store = open_data(path, Path(scratch), mapping)
-        store = store.windowed(imputer.model.window)
-        with _bar("imputing", len(store)) as advance:
-            for done in impute_store(imputer, store, out, n_samples=samples, seed=seed):
-                advance(done)
-    out_console.print(f"wrote {escape(str(out))}")
+    _must_be_new(out, ".h5")
+    with _model_and_store(run, fold, path, mapping) as (imputer, store), _bar("imputing", len(store)) as advance:
+        for done in impute_store(imputer, store, out, n_samples=samples, seed=seed):
+            advance(done)
+    with FeatureStore(out) as completed:
+        counts = dict(zip(completed.modalities, completed.generated().sum(0).tolist(), strict=True))
+    generated = ", ".join(f"{name} {count:,}" for name, count in counts.items())
+    _say(f"wrote {out}; generated of {len(completed):,}: {generated}")
+
+
+@app.command()
+def recognise(
+    run: RunOrModel,
+    path: InPath,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The table to write (.csv).")],
+    mapping: Mapping = None,
+    samples: Annotated[int, typer.Option(help="Completions per row; probabilities are averaged over them.")] = 16,
+    seed: NoiseSeed = 0,
+    fold: Fold = 0,
+) -> None:
+    """Write the likeliest class of each sample and the probability of every class, whatever is missing."""
+    from modafill.imputer import recognise_store
+
+    _must_exist(path)
+    _must_be_new(out, ".csv")
+    with _model_and_store(run, fold, path, mapping) as (imputer, store), _bar("recognising", len(store)) as advance:
+        for done in recognise_store(imputer, store, out, n_samples=samples, seed=seed):
+            advance(done)
+    _say(f"wrote {out}: {done:,} samples")
 
 
 @app.command()
@@ -241,14 +266,13 @@ def demo(
         seeds=(seed,),
     )
     with _training_progress() as report:
-        train(run, report)
-    for table in _evaluate(out, 16, (), "test", 1):
-        if table.metric in ("UA", "NRMSE", "CRPS"):
-            out_console.print(table.rich(out_console.width))
+        train(run, report, announce=_announce)
+    tables = _evaluate(out, 16, (), "test", 1)
+    _print_tables([table for table in tables if table.metric in ("UA", "NRMSE", "CRPS")])
     picture = out / "embeddings.png"
     with err_console.status("drawing embeddings"):
         draw_embeddings(run, picture)
-    out_console.print(f"tables: {escape(str(out / 'results.md'))}   picture: {escape(str(picture))}")
+    _say(f"tables: {out / 'results.md'}   picture: {picture}")
 
 
 @app.command()
@@ -257,9 +281,15 @@ def bench(
     json_path: Annotated[Path | None, typer.Option("--json", help="File for the rows.")] = None,
     threads: Annotated[str, typer.Option(help="CPU thread counts, such as 1,2. Default: one and all cores.")] = "",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    quick: Annotated[bool, typer.Option(help="Tiny shapes: does it run at all?")] = False,
+    quick: Annotated[bool, typer.Option(help="Tiny shapes: does it run at all? The times mean nothing.")] = False,
 ) -> None:
-    """Time the kernels beside eager PyTorch, torch.compile and diffusers, each checked before it is timed."""
+    """Time the kernels beside eager PyTorch, torch.compile and diffusers, each checked before it is timed.
+
+    Columns: ms, the median time of a call, with the 20th and 80th percentile; GB/s, the bytes that the op has to read
+    and write over that time; roofline, GB/s over those of a plain copy or triad of the same size; × rival, how many
+    times as fast as the fastest correct rival; × paper, as the formula that papers print. Modes: fresh allocates the
+    result, out writes into a given one. eager-folded is eager PyTorch with one precomputed factor per term.
+    """
     try:
         counts = [int(n) for n in threads.split(",") if n] or None
     except ValueError:
@@ -298,9 +328,44 @@ def _evaluate(folder: Path, samples: int, start_steps: tuple[int, ...], part: st
         return evaluate_run(folder, n_samples=samples, start_steps=start_steps, part=part, jobs=jobs, progress=advance)
 
 
-def _must_be_new(out: Path) -> None:
-    if out.suffix != ".h5":
-        raise ValueError(f"{out}: expected a name that ends in .h5, because a feature store is written")
+def _print_tables(tables: list[Any]) -> None:
+    for table in tables:
+        out_console.print(table.rich(out_console.width))
+    _say("What the names mean: modafill evaluate --help")
+
+
+@contextmanager
+def _model_and_store(run: Path, fold: int, path: Path, mapping: str | None) -> Iterator[tuple[Any, Any]]:
+    """The imputer of a run's fold or of a model folder, and the samples as that model reads them."""
+    import tempfile
+
+    from modafill.data import open_data
+    from modafill.imputer import ModalityImputer
+    from modafill.training import Run
+
+    folder = run
+    if (run / "run.json").is_file():
+        spec = Run.load(run)
+        if not 0 <= fold < spec.folds:
+            raise ValueError(f"fold: got {fold}, expected 0…{spec.folds - 1}")
+        folder = spec.part_folder(fold, spec.seeds[0]) / "model"
+    imputer = ModalityImputer.from_pretrained(folder)
+    with tempfile.TemporaryDirectory() as scratch, open_data(path, Path(scratch), mapping) as store:
+        yield imputer, store.windowed(imputer.model.window)
+
+
+def _say(text: str) -> None:
+    out_console.print(escape(text), highlight=False, soft_wrap=True)
+
+
+def _announce(text: str) -> None:
+    err_console.print(escape(text), highlight=False, soft_wrap=True)
+
+
+def _must_be_new(out: Path, suffix: str) -> None:
+    if out.suffix != suffix:
+        what = {".h5": "a feature store", ".csv": "a table with commas"}[suffix]
+        raise ValueError(f"{out}: expected a name that ends in {suffix}, because {what} is written")
     if out.exists():
         raise ValueError(f"{out}: exists already; remove it or choose another name")
 
@@ -341,19 +406,38 @@ def _bar(what: str, total: int | None) -> Iterator[Any]:
 
 @contextmanager
 def _training_progress() -> Iterator[Any]:
-    """A bar per fold and seed that is in training, showing its current stage."""
-    columns = (TextColumn("{task.description:<34}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn())
-    log, quiet = _Log(), not err_console.is_terminal
-    with Progress(*columns, TextColumn("{task.fields[scalars]}"), console=err_console, disable=quiet) as progress:
-        bars: dict[str, Any] = {}
+    """A bar per fold and seed that is in training, showing its current stage, and one for all of them."""
+    from modafill.training import Progress as Epoch
 
-        def report(name: str, epoch: int, epochs: int, scalars: dict[str, float]) -> None:
-            part, stage = name.split("/", 1)
-            if part not in bars:
-                bars[part] = progress.add_task(part, scalars="")
-            shown = "  ".join(f"{key} {value:.4g}" for key, value in scalars.items() if key != "learning_rate")
-            progress.update(bars[part], description=f"{part}  {stage}", completed=epoch, total=epochs, scalars=shown)
-            log.line(f"{name}: epoch {epoch} of {epochs}  {shown}")
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=12), MofNCompleteColumn(), TimeElapsedColumn())
+    log, quiet = _Log(), not err_console.is_terminal
+    with Progress(*columns, TextColumn("{task.fields[note]}"), console=err_console, disable=quiet) as progress:
+        bars: dict[str, Any] = {}
+        begun, done_before = time.monotonic(), -1
+
+        def report(epoch: Epoch) -> None:
+            nonlocal done_before
+            if done_before < 0:
+                done_before = epoch.parts_done
+            loss = f"loss {epoch.scalars['loss']:.3g}"
+            if "validation_loss" in epoch.scalars:
+                loss += f", validation {epoch.scalars['validation_loss']:.3g}"
+            overall = f"{epoch.parts_done} of {epoch.parts} trained"
+            if epoch.parts_done > done_before:
+                each = (time.monotonic() - begun) / (epoch.parts_done - done_before)
+                overall += f", about {math.ceil(each * (epoch.parts - epoch.parts_done) / 60)} min left"
+            if epoch.parts > 1:
+                if "" not in bars:
+                    bars[""] = progress.add_task("all", total=epoch.parts, note="")
+                progress.update(bars[""], completed=epoch.parts_done, note=overall)
+            if epoch.part not in bars:
+                bars[epoch.part] = progress.add_task(epoch.part, note="")
+            stage = f"{epoch.part} {epoch.number}/{epoch.stages} {epoch.stage}"
+            progress.update(bars[epoch.part], description=stage, completed=epoch.epoch, total=epoch.epochs, note=loss)
+            log.line(
+                f"{epoch.part}, stage {epoch.number} of {epoch.stages} ({epoch.stage}), "
+                f"epoch {epoch.epoch} of {epoch.epochs}: {loss}" + (f"; {overall}" if epoch.parts > 1 else "")
+            )
 
         yield report
 

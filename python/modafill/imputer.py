@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from modafill.data import Batch, FeatureStore, StoreWriter
-from modafill.files import replacing
 from modafill.data.patterns import check_available, name_rows
+from modafill.files import replacing
 from modafill.models.admc import ADMC
 
 

@@ -16,18 +16,22 @@ from modafill.ops import backends
 
 
 def info() -> dict[str, Any]:
-    """Versions, what the extension was built for, and the backend of each op for float32 here, as plain values."""
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    """Versions, what the extension was built for, and the backend of each op for float32 here, as plain values.
+
+    ``gpu`` is its name, or why there is none to run on.
+    """
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
     native = backends.native_build()
     return {
         "modafill": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "torch": torch.__version__,
-        "triton": importlib.metadata.version("triton") if importlib.util.find_spec("triton") else None,
+        "triton": importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "not installed",
         "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
-        "compute_capability": list(torch.cuda.get_device_capability(device)) if device.type == "cuda" else None,
+        "gpu": torch.cuda.get_device_name(device) if gpu else _why_no_gpu(),
+        "compute_capability": ".".join(map(str, torch.cuda.get_device_capability(device))) if gpu else None,
         **native,
         "ops": {
             op: {"backend": choice.backend, "reason": choice.reason, "rejected": choice.rejected}
@@ -37,12 +41,19 @@ def info() -> dict[str, Any]:
     }
 
 
+def _why_no_gpu() -> str:
+    if torch.version.cuda is None:
+        return "none: this torch was built without CUDA; install one with it to use a GPU"
+    return "none: torch sees no CUDA device"
+
+
 def render(facts: dict[str, Any]) -> Table:
     """The facts of :func:`info` as a table for a terminal."""
     table = Table(show_header=False, box=None)
     for name, value in facts.items():
         if name != "ops":
-            table.add_row(name.replace("_", " "), escape("–" if value is None else str(value)))
+            shown = {None: "–", True: "yes", False: "no"}.get(value) if isinstance(value, bool | None) else value
+            table.add_row(name.replace("_", " "), escape(" ".join(shown) if isinstance(shown, list) else str(shown)))
     for op, choice in facts["ops"].items():
         table.add_row(op, f"[bold]{choice['backend']}[/bold]: {escape(choice['reason'])}")
         for backend, why in choice["rejected"].items():

@@ -58,6 +58,8 @@ def test_unknown_names_are_refused() -> None:
         ops.explain("convolve")
     with pytest.raises(ValueError, match=r"^backend: "):
         ops.explain("randn", backend="fast")
+    with pytest.raises(ValueError, match=r"^device: got 'gpu', expected cpu, cuda or cuda:N"):
+        ops.explain("randn", device="gpu")
 
 
 def test_importing_the_package_does_not_import_triton() -> None:
@@ -80,3 +82,5 @@ def test_info_is_plain_and_covers_every_op() -> None:
     facts = json.loads(json.dumps(info()))
     assert set(facts["ops"]) == set(backends.OPS)
     assert facts["cpu_isa"] in ("baseline", "v3", "v4")
+    if not torch.cuda.is_available():
+        assert facts["gpu"].startswith("none: ")

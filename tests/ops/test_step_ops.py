@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -345,6 +346,11 @@ def test_errors_name_the_argument(
     for backend in ("auto", "reference"):
         with pytest.raises(error, match=f"^{named}: "):
             ops.masked_reverse_step(**{**good, "backend": backend, **change})
+
+
+def test_an_array_of_numpy_is_named_and_not_printed(schedule: Schedule) -> None:
+    with pytest.raises(TypeError, match=r"^x: got ndarray, expected a tensor$"):
+        ops.add_noise(np.ones((5, 3, 8), np.float32), schedule.table, 3, seed=1)
 
 
 @pytest.mark.parametrize(

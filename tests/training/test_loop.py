@@ -45,25 +45,26 @@ def ignore(*_):
 
 
 def test_best_weights_are_kept(tmp_path, accelerator):
-    scores, seen = iter([0.1, 0.7, 0.7, 0.3, 0.6, 0.2]), []
+    losses, seen = iter([0.9, 0.3, 0.3, 0.7, 0.4, 0.8]), []
     stage = make_stage()
-    stage.validate = lambda: seen.append(stage.model[1].weight.detach().clone()) or next(scores)
+    stage.validate = lambda: seen.append(stage.model[1].weight.detach().clone()) or next(losses)
     train_stage(stage, tmp_path, accelerator, seed=0, report=ignore)
     assert len(seen) == 6
     assert torch.equal(stage.model[1].weight, seen[1])  # the first of equals
     assert not stage.model.training
     tensors, about = read_tensors(tmp_path / "s.safetensors")
     assert torch.equal(tensors["1.weight"], seen[1])
-    assert about["state"] == {"epoch": 6, "score": 0.7, "stale": 4}
+    assert about["state"] == {"epoch": 6, "lowest": 0.3, "stale": 4}
 
 
 @pytest.mark.parametrize("patience, epochs", [(1, 3), (2, 4), (3, 6), (None, 6)])
 def test_patience(tmp_path, accelerator, patience, epochs):
-    scores, reports = iter([0.1, 0.7, 0.7, 0.3, 0.8, 0.2]), []
-    stage = make_stage(validate=lambda: next(scores), patience=patience)
-    train_stage(stage, tmp_path, accelerator, seed=0, report=lambda *report: reports.append(report))
-    assert [report[:3] for report in reports] == [("s", epoch + 1, 6) for epoch in range(epochs)]
-    assert reports[0][3].keys() == {"loss", "learning_rate", "validation"}
+    losses, reports = iter([0.9, 0.3, 0.3, 0.7, 0.2, 0.8]), []
+    stage = make_stage(validate=lambda: next(losses), patience=patience)
+    train_stage(stage, tmp_path, accelerator, seed=0, report=reports.append)
+    assert [(r.stage, r.epoch, r.epochs) for r in reports] == [("s", epoch + 1, 6) for epoch in range(epochs)]
+    assert reports[0].scalars.keys() == {"loss", "learning_rate", "validation_loss"}
+    assert reports[0].scalars["validation_loss"] == 0.9
 
 
 @pytest.mark.parametrize("largest", [0.5, 0.99])  # reached at once, and never
@@ -100,7 +101,7 @@ def test_linear_decay(epochs):
 
 def test_learning_rate_of_each_epoch(tmp_path, accelerator):
     rates = []
-    train_stage(make_stage(), tmp_path, accelerator, seed=0, report=lambda *r: rates.append(r[3]["learning_rate"]))
+    train_stage(make_stage(), tmp_path, accelerator, seed=0, report=lambda r: rates.append(r.scalars["learning_rate"]))
     assert rates == pytest.approx([0.05, 0.05, 0.05, 0.05 * 3 / 4, 0.05 * 2 / 4, 0.05 * 1 / 4])
 
 
@@ -121,8 +122,8 @@ def test_randomness_of_each_epoch_is_its_own(tmp_path, accelerator):
 
 
 def stop_at(epoch: int):
-    def report(name, done, epochs, scalars):
-        if done == epoch:
+    def report(progress):
+        if progress.epoch == epoch:
             raise KeyboardInterrupt
 
     return report

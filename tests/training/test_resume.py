@@ -47,7 +47,7 @@ def test_scalars_are_logged(tiny):
     tags = events.Tags()["scalars"]
     for stage in ("encoder-text", "adn-replace", "adn-clean", "fusion-clean-0", "enhanced-clean"):
         assert {f"{stage}/loss", f"{stage}/learning_rate"} <= set(tags)
-    assert "encoder-text/validation" in tags
+    assert "encoder-text/validation_loss" in tags
     losses = events.Scalars("adn-clean/loss")
     assert [event.step for event in losses] == [1, 2, 3]
     assert all(0 < event.value < 100 for event in losses)

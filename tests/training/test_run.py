@@ -14,7 +14,7 @@ import torch
 
 from modafill.files import read_tensors
 from modafill.models.admc import ADMC, ADMCConfig
-from modafill.training import Run, train
+from modafill.training import Progress, Run, train
 from modafill.training import run as run_module
 
 SETTINGS = {
@@ -129,19 +129,37 @@ def test_two_jobs_equal_one(run):
     train(run, ignore)
     torch.set_num_threads(2)  # divided among the jobs
     apart = replace(run, folder=run.folder.with_name("apart"))
-    train(apart, lambda name, *_: reports.append(name), jobs=2)
+    train(apart, lambda epoch: reports.append(epoch.part), jobs=2)
     for fold, seed in run.parts:
         assert same(weights(run, fold, seed), weights(apart, fold, seed))
     assert not same(weights(run, 0, 4), weights(run, 0, 5))
-    assert {name.split("/")[0] for name in reports} == {"fold0-seed4", "fold0-seed5"}
+    assert set(reports) == {"fold0-seed4", "fold0-seed5"}
+
+
+def check_numbers(reports: list[Progress]) -> None:
+    """Stages are counted from 1 to the last, one by one."""
+    stages = list(dict.fromkeys((epoch.number, epoch.stages, epoch.stage) for epoch in reports))
+    assert [(number, of) for number, of, _ in stages] == [(n, len(stages)) for n in range(1, len(stages) + 1)]
+
+
+@pytest.mark.parametrize("conditionings", [("clean",), ("replace", "clean")])
+def test_every_stage_has_its_number(run, conditionings):
+    run = replace(run, folds=1, seeds=(0,), conditionings=conditionings)
+    reports: list[Progress] = []
+    said: list[str] = []
+    train(run, reports.append, announce=said.append)
+    check_numbers(reports)
+    assert {(epoch.part, epoch.parts_done, epoch.parts) for epoch in reports} == {("fold0-seed0", 0, 1)}
+    assert len(said) == 1
 
 
 def test_joint_encoders(run):
     run = replace(run, folds=1, seeds=(0,), config=replace(run.config, joint_encoders=True))
-    stages: list[str] = []
-    train(run, lambda name, *_: stages.append(name))
-    assert stages[0] == "fold0-seed0/encoders-joint"
-    assert not any("encoder-" in stage for stage in stages)
+    reports: list[Progress] = []
+    train(run, reports.append)
+    assert (reports[0].part, reports[0].stage) == ("fold0-seed0", "encoders-joint")
+    assert not any("encoder-" in epoch.stage for epoch in reports)
+    check_numbers(reports)
     folder = run.part_folder(0, 0)
     model = ADMC.from_pretrained(folder / "model")
     joint, _ = read_tensors(folder / "stages" / "encoders-joint.safetensors")

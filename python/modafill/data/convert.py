@@ -183,7 +183,8 @@ class MappedNpz:
             )
             if mapping.nonfinite == "missing":
                 for m, name in enumerate(features):
-                    block.hide(name, m, block.nonfinite(name, m).reshape(len(block.ids), -1).any(1))
+                    bad = block.nonfinite(name, m).reshape(len(block.ids), -1)
+                    block.hide(name, m, np.any(bad, axis=1))
             yield block
 
     def _load(self, template: str, part: str) -> np.ndarray:

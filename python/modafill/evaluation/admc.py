@@ -23,6 +23,7 @@ from modafill.evaluation.tables import FULL, Record, Table, make_tables, save_ta
 from modafill.files import derive_seed
 from modafill.models.baselines import RidgeFill
 from modafill.training.admc import RIVALS, FoldTrainer
+from modafill.training.loop import Progress
 from modafill.training.run import Run, worker_pool
 
 RECOGNITION = "Recognition, a fusion network per pattern"
@@ -205,7 +206,7 @@ def evaluate_run(
     if part not in PARTS:
         raise ValueError(f"part: got {part!r}, expected {' or '.join(PARTS)}")
     run = Run.load(folder)
-    unfinished = [run.part_folder(*part).name for part in run.parts if not (run.part_folder(*part) / "model").is_dir()]
+    unfinished = [run.part_folder(*part).name for part in run.parts if part not in run.finished]
     if unfinished:
         raise ValueError(f"{folder}: {', '.join(unfinished)} not trained yet; run the same `modafill train` again")
     evaluate_part = partial(_evaluate_part, run, n_samples, start_steps, part)
@@ -250,8 +251,9 @@ def _trained(run: Run, fold: int, seed: int) -> FoldTrainer:
     """The trainer of a finished part, its networks loaded."""
     folder = run.part_folder(fold, seed)
 
-    def refuse(stage: str, *_: object) -> None:
-        raise ValueError(f"{folder}: stages/{stage}.safetensors is gone; remove {folder.name}/model and train again")
+    def refuse(epoch: Progress) -> None:
+        gone = f"stages/{epoch.stage}.safetensors"
+        raise ValueError(f"{folder}: {gone} is gone; remove {folder.name}/model and train again")
 
     trainer = run.trainer(fold, seed, Accelerator(), refuse)
     trainer.run()

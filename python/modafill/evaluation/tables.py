@@ -8,13 +8,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from modafill.files import replacing, write_json
 
 AVERAGE, FULL = "average", "full"
 _METHOD_WIDTH = 17
+_NONE = "–"
 LOWER_IS_BETTER = ("NLL", "NRMSE", "CRPS")
 
 
@@ -54,7 +57,7 @@ class Table:
 
         def text(cell: tuple[float, float] | None) -> str:
             if cell is None:
-                return "–"
+                return _NONE
             mean, std = cell
             body = f"{100 * mean:.1f} ± {100 * std:.1f}" if percent else f"{mean:.3f} ± {std:.3f}"
             return body if self.trials > 1 else body.split(" ±")[0]
@@ -73,32 +76,32 @@ class Table:
         several tables.
         """
         rows = [["method", *self.columns], *self.rows()]
-        narrow = 1 + sum(map(_width, zip(*rows, strict=True))) > width
+        narrow = sum(map(_width, zip(*rows, strict=True))) + 2 * len(self.columns) > width
+        gap = 1 if narrow else 2
         if narrow:
             rows = [[cell.replace(" ± ", "\n±") for cell in row] for row in rows]
         widths = [_width(column) for column in zip(*rows, strict=True)]
         method_width = min(widths[0], _METHOD_WIDTH) if narrow else widths[0]
         blocks: list[list[int]] = [[]]
         for index in range(1, len(widths)):
-            if blocks[-1] and 1 + method_width + sum(widths[i] for i in [*blocks[-1], index]) > width:
+            if blocks[-1] and method_width + sum(gap + widths[i] for i in [*blocks[-1], index]) > width:
                 blocks.append([])
             blocks[-1].append(index)
-        tables: list[RichTable] = []
+        tables: list[RenderableType] = [Text(self.title, style="bold")]
         for block in blocks:
-            title = None if tables else self.title
-            table = RichTable(title=title, title_justify="left", show_lines=narrow and self.trials > 1)
-            table.add_column("method", no_wrap=not narrow)
+            table = RichTable(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, gap - 1, 0, 0))
+            table.add_column("method", no_wrap=not narrow, max_width=method_width)
             for index in block:
                 table.add_column(rows[0][index], justify="right", no_wrap=True)
             for row in rows[1:]:
-                table.add_row(row[0], *(row[index] for index in block))
-            tables.append(table)
+                if any(row[index] != _NONE for index in block):
+                    table.add_row(row[0], *(row[index] for index in block))
+            tables += [table, ""]
         return Group(*tables)
 
 
 def _width(column: Sequence[str]) -> int:
-    """Characters of a column with its margins and border."""
-    return 3 + max(len(line) for cell in column for line in cell.split("\n"))
+    return max(len(line) for cell in column for line in cell.split("\n"))
 
 
 def make_tables(records: Sequence[Record]) -> list[Table]:

@@ -135,7 +135,7 @@ def add_noise(
 
     Raises:
         ValueError: a shape, dtype, device or step does not fit. A step outside 1…N in a GPU tensor is not read back:
-            the row becomes NaN.
+            the noisy row becomes NaN, the noise is as it is.
         RuntimeError: ``backend`` names one that cannot run here.
     """
     args = (x, table, *backends.split_step("step", step), *backends.split_seed(seed), row_id, backend)

@@ -64,12 +64,16 @@ def explain(
     """What ``modafill.ops.<op>`` runs for tensors of ``dtype`` on ``device``.
 
     Raises:
-        ValueError: ``op`` or ``backend`` is no name of one.
+        ValueError: ``op``, ``device`` or ``backend`` is no name of one.
         RuntimeError: ``backend`` names one that cannot run.
     """
     if op not in OPS:
         raise ValueError(f"op: got {op!r}, expected one of {', '.join(OPS)}")
-    return _choose(op, torch.device(device), dtype, requested(backend))
+    try:
+        where = torch.device(device)
+    except RuntimeError:
+        raise ValueError(f"device: got {device!r}, expected cpu, cuda or cuda:N") from None
+    return _choose(op, where, dtype, requested(backend))
 
 
 def native_build() -> dict[str, Any]:
@@ -170,6 +174,8 @@ def describe(value: Any) -> str:
     """``value`` as an error message shows it."""
     if isinstance(value, Tensor):
         return f"{_name(value.dtype)} {list(value.shape)} on {value.device}"
+    if hasattr(value, "shape") or not isinstance(value, (str, int, float, type(None))):
+        return type(value).__name__
     return f"{type(value).__name__} {value!r}"
 
 

@@ -21,7 +21,7 @@ from modafill.files import derive_seed, read_tensors, write_tensors
 from modafill.models.admc import ADMC, ADN, ADMCConfig, Fusion, ModalitySpec, UnimodalClassifier
 from modafill.models.baselines import MeanFill, RidgeFill, ZeroFill
 from modafill.ops.reference import SQRT_ALPHA_BAR, SQRT_ONE_MINUS_ALPHA_BAR
-from modafill.training.loop import Report, Stage, check_key, train_stage
+from modafill.training.loop import Progress, Report, Stage, check_key, train_stage
 
 RIVALS = ("zero", "mean", "ridge")
 
@@ -37,7 +37,7 @@ class FoldTrainer:
         config: numbers of the model; its ``conditioning`` is replaced by each of ``conditionings``.
         conditionings: diffusion networks to train; the first one goes into ``model/``.
         seed: of weights, order, dropout and noise.
-        report: progress, called as ``(stage, epoch, epochs, scalars)``.
+        report: called after each epoch.
     """
 
     def __init__(
@@ -58,9 +58,7 @@ class FoldTrainer:
         self.device = accelerator.device
         self.target = torch.from_numpy(labels.encode(store.labels(labels.name))).to(self.device)
         self.available = torch.from_numpy(store.available())
-        self.specs = {
-            name: ModalitySpec(store.widths[name], store.kinds[name] == "sequence") for name in store.modalities
-        }
+        self.specs = modality_specs(store)
         self.key = {**config.to_dict(), "seed": seed, "data": self._fingerprint()}
         torch.manual_seed(derive_seed(seed, "weights"))
         self.model = ADMC(
@@ -72,6 +70,7 @@ class FoldTrainer:
         self._fills: dict[str, ZeroFill | MeanFill | RidgeFill | ADN] = {}
         self._fusions: dict[str, Fusion] = {}
         self.complete_fusion = self._new_fusion("fusion-complete", None)
+        self._number = 0
 
     def _fingerprint(self) -> str:
         """What results depend on beside the configuration: parts, classes, availability, window and all features.
@@ -97,6 +96,13 @@ class FoldTrainer:
     def stages(self) -> Path:
         """Folder of finished and unfinished stages."""
         return self.folder / "stages"
+
+    @property
+    def n_stages(self) -> int:
+        """How many networks :meth:`run` trains."""
+        encoders = 1 if self.config.joint_encoders else len(self.specs)
+        methods = len(RIVALS) + len(self.conditionings)
+        return encoders + 2 * len(self.conditionings) + 1 + methods * len(missing_patterns(len(self.specs)))
 
     def run(self) -> None:
         """Train what is not trained yet and write the assembled system to ``model/``."""
@@ -161,7 +167,7 @@ class FoldTrainer:
         def validate() -> float:
             parts = [batch.to(self.device) for batch in self.store.iter_batches(valid, 1024)]
             logits = torch.cat([model(*inputs(batch)) for batch in parts])
-            return self._score(logits, torch.cat([batch.row_id for batch in parts]))
+            return float(F.cross_entropy(logits, self.target[torch.cat([batch.row_id for batch in parts])]))
 
         self._train(Stage(name, model, batches, loss, self.config.encoder_epochs, self.config.learning_rate, validate))
 
@@ -283,7 +289,7 @@ class FoldTrainer:
             return F.cross_entropy(wrapped(tokens("train", train)[at]), self.target[train[at]])
 
         def validate() -> float:
-            return self._score(fusion(tokens("valid", valid)), valid)
+            return float(F.cross_entropy(fusion(tokens("valid", valid)), self.target[valid]))
 
         self._train(Stage(name, fusion, batches, loss, self.config.fusion_epochs, self.config.learning_rate, validate))
 
@@ -296,14 +302,21 @@ class FoldTrainer:
         _check_rows("complete rows" if pattern is None else "rows of a pattern", train, valid)
         return train.to(self.device), valid.to(self.device)
 
-    def _score(self, logits: Tensor, rows: Tensor) -> float:
-        """Minus the cross-entropy: on a few hundred validation rows recall is too coarse to see over-fitting begin."""
-        return -float(F.cross_entropy(logits, self.target[rows]))
-
     def _train(self, stage: Stage) -> None:
+        # By cross-entropy: on a few hundred validation rows recall is too coarse to see over-fitting begin.
         stage.patience = self.config.patience if stage.validate is not None else None
         stage.key = self.key
-        train_stage(stage, self.stages, self.accelerator, seed=self.seed, report=self.report)
+        self._number += 1
+
+        def report(progress: Progress) -> None:
+            self.report(replace(progress, number=self._number, stages=self.n_stages))
+
+        train_stage(stage, self.stages, self.accelerator, seed=self.seed, report=report)
+
+
+def modality_specs(store: FeatureStore) -> dict[str, ModalitySpec]:
+    """What a model must know of each modality of ``store``."""
+    return {name: ModalitySpec(store.widths[name], store.kinds[name] == "sequence") for name in store.modalities}
 
 
 class _Joint(nn.Module):

@@ -16,7 +16,32 @@ from torch.optim.swa_utils import AveragedModel
 
 from modafill.files import derive_seed, read_tensors, write_tensors
 
-Report = Callable[[str, int, int, dict[str, float]], None]
+
+@dataclass(frozen=True)
+class Progress:
+    """An epoch is done.
+
+    Attributes:
+        stage: its name.
+        epoch, epochs: of the stage: done, and at most.
+        scalars: ``loss`` of the epoch, ``learning_rate``, and ``validation_loss`` where there is one.
+        number, stages: place of the stage among all of its part, counted from 1.
+        part: folder name of the fold and seed.
+        parts_done, parts: of the run.
+    """
+
+    stage: str
+    epoch: int
+    epochs: int
+    scalars: dict[str, float]
+    number: int = 1
+    stages: int = 1
+    part: str = ""
+    parts_done: int = 0
+    parts: int = 1
+
+
+Report = Callable[[Progress], None]
 
 
 class TrainingError(RuntimeError):
@@ -32,10 +57,10 @@ class Stage:
         model: the network; holds the result after :func:`train_stage`.
         batches: ``(epoch, rank, processes)`` → this process's share of each batch, a function of these alone.
         loss: ``(model, batch, epoch)`` → scalar loss; the model it gets may be wrapped for several processes.
-        validate: score of the current weights, larger is better; None keeps the last (or averaged) weights.
+        validate: loss of the current weights on validation; None keeps the last (or averaged) weights.
         epochs: at most so many.
         learning_rate: Adam's.
-        patience: epochs without a better score before it stops; None never stops early.
+        patience: epochs without a lower validation loss before it stops; None never stops early.
         ema_decay: decay per update of the averaged weights that become the result; 0 for none.
         grad_clip: largest gradient norm, 1.0 as in MMIN; ADMC names none.
         key: what else the result depends on; a checkpoint of another key is refused.
@@ -95,7 +120,7 @@ def train_stage(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, linear_decay(stage.epochs))
     ema = AveragedModel(stage.model, avg_fn=_warmed_up(stage.ema_decay)) if stage.ema_decay > 0 else None
     best: dict[str, Tensor] = {}
-    state: dict[str, Any] = {"epoch": 0, "score": -math.inf, "stale": 0}
+    state: dict[str, Any] = {"epoch": 0, "lowest": math.inf, "stale": 0}
     if resume.is_file():
         tensors, about = read_tensors(resume)
         check_key(resume, about["key"], key)
@@ -138,18 +163,18 @@ def train_stage(
         if stage.validate is not None:
             model.eval()
             with torch.no_grad():
-                score = stage.validate()
-            scalars["validation"] = score
-            if not math.isfinite(score):
-                raise TrainingError(f"{stage.name}: the validation score of epoch {epoch + 1} is {score}")
-            if score > state["score"]:
-                state.update(score=score, stale=0)
+                validation_loss = stage.validate()
+            scalars["validation_loss"] = validation_loss
+            if not math.isfinite(validation_loss):
+                raise TrainingError(f"{stage.name}: the validation loss of epoch {epoch + 1} is {validation_loss}")
+            if validation_loss < state["lowest"]:
+                state.update(lowest=validation_loss, stale=0)
                 best = {name: tensor.detach().clone() for name, tensor in stage.model.state_dict().items()}
             else:
                 state["stale"] += 1
         state["epoch"] = epoch + 1
         accelerator.log({f"{stage.name}/{name}": value for name, value in scalars.items()}, step=epoch + 1)
-        report(stage.name, epoch + 1, stage.epochs, scalars)
+        report(Progress(stage.name, epoch + 1, stage.epochs, scalars))
         if accelerator.is_main_process and time.monotonic() - saved >= checkpoint_seconds:
             about = {
                 "key": key,

@@ -6,22 +6,24 @@ import fcntl
 import json
 import multiprocessing
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 
 from modafill.data import FeatureStore, Labels, Split, make_splits, open_data
 from modafill.files import write_json
-from modafill.models.admc import ADMCConfig
-from modafill.training.admc import FoldTrainer
-from modafill.training.loop import Report, TrainingError
+from modafill.models.admc import ADMCConfig, ModalityEncoder
+from modafill.training.admc import FoldTrainer, modality_specs
+from modafill.training.loop import Progress, Report, TrainingError
 
 RUN_FILE = "run.json"
 
@@ -98,6 +100,11 @@ class Run:
         """Folder of one fold and seed."""
         return self.folder / f"fold{fold}-seed{seed}"
 
+    @property
+    def finished(self) -> list[tuple[int, int]]:
+        """The parts that are trained."""
+        return [part for part in self.parts if (self.part_folder(*part) / "model").is_dir()]
+
     def open_store(self) -> FeatureStore:
         """The features, converted once if they come in a foreign format."""
         store = open_data(Path(self.data), self.folder, self.mapping)
@@ -112,24 +119,77 @@ class Run:
         """The trainer of one fold and seed, labels fitted on its training part."""
         store = self.open_store()
         split = self.splits(store)[fold]
-        spec = store.task.get("label")
-        if spec is None:
-            raise ValueError(f"{store.name}: the data name no label, expected one in the mapping")
-        labels = Labels.fit(spec, store.labels(spec["name"]), split.train)
+        labels = _fit_labels(store, split)
         folder = self.part_folder(fold, seed)
         return FoldTrainer(folder, store, split, labels, self.config, self.conditionings, seed, accelerator, report)
+
+    def check_data(self) -> str:
+        """Raise ValueError where a fold cannot be trained; otherwise a line that says how the data are divided."""
+        with self.open_store() as store:
+            splits = self.splits(store)
+            for name, modality in modality_specs(store).items():
+                ModalityEncoder(name, modality.width, modality.sequence, self.config)
+            for fold, split in enumerate(splits):
+                _fit_labels(store, split)
+                for what, rows in (("training", split.train), ("validation", split.valid)):
+                    seen = store.available(rows)
+                    for name, observed in zip(
+                        (*store.modalities, "all modalities"), (*seen.T, seen.all(1)), strict=True
+                    ):
+                        if not observed.any():
+                            raise ValueError(
+                                f"{store.name}: fold {fold}: none of the {len(rows)} {what} samples has {name}, "
+                                "expected at least one; name fewer modalities in the mapping"
+                            )
+            unit = "samples"
+            if store.group_names:
+                unit += f" in {len(np.unique(store.groups(store.task.get('group')))):,} groups"
+            sizes = [int(np.mean([len(rows) for rows in parts])) for parts in zip(*splits, strict=True)]
+            how = "as the data say" if store.split_names else f"in each of {self.folds} folds"
+            if self.folds == 1 and not store.split_names:
+                how = "a random fifth held out for testing; --folds 5 tests on all in turn"
+            train, valid, test = (f"{size:,}" for size in sizes)
+            return f"{len(store):,} {unit}: {train} for training, {valid} for validation, {test} for testing ({how})"
+
+
+def _fit_labels(store: FeatureStore, split: Split) -> Labels:
+    spec = store.task.get("label")
+    if spec is None:
+        raise ValueError(f"{store.name}: the data name no label, expected one in the mapping")
+    return Labels.fit(spec, store.labels(spec["name"]), split.train)
 
 
 @contextmanager
 def _only_one(folder: Path) -> Iterator[None]:
     """Hold the folder's lock, which the system releases when the process dies."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"out: {folder} is a file, expected a folder")
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(f"{folder}: another process is training into this folder") from error
-        yield
+        try:
+            yield
+        finally:
+            if [path.name for path in folder.iterdir()] == [".lock"]:
+                shutil.rmtree(folder)
+
+
+def _begin(run: Run, announce: Callable[[str], None]) -> None:
+    """Check the data, then write ``run.json``; a new run whose data cannot be trained on leaves nothing behind."""
+    if (run.folder / RUN_FILE).is_file():
+        run.write()
+    converted = run.folder / f"{Path(run.data).stem}.h5"
+    existed = converted.exists()
+    try:
+        announce(run.check_data())
+    except BaseException:
+        if not existed:
+            converted.unlink(missing_ok=True)
+        raise
+    run.write()
 
 
 def train_part(run: Run, fold: int, seed: int, report: Report) -> None:
@@ -138,54 +198,55 @@ def train_part(run: Run, fold: int, seed: int, report: Report) -> None:
     accelerator = Accelerator(log_with="tensorboard", project_dir=str(folder))
     accelerator.init_trackers("tensorboard")
     try:
-        run.trainer(fold, seed, accelerator, report).run()
+        run.trainer(fold, seed, accelerator, lambda epoch: report(replace(epoch, part=folder.name))).run()
     finally:
         accelerator.end_training()
         accelerator.free_memory()  # here and not after each stage, because it collects garbage for half a second
 
 
-def train(run: Run, report: Report, jobs: int = 1) -> None:
+def train(run: Run, report: Report, jobs: int = 1, announce: Callable[[str], None] = lambda _: None) -> None:
     """Train every fold and seed of ``run``; finished ones are skipped.
 
     Args:
-        report: progress, with the part's folder name in front of the stage's name.
+        report: called after each epoch.
         jobs: processes that train different parts at a time; torch's threads are divided among them.
+        announce: called once with a line that says how the data are divided.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("WORLD_SIZE: training over several processes is not supported; use --jobs")
-    with _only_one(run.folder):
-        run.write()
-        with run.open_store() as store:
-            run.splits(store)
-        todo = [part for part in run.parts if not (run.part_folder(*part) / "model").is_dir()]
-        context = multiprocessing.get_context("spawn")
-        progress, stop = context.SimpleQueue(), context.Event()
+    context = multiprocessing.get_context("spawn")
+    progress, stop = context.SimpleQueue(), context.Event()
 
-        def show_progress() -> None:
-            while not progress.empty():
-                report(*progress.get())
+    def report_epoch(epoch: Progress) -> None:
+        report(replace(epoch, parts_done=len(run.finished), parts=len(run.parts)))
 
-        with worker_pool(jobs, (progress, stop)) as pool:
-            if pool is None:
-                for fold, seed in todo:
-                    name = run.part_folder(fold, seed).name
-                    train_part(run, fold, seed, lambda stage, *rest, name=name: report(f"{name}/{stage}", *rest))
-                return
-            parts = [pool.submit(_work, run, fold, seed) for fold, seed in todo]
-            waiting = set(parts)
-            try:
-                while waiting:
-                    done, waiting = futures.wait(waiting, timeout=0.2, return_when=futures.FIRST_COMPLETED)
-                    show_progress()
-                    for future in done:
-                        future.result()
-            except BaseException:
-                # What runs ends with its epoch; a queue that nobody reads would hold it up for ever.
-                stop.set()
-                waiting = {future for future in parts if not future.cancel()}
-                while futures.wait(waiting, timeout=0.2).not_done:
-                    show_progress()
-                raise
+    def show_progress() -> None:
+        while not progress.empty():
+            report_epoch(progress.get())
+
+    with worker_pool(jobs, (progress, stop)) as pool, _only_one(run.folder):
+        _begin(run, announce)
+        finished = run.finished
+        todo = [part for part in run.parts if part not in finished]
+        if pool is None:
+            for fold, seed in todo:
+                train_part(run, fold, seed, report_epoch)
+            return
+        parts = [pool.submit(_work, run, fold, seed) for fold, seed in todo]
+        waiting = set(parts)
+        try:
+            while waiting:
+                done, waiting = futures.wait(waiting, timeout=0.2, return_when=futures.FIRST_COMPLETED)
+                show_progress()
+                for future in done:
+                    future.result()
+        except BaseException:
+            # What runs ends with its epoch; a queue that nobody reads would hold it up for ever.
+            stop.set()
+            waiting = {future for future in parts if not future.cancel()}
+            while futures.wait(waiting, timeout=0.2).not_done:
+                show_progress()
+            raise
 
 
 @contextmanager
@@ -231,12 +292,12 @@ def _work(run: Run, fold: int, seed: int) -> None:
         if stop.is_set():
             raise TrainingError(f"{name}: stopped because another part failed; the same command goes on")
 
-    def report(stage: str, *rest: Any) -> None:
+    def report(epoch: Progress) -> None:
         go_on()
         # A killed parent leaves its workers behind: they stop at the end of their epoch.
         if os.getppid() != _PARENT:
             os._exit(1)
-        progress.put((f"{name}/{stage}", *rest))
+        progress.put(epoch)
 
     go_on()
     train_part(run, fold, seed, report)
