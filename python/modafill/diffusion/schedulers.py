@@ -1,0 +1,409 @@
+"""Schedulers with the names and calls of diffusers, on the fused step ops: an existing loop changes one line.
+
+A timestep t counts from 0 as in diffusers; it is step t + 1 of a :class:`~modafill.diffusion.Schedule`. Noise comes
+from the counter-based generator of the ops, keyed by ``seed=`` and ``row_id=`` where they are given. Otherwise each
+step takes a fresh seed from ``generator`` (or torch's own), so that ``torch.manual_seed`` makes a loop repeatable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modafill import ops
+from modafill.diffusion.schedule import Schedule
+from modafill.ops.reference import SQRT_ALPHA_BAR, SQRT_ONE_MINUS_ALPHA_BAR, Draw
+
+# Odd, so that every visit of a step has another seed (the golden ratio of 64 bits, as in splitmix64).
+_VISIT = 0x9E3779B97F4A7C15
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """Settings of a scheduler, under diffusers' names and with its defaults.
+
+    Attributes:
+        num_train_timesteps: N.
+        beta_start, beta_end: ends of the schedule.
+        beta_schedule: ``"linear"``, ``"scaled_linear"`` (linear in √β) or ``"squaredcos_cap_v2"`` (cosine).
+        trained_betas: β_1…β_N instead of a schedule.
+        clip_sample: whether x̂₀ is clipped to ± ``clip_sample_range``.
+        prediction_type: what the network gives: ``"epsilon"``, ``"sample"`` (x₀) or ``"v_prediction"``.
+        timestep_spacing: ``"leading"``, ``"trailing"`` or ``"linspace"``.
+        steps_offset: added to the timesteps of ``"leading"``.
+        eta: RePaint's share of ancestral noise.
+    """
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.0001
+    beta_end: float = 0.02
+    beta_schedule: str = "linear"
+    trained_betas: Sequence[float] | Tensor | None = None
+    clip_sample: bool = True
+    clip_sample_range: float = 1.0
+    prediction_type: str = "epsilon"
+    timestep_spacing: str = "leading"
+    steps_offset: int = 0
+    eta: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("beta_schedule", ("linear", "scaled_linear", "squaredcos_cap_v2")),
+            ("prediction_type", ("epsilon", "sample", "v_prediction")),
+            ("timestep_spacing", ("leading", "trailing", "linspace")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(known)}")
+
+    def schedule(self) -> Schedule:
+        """The noise schedule; ValueError if a β is outside (0, 1)."""
+        if self.trained_betas is not None:
+            return Schedule(torch.as_tensor(self.trained_betas, dtype=torch.float64))
+        if self.beta_schedule == "linear":
+            return Schedule.linear(self.num_train_timesteps, self.beta_start, self.beta_end)
+        if self.beta_schedule == "squaredcos_cap_v2":
+            return Schedule.cosine(self.num_train_timesteps)
+        ends = self.beta_start**0.5, self.beta_end**0.5
+        return Schedule(torch.linspace(*ends, self.num_train_timesteps, dtype=torch.float64) ** 2)
+
+
+@dataclass(frozen=True)
+class SchedulerOutput:
+    """Result of a step.
+
+    Attributes:
+        prev_sample: the sample at the previous timestep.
+    """
+
+    prev_sample: Tensor
+    _inputs: tuple[Tensor, Tensor, Tensor, Tensor, float | None]
+
+    @property
+    def pred_original_sample(self) -> Tensor:
+        """x̂₀, clipped where the scheduler clips; computed when it is asked for."""
+        sample, eps, signal, sigma, clip = self._inputs
+        x0 = (sample - sigma * eps) / signal
+        return (x0 if clip is None else x0.clamp(-clip, clip)).to(sample.dtype)
+
+
+class _Scheduler:
+    """What the schedulers share: timesteps, coefficients, seeds."""
+
+    order = 1
+    init_noise_sigma = 1.0
+
+    def __init__(self, **config: Any) -> None:
+        self.config = SchedulerConfig(**config)
+        self.schedule = self.config.schedule()
+        self.num_inference_steps = self.schedule.steps
+        self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._plan(torch.arange(self.schedule.steps - 1, -1, -1), torch.arange(-1, self.schedule.steps - 1))
+
+    def __len__(self) -> int:
+        return self.schedule.steps
+
+    @property
+    def alphas_cumprod(self) -> Tensor:
+        """ᾱ of each timestep, float64 ``[N]``."""
+        return self.schedule.alpha_bar[1:]
+
+    def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
+        """``sample``: these schedulers do not scale the network's input."""
+        return sample
+
+    def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
+        """Choose the timesteps of a loop, descending.
+
+        A step goes from each to the next, for any spacing; diffusers' DDIM always goes back by N // steps, which for
+        ``"linspace"`` and ``"trailing"`` is not always where the next one begins.
+
+        Raises:
+            ValueError: ``num_inference_steps`` is not in 1…N.
+        """
+        n, k = self.schedule.steps, num_inference_steps
+        if not 1 <= k <= n:
+            raise ValueError(f"num_inference_steps: got {k}, expected 1…{n}")
+        spacing = self.config.timestep_spacing
+        if spacing == "linspace":
+            timesteps = torch.linspace(0, n - 1, k, dtype=torch.float64).round().to(torch.int64).flip(0)
+        elif spacing == "trailing":
+            timesteps = (n - torch.arange(k, dtype=torch.float64) * n / k).round().to(torch.int64) - 1
+        else:
+            timesteps = torch.arange(k).flip(0) * (n // k) + self.config.steps_offset
+            if int(timesteps[0]) >= n:
+                raise ValueError(
+                    f"steps_offset: got {self.config.steps_offset}, expected at most {n - 1 - (k - 1) * (n // k)}"
+                )
+        previous = torch.arange(n) - n // k
+        previous[timesteps] = torch.cat([timesteps[1:], torch.tensor([-1])])
+        self.num_inference_steps = k
+        self._plan(timesteps, previous.clamp(min=-1), device)
+
+    def _plan(self, timesteps: Tensor, previous: Tensor, device: torch.device | str | None = None) -> None:
+        self.timesteps = timesteps.to(device) if device is not None else timesteps
+        self._previous = previous.tolist()
+        self._tables.clear()
+        self._visits = 0
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """The forward process √ᾱ_t x₀ + √(1−ᾱ_t) ε for given noise and timesteps, ints ``[B]``."""
+        signal, sigma = self._coefficients(original_samples, timesteps)
+        return (signal * original_samples + sigma * noise).to(original_samples.dtype)
+
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """The target of v-prediction, √ᾱ_t ε − √(1−ᾱ_t) x₀."""
+        signal, sigma = self._coefficients(sample, timesteps)
+        return (signal * noise - sigma * sample).to(sample.dtype)
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The schedule's table and the previous timestep of each, on ``device``."""
+        if device not in self._tables:
+            self._tables[device] = self.schedule.table.to(device), torch.tensor(self._previous, device=device)
+        return self._tables[device]
+
+    def _coefficients(self, x: Tensor, timestep: int | Tensor) -> tuple[Tensor, Tensor]:
+        """√ᾱ_t and √(1−ᾱ_t), shaped to broadcast against ``x [B, …]``, in float32 or more."""
+        rows = self._on(x.device)[0][timestep + 1].to(torch.promote_types(x.dtype, torch.float32))
+        rows = rows.reshape(-1, *[1] * (x.ndim - 1), rows.shape[-1])
+        return rows[..., SQRT_ALPHA_BAR], rows[..., SQRT_ONE_MINUS_ALPHA_BAR]
+
+    def _strides(self, timestep: int | Tensor, device: torch.device) -> tuple[int | Tensor, int | Tensor]:
+        """Diffusion steps (t + 1, t' + 1); a timestep on a GPU stays there."""
+        if isinstance(timestep, Tensor) and (timestep.ndim or timestep.device.type != "cpu"):
+            timestep = timestep.to(device)
+            return timestep + 1, self._on(device)[1][timestep] + 1
+        t = int(timestep)
+        if not 0 <= t < self.schedule.steps:
+            raise ValueError(f"timestep: got {t}, expected 0…{self.schedule.steps - 1}")
+        return t + 1, self._previous[t] + 1
+
+    def _seed(self, seed: int | Tensor | None, generator: torch.Generator | None) -> int | Tensor:
+        if seed is None:
+            device = "cpu" if generator is None else generator.device
+            drawn = torch.randint(2**63 - 1, (), generator=generator, device=device)
+            seed = drawn if drawn.is_cuda else int(drawn)
+        return seed
+
+    def _epsilon(self, model_output: Tensor, sample: Tensor, timestep: int | Tensor) -> Tensor:
+        if self.config.prediction_type == "epsilon":
+            return model_output
+        signal, sigma = self._coefficients(sample, timestep)
+        velocity = self.config.prediction_type == "v_prediction"
+        eps = signal * model_output + sigma * sample if velocity else (sample - signal * model_output) / sigma
+        return eps.to(sample.dtype)
+
+    @property
+    def _clip(self) -> float | None:
+        return self.config.clip_sample_range if self.config.clip_sample else None
+
+    def _clipped(self, sample: Tensor, eps: Tensor, timestep: int | Tensor) -> Tensor:
+        """The sample √ᾱ x̂₀ + √(1−ᾱ) ε̂ with x̂₀ clipped: a step from it has the clipped x̂₀ beside the same ε̂."""
+        if self._clip is None:
+            return sample
+        signal, sigma = self._coefficients(sample, timestep)
+        x0 = ((sample - sigma * eps) / signal).clamp(-self._clip, self._clip)
+        return (signal * x0 + sigma * eps).to(sample.dtype)
+
+    def _output(self, previous: Tensor, sample: Tensor, eps: Tensor, timestep: int | Tensor) -> SchedulerOutput:
+        return SchedulerOutput(previous, (sample, eps, *self._coefficients(sample, timestep), self._clip))
+
+
+class DDIMScheduler(_Scheduler):
+    """DDIM (Song et al. 2021) in place of ``diffusers.DDIMScheduler``, on :func:`modafill.ops.ddim_step`.
+
+    Args:
+        config: fields of :class:`SchedulerConfig`.
+    """
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: bool = False,
+        generator: torch.Generator | None = None,
+        *,
+        seed: int | Tensor | None = None,
+        row_id: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[Tensor, Tensor]:
+        """The sample one timestep earlier.
+
+        Args:
+            model_output: like ``sample``.
+            timestep: 0…N−1, an integer or int64 ``[]`` or ``[B]``.
+            sample: ``[B, …]``.
+            eta: 0 deterministic, 1 ancestral.
+            use_clipped_model_output: whether ε̂ is recomputed from the clipped x̂₀. Without it, a scheduler that clips
+                takes three passes more.
+            generator: draws the seed where ``seed`` is None and ``eta`` > 0.
+            seed, row_id: as in :func:`modafill.ops.ddim_step`.
+            return_dict: False gives ``(prev_sample, pred_original_sample)``.
+        """
+        eps = self._epsilon(model_output, sample, timestep)
+        step, previous = self._strides(timestep, sample.device)
+        clip = self._clip if use_clipped_model_output else None
+        x = sample if use_clipped_model_output else self._clipped(sample, eps, timestep)
+        if eta > 0:
+            seed = self._seed(seed, generator)
+        table = self._on(sample.device)[0]
+        done = ops.ddim_step(x, eps, table, step, previous, eta=eta, seed=seed, row_id=row_id, clip=clip)
+        output = self._output(done, sample, eps, timestep)
+        return output if return_dict else (output.prev_sample, output.pred_original_sample)
+
+
+class DDPMScheduler(_Scheduler):
+    """Ancestral sampling (Ho et al. 2020) in place of ``diffusers.DDPMScheduler``, with its ``fixed_small`` variance.
+
+    A stride t → t' is DDIM's with η = 1: the same mean and the same variance β̃.
+
+    Args:
+        config: fields of :class:`SchedulerConfig`.
+    """
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        generator: torch.Generator | None = None,
+        *,
+        seed: int | Tensor | None = None,
+        row_id: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[Tensor, Tensor]:
+        """The sample one timestep earlier; arguments as in :meth:`DDIMScheduler.step`."""
+        eps = self._epsilon(model_output, sample, timestep)
+        step, previous = self._strides(timestep, sample.device)
+        table, seed = self._on(sample.device)[0], self._seed(seed, generator)
+        done = ops.ddim_step(sample, eps, table, step, previous, eta=1.0, seed=seed, row_id=row_id, clip=self._clip)
+        output = self._output(done, sample, eps, timestep)
+        return output if return_dict else (output.prev_sample, output.pred_original_sample)
+
+
+class RePaintScheduler(_Scheduler):
+    """Masked sampling (Lugmayr et al. 2022) in place of ``diffusers.RePaintScheduler``.
+
+    Single steps with η = 1, no clipping and a bool mask ``[B, M]`` for samples ``[B, M, D]`` are
+    :func:`modafill.ops.masked_reverse_step`, one pass; everything else is a DDIM step and the mix.
+
+    Args:
+        config: fields of :class:`SchedulerConfig`; timesteps are always ``"leading"``, predictions always ε.
+    """
+
+    def __init__(self, **config: Any) -> None:
+        super().__init__(**config)
+        for name, only in (("prediction_type", "epsilon"), ("timestep_spacing", "leading")):
+            if getattr(self.config, name) != only:
+                raise ValueError(f"{name}: got {getattr(self.config, name)!r}, expected {only!r}")
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int,
+        device: torch.device | str | None = None,
+        *,
+        jump_length: int = 10,
+        jump_n_sample: int = 10,
+    ) -> None:
+        """Timesteps with RePaint's jumps: ``jump_length`` steps forward, ``jump_n_sample`` − 1 times at each place.
+
+        Where a timestep is larger than the one before, the loop calls :meth:`undo_step`. With ``jump_n_sample=1`` that
+        never happens.
+        """
+        if jump_length < 1 or jump_n_sample < 1:
+            raise ValueError(f"jump_length, jump_n_sample: got {jump_length}, {jump_n_sample}, expected at least 1")
+        super().set_timesteps(num_inference_steps)
+        jumps = dict.fromkeys(range(0, num_inference_steps - jump_length, jump_length), jump_n_sample - 1)
+        places, at = [], num_inference_steps
+        while at > 0:
+            at -= 1
+            places.append(at)
+            if jumps.get(at, 0) > 0:
+                jumps[at] -= 1
+                places += range(at + 1, at + jump_length + 1)
+                at += jump_length
+        stride = self.schedule.steps // num_inference_steps
+        previous = (torch.arange(self.schedule.steps) - stride).clamp(min=-1)
+        self._plan(torch.tensor(places) * stride, previous, device)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: int | Tensor,
+        sample: Tensor,
+        original_image: Tensor,
+        mask: Tensor,
+        generator: torch.Generator | None = None,
+        *,
+        seed: int | Tensor | None = None,
+        row_id: Tensor | None = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[Tensor, Tensor]:
+        """The sample one timestep earlier, what is known noised afresh.
+
+        Args:
+            original_image: what is known, like ``sample``.
+            mask: True or 1 where it is known: bool ``[B, M]`` for samples ``[B, M, D]``, or bool or float that
+                broadcasts against ``sample``; a float mixes.
+            model_output, timestep, sample, generator, seed, row_id, return_dict: as in :meth:`DDIMScheduler.step`. A
+                timestep that is visited again gets other noise under the same seed.
+        """
+        step, previous = self._strides(timestep, sample.device)
+        table, seed = self._on(sample.device)[0], self._visited(self._seed(seed, generator))
+        by_token = mask.dtype == torch.bool and mask.ndim == 2 and sample.ndim == 3
+        single = isinstance(step, int) and isinstance(previous, int) and step - previous == 1
+        if by_token and single and self._clip is None and self.config.eta == 1.0:
+            done = ops.masked_reverse_step(
+                sample, model_output, original_image, mask, table, step, seed=seed, row_id=row_id
+            )
+        else:
+            x = self._clipped(sample, model_output, timestep)
+            unknown = ops.ddim_step(
+                x, model_output, table, step, previous, eta=self.config.eta, seed=seed, row_id=row_id
+            )
+            shape, device = tuple(sample.shape), sample.device
+            noise = ops.randn(shape, seed=seed, row_id=row_id, step=step, draw=Draw.REVERSE, device=device)
+            signal, sigma = self._coefficients(sample, previous - 1)
+            known = signal * original_image + sigma * noise
+            if mask.dtype == torch.bool:
+                done = torch.where(mask[..., None] if by_token else mask, known, unknown.to(known.dtype))
+            else:
+                done = mask * known + (1 - mask) * unknown
+            done = done.to(sample.dtype)
+        output = self._output(done, sample, model_output, timestep)
+        return output if return_dict else (output.prev_sample, output.pred_original_sample)
+
+    def undo_step(
+        self,
+        sample: Tensor,
+        timestep: int | Tensor,
+        generator: torch.Generator | None = None,
+        *,
+        seed: int | Tensor | None = None,
+        row_id: Tensor | None = None,
+    ) -> Tensor:
+        """Noise a sample forward to ``timestep`` from where a step from it led: √r x + √(1−r) z, r = ᾱ_t/ᾱ_t'.
+
+        One draw for a stride of any length. diffusers takes the β of the stride after it, which is another one unless
+        the stride is 1.
+        """
+        seed = self._visited(self._seed(seed, generator))
+        step, previous = self._strides(timestep, sample.device)
+        ratio = self._coefficients(sample, timestep)[0] / self._coefficients(sample, previous - 1)[0]
+        noise = ops.randn(
+            tuple(sample.shape), seed=seed, row_id=row_id, step=step, draw=Draw.RESAMPLE, device=sample.device
+        )
+        return (ratio * sample + (1 - ratio**2).sqrt() * noise).to(sample.dtype)
+
+    def _visited(self, seed: int | Tensor) -> int | Tensor:
+        """Another seed for each call since :meth:`set_timesteps`."""
+        self._visits += 1
+        shift = (self._visits - 1) * _VISIT % 2**64
+        if isinstance(seed, Tensor):
+            return seed + (shift - 2**64 if shift >= 2**63 else shift)
+        return (seed + shift) % 2**64

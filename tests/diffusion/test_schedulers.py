@@ -1,0 +1,297 @@
+"""Whole loops beside diffusers' own schedulers, which get the noise that ours drew."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers.schedulers import scheduling_ddim, scheduling_ddpm, scheduling_repaint
+from torch import Tensor
+
+from modafill import ops
+from modafill.diffusion import schedulers
+from modafill.diffusion.schedulers import DDIMScheduler, DDPMScheduler, RePaintScheduler
+from modafill.ops.reference import Draw
+
+SHAPE = (4, 3, 10)
+SEED = 11
+ZEROS = torch.zeros(2, 3)
+
+
+def network(x: Tensor, t: int) -> Tensor:
+    """A bounded function of the sample and the timestep, for comparing loops."""
+    return torch.tanh(0.8 * x.flip(1) + 0.1 * x.sum(-1, keepdim=True) + 0.002 * t)
+
+
+class Fed:
+    """diffusers' source of noise, replaced by a list of draws."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.draws: Iterator[Tensor] = iter(())
+        for module in (scheduling_ddim, scheduling_ddpm, scheduling_repaint):
+            monkeypatch.setattr(module, "randn_tensor", lambda shape, **_: next(self.draws))
+
+
+@pytest.fixture
+def fed(monkeypatch: pytest.MonkeyPatch) -> Fed:
+    return Fed(monkeypatch)
+
+
+def rival(name: str, ours: Any, **config: Any) -> Any:
+    """diffusers' scheduler of the same settings, with its cumulated product in float64."""
+    made = getattr(diffusers, name)(**config)
+    made.alphas_cumprod = ours.alphas_cumprod.clone()
+    made.betas = ours.schedule.betas.clone()
+    return made
+
+
+def distance(x: Tensor, y: Tensor) -> float:
+    """Norm of the difference over the norm: without clipping these loops end far from 1."""
+    return float((x - y).norm() / y.norm())
+
+
+def noise_of(t: int, draw: Draw = Draw.REVERSE) -> Tensor:
+    return ops.randn(SHAPE, seed=SEED, step=t + 1, draw=draw, dtype=torch.float64)
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "no clip": {"clip_sample": False},
+    "scaled": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False},
+    "cosine": {"beta_schedule": "squaredcos_cap_v2", "clip_sample_range": 2.0},
+    "v": {"prediction_type": "v_prediction", "clip_sample": False},
+    "v and clip": {"prediction_type": "v_prediction"},
+    "sample": {"prediction_type": "sample", "clip_sample": False},
+    "offset": {"steps_offset": 1, "clip_sample": False},
+    "given betas": {"trained_betas": [0.01 + 0.0003 * n for n in range(200)], "num_train_timesteps": 200},
+}
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("settings", list(SETTINGS))
+def test_ddim_loops(fed: Fed, settings: str, recompute: bool, eta: float) -> None:
+    config = SETTINGS[settings]
+    ours = DDIMScheduler(**config)
+    theirs = rival("DDIMScheduler", ours, **config)
+    compare_loops(fed, ours, theirs, 40, eta=eta, use_clipped_model_output=recompute)
+
+
+@pytest.mark.parametrize("steps", [25, 200])
+@pytest.mark.parametrize("settings", [name for name in SETTINGS if name != "offset"])
+def test_ddpm_loops(fed: Fed, settings: str, steps: int) -> None:
+    config = SETTINGS[settings]
+    ours = DDPMScheduler(**config)
+    compare_loops(fed, ours, rival("DDPMScheduler", ours, **config), steps)
+
+
+@pytest.mark.parametrize("spacing", ["linspace", "trailing", "leading"])
+@pytest.mark.parametrize("steps", [7, 10, 1000])
+def test_spacings(fed: Fed, spacing: str, steps: int) -> None:
+    config = {"timestep_spacing": spacing, "clip_sample": False}
+    ours = DDPMScheduler(**config)
+    theirs = rival("DDPMScheduler", ours, **config)
+    compare_loops(fed, ours, theirs, steps)
+    assert ours.timesteps.tolist() == theirs.timesteps.tolist()
+
+
+def compare_loops(fed: Fed, ours: Any, theirs: Any, steps: int, **options: Any) -> None:
+    ours.set_timesteps(steps)
+    theirs.set_timesteps(steps)
+    assert ours.timesteps.tolist() == theirs.timesteps.tolist()
+    x = y = ops.randn(SHAPE, seed=SEED, dtype=torch.float64)
+    for t in ours.timesteps:
+        fed.draws = iter([noise_of(int(t))])
+        mine = ours.step(network(x, int(t)), t, x, **options, seed=SEED)
+        other = theirs.step(network(y, int(t)), t, y, **options)
+        x, y = mine.prev_sample, other.prev_sample
+        assert distance(mine.pred_original_sample, other.pred_original_sample) < 1e-5
+    assert distance(x, y) < 1e-5
+
+
+@pytest.mark.parametrize("mask", ["rows", "elements", "mixed"])
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("steps", [20, 100])
+@pytest.mark.parametrize("clip", [False, True])
+def test_repaint_loops(fed: Fed, mask: str, eta: float, steps: int, clip: bool) -> None:
+    config = {"num_train_timesteps": 100, "eta": eta, "clip_sample": clip}
+    ours = RePaintScheduler(**config)
+    theirs = rival("RePaintScheduler", ours, **config)
+    ours.set_timesteps(steps, jump_n_sample=1)
+    theirs.set_timesteps(steps, jump_n_sample=1)
+    assert ours.timesteps.tolist() == theirs.timesteps.tolist()
+    known = ops.randn(SHAPE, seed=3, dtype=torch.float64)
+    masks = {
+        "rows": torch.tensor([[1, 0, 1], [0, 1, 0], [1, 1, 1], [0, 0, 0]], dtype=torch.bool),
+        "elements": ops.randn(SHAPE, seed=4) > 0,
+        "mixed": torch.sigmoid(ops.randn(SHAPE, seed=5, dtype=torch.float64)),
+    }
+    given = masks[mask]
+    full = (given[..., None].expand(SHAPE) if given.ndim == 2 else given).to(torch.float64)
+    x = y = ops.randn(SHAPE, seed=SEED, dtype=torch.float64)
+    for visit, t in enumerate(ours.timesteps.tolist()):
+        seed = (SEED + visit * schedulers._VISIT) % 2**64
+        fed.draws = iter([ops.randn(SHAPE, seed=seed, step=t + 1, draw=Draw.REVERSE, dtype=torch.float64)])
+        mine = ours.step(network(x, t), t, x, known, given, seed=SEED)
+        other = theirs.step(network(y, t), t, y, known, full)
+        x, y = mine.prev_sample, other.prev_sample
+    assert distance(x, y) < 1e-5
+    if mask == "rows":
+        torch.testing.assert_close(x[given], known[given], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("jump_length", "jump_n_sample"), [(3, 2), (2, 4), (10, 10)])
+def test_repaint_jumps(fed: Fed, jump_length: int, jump_n_sample: int) -> None:
+    config = {"num_train_timesteps": 25, "eta": 1.0, "clip_sample": False, "beta_end": 0.3}
+    ours = RePaintScheduler(**config)
+    theirs = rival("RePaintScheduler", ours, **config)
+    jumps = {"jump_length": jump_length, "jump_n_sample": jump_n_sample}
+    ours.set_timesteps(25, **jumps)
+    theirs.set_timesteps(25, **jumps)
+    assert ours.timesteps.tolist() == theirs.timesteps.tolist()
+    known, mask = ops.randn(SHAPE, seed=3, dtype=torch.float64), torch.eye(3, dtype=torch.bool)[[0, 1, 2, 0]]
+    x = y = ops.randn(SHAPE, seed=SEED, dtype=torch.float64)
+    last, seen = ours.timesteps[0] + 1, set()
+    for visit, t in enumerate(ours.timesteps):
+        seed = (SEED + visit * schedulers._VISIT) % 2**64
+        forward = bool(t >= last)
+        at, draw = (last, Draw.RESAMPLE) if forward else (t, Draw.REVERSE)
+        draws = ops.randn(SHAPE, seed=seed, step=int(at) + 1, draw=draw, dtype=torch.float64)
+        seen.add(float(draws[0, 0, 0]))
+        fed.draws = iter([draws])
+        if forward:
+            x, y = ours.undo_step(x, last, seed=SEED), theirs.undo_step(y, last)
+        else:
+            x = ours.step(network(x, int(t)), t, x, known, mask, seed=SEED).prev_sample
+            y = theirs.step(network(y, int(t)), t, y, known, mask[..., None].double()).prev_sample
+        last = t
+    assert distance(x, y) < 1e-5
+    assert len(seen) == len(ours.timesteps), "no draw is used twice"
+
+
+def test_undoing_a_long_stride_has_the_marginal_of_its_timestep() -> None:
+    """From x₀ = 0 noised to t' = t − n, forward to t: the variance is 1 − ᾱ_t, in closed form."""
+    ours = RePaintScheduler(num_train_timesteps=100, beta_end=0.2)
+    ours.set_timesteps(20)
+    bar = ours.alphas_cumprod
+    for t in (4, 5, 60, 95):
+        before = (1 - bar[t - 5]).sqrt() if t >= 5 else torch.zeros((), dtype=torch.float64)
+        start = torch.ones(20000, 1, dtype=torch.float64) * before
+        moved = ours.undo_step(start, t, seed=1)
+        ratio = bar[t] / bar[t - 5] if t >= 5 else bar[t]
+        torch.testing.assert_close(moved.mean(), ratio.sqrt() * before, rtol=0, atol=0.02)
+        torch.testing.assert_close(moved.var(), 1 - ratio, rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler"])
+def test_the_forward_process(name: str) -> None:
+    ours = getattr(schedulers, name)()
+    theirs = rival(name, ours)
+    x, noise, t = ops.randn(SHAPE, seed=1), ops.randn(SHAPE, seed=2), torch.tensor([0, 17, 500, 999])
+    for method in ("add_noise", "get_velocity"):
+        expected = getattr(theirs, method)(x, noise, t)
+        torch.testing.assert_close(getattr(ours, method)(x, noise, t), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(ours.scale_model_input(x, 3), x)
+    assert (len(ours), ours.init_noise_sigma, ours.order) == (len(theirs), theirs.init_noise_sigma, theirs.order)
+
+
+def loop(scheduler: Any, **options: Any) -> Tensor:
+    scheduler.set_timesteps(10)
+    x = ops.randn(SHAPE, seed=0)
+    for t in scheduler.timesteps:
+        x = scheduler.step(network(x, int(t)), t, x, **options).prev_sample
+    return x
+
+
+def test_noise_without_a_seed_is_torchs_to_repeat() -> None:
+    torch.manual_seed(3)
+    first = loop(DDPMScheduler())
+    assert not torch.equal(loop(DDPMScheduler()), first)
+    torch.manual_seed(3)
+    assert torch.equal(loop(DDPMScheduler()), first)
+    draws = [loop(DDPMScheduler(), generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+
+
+def test_noise_with_a_seed_belongs_to_the_row() -> None:
+    def partial(rows: list[int]) -> Tensor:
+        scheduler = DDPMScheduler()
+        scheduler.set_timesteps(5)
+        x = ops.randn((4, 6), seed=0)[rows]
+        for t in scheduler.timesteps:
+            x = scheduler.step(0.1 * x, t, x, seed=SEED, row_id=torch.tensor(rows) + 7).prev_sample
+        return x
+
+    torch.testing.assert_close(partial([2, 0]), partial([0, 1, 2, 3])[[2, 0]], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [DDIMScheduler, DDPMScheduler])
+def test_timesteps_per_row(make: Callable[..., Any]) -> None:
+    scheduler = make(clip_sample=False)
+    scheduler.set_timesteps(10)
+    x, t = ops.randn(SHAPE, seed=0), torch.tensor([900, 0, 300, 300])
+    together = scheduler.step(0.3 * x, t, x, seed=SEED)
+    for row, at in enumerate(t.tolist()):
+        alone = scheduler.step(0.3 * x, at, x, seed=SEED)
+        torch.testing.assert_close(together.prev_sample[row], alone.prev_sample[row], rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            together.pred_original_sample[row], alone.pred_original_sample[row], rtol=1e-6, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("settings", ["v and clip", "defaults", "sample"])
+def test_dtypes_are_kept(dtype: torch.dtype, settings: str) -> None:
+    ours = DDIMScheduler(**SETTINGS[settings])
+    x = ops.randn(SHAPE, seed=0).to(dtype)
+    previous, origin = ours.step(0.3 * x, 500, x, return_dict=False)
+    exact = ours.step(0.3 * x.double(), 500, x.double())
+    assert previous.dtype == origin.dtype == dtype
+    tolerance = 0.03 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(previous.double(), exact.prev_sample, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: DDIMScheduler(beta_schedule="sigmoid"), "beta_schedule: got 'sigmoid', expected one of linear, "),
+        (lambda: DDIMScheduler(prediction_type="flow"), "prediction_type: got 'flow'"),
+        (lambda: DDIMScheduler(timestep_spacing="log"), "timestep_spacing: got 'log'"),
+        (lambda: DDIMScheduler(beta_end=1.5), r"betas: got values in \[0.0001, 1.5\]"),
+        (lambda: DDIMScheduler().set_timesteps(0), r"num_inference_steps: got 0, expected 1…1000"),
+        (lambda: DDIMScheduler().set_timesteps(1001), "num_inference_steps: got 1001"),
+        (lambda: DDIMScheduler(steps_offset=1).set_timesteps(1000), "steps_offset: got 1, expected at most 0"),
+        (
+            lambda: DDPMScheduler().step(torch.zeros(2, 3), 1000, torch.zeros(2, 3)),
+            "timestep: got 1000, expected 0…999",
+        ),
+        (lambda: RePaintScheduler(prediction_type="sample"), "prediction_type: got 'sample', expected 'epsilon'"),
+        (lambda: RePaintScheduler(timestep_spacing="trailing"), "timestep_spacing: got 'trailing', expected 'leading'"),
+        (lambda: RePaintScheduler().set_timesteps(9, jump_length=0), "jump_length, jump_n_sample: got 0, 10"),
+    ],
+)
+def test_mistakes(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler", "RePaintScheduler"])
+def test_calls_have_diffusers_names(name: str) -> None:
+    """What we take by position is what diffusers takes by position."""
+    for method in ("step", "add_noise", "scale_model_input"):
+        ours, theirs = (
+            list(inspect.signature(getattr(getattr(module, name), method)).parameters)
+            for module in (schedulers, diffusers)
+        )
+        positional = [
+            parameter.name
+            for parameter in inspect.signature(getattr(getattr(schedulers, name), method)).parameters.values()
+            if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+        ]
+        assert positional == theirs[: len(positional)]
+        assert set(theirs) - set(ours) <= {"variance_noise"}
