@@ -148,7 +148,7 @@ def test_a_log_gets_a_line_now_and_then(modafill, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "_SECONDS_BETWEEN_LINES", 0.0)
     assert modafill("evaluate", tmp_path / "run", "--samples", 1)[2] == "evaluating: 0 of 1\nevaluating: 1 of 1\n"
     err = modafill(*tiny.train_arguments, "--set", "adn_epochs=4", "--out", tmp_path / "new")[2]
-    assert err.startswith("96 samples in 24 groups: 64 for training, 12 for validation, 20 for testing (a random fifth")
+    assert err.startswith("96 samples in 24 groups: 64 for training, 12 for validation, 20 for testing (held out at")
     assert "fold0-seed0, stage 5 of 38 (adn-clean), epoch 4 of 4: loss " in err
     assert re.search(r"stage 1 of 38 \(encoder-text\), epoch 1 of 3: loss [\d.]+, validation [\d.]+\n", err)
 
@@ -156,10 +156,11 @@ def test_a_log_gets_a_line_now_and_then(modafill, tiny, tmp_path, monkeypatch):
 def test_a_run_of_several_parts_says_how_far_it_is(modafill, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "_SECONDS_BETWEEN_LINES", 0.0)
     err = modafill(*tiny.train_arguments, "--seeds", 2, "--folds", 2, "--out", tmp_path / "new")[2]
-    assert "(in each of 2 folds)" in err
+    assert "(on average over 2 folds)" in err
     lines = err.splitlines()
-    assert lines[1].endswith("; 0 of 4 trained")
-    assert re.search(r"^fold1-seed1, .*; 3 of 4 trained, about \d+ min left$", lines[-1])
+    ends = [line for line in lines if " trained: " in line]
+    assert re.fullmatch(r"fold0-seed0 trained: 1 of 4, about \d+ min left", ends[0])
+    assert lines[-1] == ends[3] == "fold1-seed1 trained: 4 of 4"
 
 
 def test_train_again_is_quick_and_changes_nothing(modafill, tiny):
@@ -313,13 +314,18 @@ TRAIN = ["train", "admc", "--data", "{archive}", "--mapping", "{mapping}", "--ou
         (["evaluate", "{folder}"], "no run.json there"),
         (["evaluate", "{unfinished}"], "fold0-seed0 not trained yet; run the same `modafill train` again"),
         (["evaluate", "{run}", "--metric", "AUC"], "metric: got 'AUC', expected UA, WA, F1, NLL or all"),
-        (["evaluate", "{run}", "--samples", "0"], "samples: got 0, expected at least 1"),
+        (["evaluate", "{run}", "--samples", "0"], "--samples"),
         (["evaluate", "{run}", "--start-steps", "3,b"], "start-steps: got '3,b', expected numbers with commas"),
         (["evaluate", "{run}", "--start-steps", "61"], "start_step: got 61, expected a diffusion step in 1…60"),
         (["impute", "{run}", "{store}", "{new}", "--fold", "4"], "fold: got 4, expected 0…0"),
         ([*TRAIN[:-1], "{mapping}"], "tiny.json is a file, expected a folder"),
         (["demo", "--out", "{mapping}"], "tiny.json is a file, expected a folder"),
-        (["impute", "{run}", "{store}", "{new}", "--samples", "0"], "samples: got 0"),
+        (["impute", "{run}", "{store}", "{new}", "--samples", "0"], "--samples"),
+        (["recognise", "{run}", "{store}", "{table}", "--samples", "-1"], "--samples"),
+        (["recognise", "{run}", "{folder}/nothing.h5", "{table}"], "nothing.h5: no such file"),
+        (["recognise", "{run}", "{store}", "{new}"], "expected a name that ends in .csv"),
+        (["recognise", "{run}/fold0-seed0/model", "{store}", "{table}", "--fold", "1"], "is one model, not a run"),
+        (["recognise", "{unfinished}", "{store}", "{table}"], "fold0-seed0 not trained yet; run the same"),
         (["impute", "{folder}", "{store}", "{new}"], "no config.json there"),
         (["impute", "{folder}/no/where", "{store}", "{new}"], "expected an existing folder or a hub id"),
         (["bench", "--suite", "laps"], "laps"),
@@ -340,10 +346,11 @@ def test_mistakes(mistake, tiny, store, tmp_path, arguments, message):
         "store": store,
         "folder": tmp_path,
         "new": tmp_path / "new.h5",
+        "table": tmp_path / "new.csv",
         "unfinished": tmp_path / "run",
     }
     assert message in mistake(*(argument.format(**names) for argument in arguments))
-    assert not (tmp_path / "new").is_file()
+    assert not any(path.name.startswith("new") for path in tmp_path.iterdir())
 
 
 def test_data_that_cannot_be_trained_on_leave_nothing_behind(mistake, tiny, tmp_path):

@@ -235,6 +235,7 @@ MISTAKES: dict[str, tuple[dict[str, object], str]] = {
         r"lengths\['audio'\]: got 9 in row 0, expected 1…8",
     ),
     "no samples": ({"features": {**FEATURES, "audio": None}, "n_samples": 0}, "n_samples: got 0"),
+    "fewer samples": ({"features": {**FEATURES, "audio": None}, "n_samples": -1}, "n_samples: got -1"),
 }
 
 

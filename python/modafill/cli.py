@@ -146,7 +146,7 @@ def train_admc(
 @app.command()
 def evaluate(
     run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
-    samples: Annotated[int, typer.Option(help="Completions per row, K.")] = 16,
+    samples: Annotated[int, typer.Option(min=1, help="Completions per row, K.")] = 16,
     start_steps: Annotated[
         str, typer.Option(help="Further start steps n of the paper's sampler, such as 30,80, shown beside its own.")
     ] = "",
@@ -160,8 +160,12 @@ def evaluate(
 ) -> None:
     """Tables of a run: a row per method, a column per available set ({at}: audio and text are observed).
 
-    Methods: zero fill, mean fill, ridge regression and ADMC complete the embeddings; "probabilities averaged" averages
-    the classifier's output over K completions, the other rows read one. Logistic regression reads what is observed.
+    Columns: "average" is that of the incomplete sets, "full" has every modality.
+
+    Methods: zero fill, mean fill, ridge regression and ADMC ("clean" or "replace" conditioning, "n=" its start step)
+    complete the embeddings. A fusion network per pattern reads one completion, the frozen classifier the mean of K;
+    "probabilities averaged" averages either's output over K. Logistic regression reads what is observed, "complete
+    data" is the frozen classifier with nothing missing.
 
     Metrics: WA is accuracy, UA macro recall, F1 macro F1 (%); NLL the negative log-likelihood of the true class (nats);
     NRMSE the root mean squared error and CRPS the continuous ranked probability score of hidden embeddings, in units of
@@ -171,8 +175,6 @@ def evaluate(
     """
     if metric not in ("UA", "WA", "F1", "NLL", "all"):
         raise ValueError(f"metric: got {metric!r}, expected UA, WA, F1, NLL or all")
-    if samples < 1:
-        raise ValueError(f"samples: got {samples}, expected at least 1")
     try:
         starts = tuple(int(n) for n in start_steps.split(",") if n)
     except ValueError:
@@ -197,7 +199,7 @@ def impute(
     path: InPath,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The store to write (.h5).")],
     mapping: Mapping = None,
-    samples: Annotated[int, typer.Option(help="Completions per row, averaged.")] = 1,
+    samples: Annotated[int, typer.Option(min=1, help="Completions per row, averaged.")] = 1,
     seed: NoiseSeed = 0,
     fold: Fold = 0,
 ) -> None:
@@ -222,7 +224,7 @@ def recognise(
     path: InPath,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The table to write (.csv).")],
     mapping: Mapping = None,
-    samples: Annotated[int, typer.Option(help="Completions per row; probabilities are averaged over them.")] = 16,
+    samples: Annotated[int, typer.Option(min=1, help="Completions per row; their probabilities are averaged.")] = 16,
     seed: NoiseSeed = 0,
     fold: Fold = 0,
 ) -> None:
@@ -348,7 +350,12 @@ def _model_and_store(run: Path, fold: int, path: Path, mapping: str | None) -> I
         spec = Run.load(run)
         if not 0 <= fold < spec.folds:
             raise ValueError(f"fold: got {fold}, expected 0…{spec.folds - 1}")
-        folder = spec.part_folder(fold, spec.seeds[0]) / "model"
+        if (fold, spec.seeds[0]) not in spec.finished:
+            name = spec.part_folder(fold, spec.seeds[0]).name
+            raise ValueError(f"{run}: {name} not trained yet; run the same `modafill train` again")
+        folder = spec.part_folder(fold, spec.seeds[0]).resolve() / "model"
+    elif fold:
+        raise ValueError(f"fold: got {fold}, but {run} is one model, not a run")
     imputer = ModalityImputer.from_pretrained(folder)
     with tempfile.TemporaryDirectory() as scratch, open_data(path, Path(scratch), mapping) as store:
         yield imputer, store.windowed(imputer.model.window)
@@ -407,36 +414,42 @@ def _bar(what: str, total: int | None) -> Iterator[Any]:
 @contextmanager
 def _training_progress() -> Iterator[Any]:
     """A bar per fold and seed that is in training, showing its current stage, and one for all of them."""
-    from modafill.training import Progress as Epoch
+    from modafill.training import EpochDone
 
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=12), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=10), MofNCompleteColumn())
     log, quiet = _Log(), not err_console.is_terminal
     with Progress(*columns, TextColumn("{task.fields[note]}"), console=err_console, disable=quiet) as progress:
         bars: dict[str, Any] = {}
-        begun, done_before = time.monotonic(), -1
+        begun, before = 0.0, 0
 
-        def report(epoch: Epoch) -> None:
-            nonlocal done_before
-            if done_before < 0:
-                done_before = epoch.parts_done
-            loss = f"loss {epoch.scalars['loss']:.3g}"
-            if "validation_loss" in epoch.scalars:
-                loss += f", validation {epoch.scalars['validation_loss']:.3g}"
-            overall = f"{epoch.parts_done} of {epoch.parts} trained"
-            if epoch.parts_done > done_before:
-                each = (time.monotonic() - begun) / (epoch.parts_done - done_before)
-                overall += f", about {math.ceil(each * (epoch.parts - epoch.parts_done) / 60)} min left"
-            if epoch.parts > 1:
+        def report(done: EpochDone) -> None:
+            nonlocal begun, before
+            if not begun:
+                begun, before = time.monotonic(), done.parts_done - done.part_done
+            left = ""
+            if before < done.parts_done < done.parts:
+                each = (time.monotonic() - begun) / (done.parts_done - before)
+                left = f"about {math.ceil(each * (done.parts - done.parts_done) / 60)} min left"
+            if done.parts > 1:
                 if "" not in bars:
-                    bars[""] = progress.add_task("all", total=epoch.parts, note="")
-                progress.update(bars[""], completed=epoch.parts_done, note=overall)
-            if epoch.part not in bars:
-                bars[epoch.part] = progress.add_task(epoch.part, note="")
-            stage = f"{epoch.part} {epoch.number}/{epoch.stages} {epoch.stage}"
-            progress.update(bars[epoch.part], description=stage, completed=epoch.epoch, total=epoch.epochs, note=loss)
+                    bars[""] = progress.add_task("trained", total=done.parts, note="")
+                progress.update(bars[""], completed=done.parts_done, note=left)
+            if done.part_done:
+                if done.part in bars:
+                    progress.remove_task(bars.pop(done.part))
+                overall = f"{done.parts_done} of {done.parts}" + (f", {left}" if left else "")
+                log.line(f"{done.part} trained: {overall}")
+                return
+            if done.part not in bars:
+                bars[done.part] = progress.add_task(done.part, note="")
+            loss = f"loss {done.scalars['loss']:.3g}"
+            if "validation_loss" in done.scalars:
+                loss += f", validation {done.scalars['validation_loss']:.3g}"
+            stage = f"{done.part} {done.number}/{done.stages} {done.stage}"
+            progress.update(bars[done.part], description=stage, completed=done.epoch, total=done.epochs, note=loss)
             log.line(
-                f"{epoch.part}, stage {epoch.number} of {epoch.stages} ({epoch.stage}), "
-                f"epoch {epoch.epoch} of {epoch.epochs}: {loss}" + (f"; {overall}" if epoch.parts > 1 else "")
+                f"{done.part}, stage {done.number} of {done.stages} ({done.stage}), "
+                f"epoch {done.epoch} of {done.epochs}: {loss}"
             )
 
         yield report
@@ -457,6 +470,9 @@ def main() -> None:
         print(f"modafill: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     except (KeyboardInterrupt, typer.Abort):
-        print("modafill: interrupted; the same command goes on from here", file=sys.stderr)
+        print(
+            "modafill: interrupted; the same command goes on with a training and begins all else anew",
+            file=sys.stderr,
+        )
         raise SystemExit(130) from None
     raise SystemExit(status if isinstance(status, int) else 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -31,15 +32,15 @@ class Imputation:
     generated: Tensor
     samples: dict[str, Tensor]
 
-    @property
+    @cached_property
     def std(self) -> dict[str, Tensor]:
         """Name → ``[B, D]``, standard deviation of the samples, 0 where observed; ValueError for a single sample."""
-        spread = {}
-        for m, (name, samples) in enumerate(self.samples.items()):
-            if len(samples) < 2:
-                raise ValueError("std: a single sample has no spread, expected a call with n_samples of 2 or more")
-            spread[name] = samples.std(0, correction=1).masked_fill(~self.generated[:, m, None], 0.0)
-        return spread
+        if len(next(iter(self.samples.values()))) < 2:
+            raise ValueError("std: a single sample has no spread, expected a call with n_samples of 2 or more")
+        return {
+            name: samples.std(0, correction=1).masked_fill(~self.generated[:, m, None], 0.0)
+            for m, (name, samples) in enumerate(self.samples.items())
+        }
 
 
 class ModalityImputer(nn.Module):

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 
+from modafill.data import convert_npz
 from modafill.files import read_tensors
 from modafill.models.admc import ADMC, ADMCConfig
-from modafill.training import Progress, Run, train
+from modafill.training import EpochDone, Run, train
 from modafill.training import run as run_module
 
 SETTINGS = {
@@ -136,26 +137,28 @@ def test_two_jobs_equal_one(run):
     assert set(reports) == {"fold0-seed4", "fold0-seed5"}
 
 
-def check_numbers(reports: list[Progress]) -> None:
+def check_numbers(reports: list[EpochDone]) -> None:
     """Stages are counted from 1 to the last, one by one."""
-    stages = list(dict.fromkeys((epoch.number, epoch.stages, epoch.stage) for epoch in reports))
+    assert [done.part_done for done in reports] == [False] * (len(reports) - 1) + [True]
+    stages = list(dict.fromkeys((epoch.number, epoch.stages, epoch.stage) for epoch in reports[:-1]))
     assert [(number, of) for number, of, _ in stages] == [(n, len(stages)) for n in range(1, len(stages) + 1)]
 
 
 @pytest.mark.parametrize("conditionings", [("clean",), ("replace", "clean")])
 def test_every_stage_has_its_number(run, conditionings):
     run = replace(run, folds=1, seeds=(0,), conditionings=conditionings)
-    reports: list[Progress] = []
+    reports: list[EpochDone] = []
     said: list[str] = []
     train(run, reports.append, announce=said.append)
     check_numbers(reports)
-    assert {(epoch.part, epoch.parts_done, epoch.parts) for epoch in reports} == {("fold0-seed0", 0, 1)}
+    assert {(epoch.part, epoch.parts_done, epoch.parts) for epoch in reports[:-1]} == {("fold0-seed0", 0, 1)}
+    assert (reports[-1].part, reports[-1].parts_done) == ("fold0-seed0", 1)
     assert len(said) == 1
 
 
 def test_joint_encoders(run):
     run = replace(run, folds=1, seeds=(0,), config=replace(run.config, joint_encoders=True))
-    reports: list[Progress] = []
+    reports: list[EpochDone] = []
     train(run, reports.append)
     assert (reports[0].part, reports[0].stage) == ("fold0-seed0", "encoders-joint")
     assert not any("encoder-" in epoch.stage for epoch in reports)
@@ -205,7 +208,39 @@ def test_values_that_are_no_numbers_are_refused_in_every_part(run, tmp_path, par
     bad = replace(run, folder=tmp_path / "bad", data=str(path), mapping=None)
     with pytest.raises(ValueError, match=rf"bad\.h5: features\['vision'\]: got NaN or infinity in row id {row},"):
         train(bad, ignore)
-    assert not list(bad.folder.rglob("*.safetensors"))
+    assert not bad.folder.exists()
+
+
+def test_a_sample_with_nothing_observed_is_refused_before_a_run_begins(run, tmp_path):
+    with np.load(run.data) as archive:
+        arrays = dict(archive)
+    arrays["seen"][5] = False
+    np.savez(tmp_path / "empty.npz", **arrays)
+    bad = replace(run, folder=tmp_path / "new" / "run", data=str(tmp_path / "empty.npz"))
+    with pytest.raises(ValueError, match=r"empty\.npz: available: nothing is observed in row id 5"):
+        train(bad, ignore)
+    assert [path.name for path in tmp_path.iterdir()] == ["empty.npz"]
+
+
+def test_nothing_of_the_users_is_touched_where_a_run_cannot_begin(run, tmp_path):
+    """A folder that was there stays, and a file in the way of the conversion stops the run."""
+    bad = replace(run, folder=tmp_path / "mine", mapping="mmmo")
+    bad.folder.mkdir()
+    with pytest.raises(ValueError, match="mapping mmmo needs the arrays"):
+        train(bad, ignore)
+    assert [path.name for path in bad.folder.iterdir()] == [".lock"]
+    for content in (b"my own file", None):
+        mine = bad.folder / "tiny.h5"
+        if content is None:
+            mine.unlink()
+            convert_npz(run.data, mine, run.mapping)
+        else:
+            mine.write_bytes(content)
+        before = mine.read_bytes()
+        with pytest.raises(ValueError, match=r"tiny\.h5: in the way of the conversion of .*tiny\.npz; move it"):
+            train(replace(run, folder=bad.folder), ignore)
+        assert mine.read_bytes() == before
+        assert not (bad.folder / "run.json").exists()
 
 
 def _datasets(group: h5py.Group) -> list[h5py.Dataset]:

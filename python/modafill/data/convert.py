@@ -19,6 +19,7 @@ from modafill.data.store import FeatureStore
 from modafill.data.writer import StoreWriter
 
 BLOCK_ROWS = 1024
+HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 
 
 @dataclass
@@ -233,7 +234,8 @@ def open_data(
 ) -> FeatureStore:
     """Open a feature store in place, or an ``.npz`` file by way of ``cache_dir/<stem>.h5``.
 
-    The converted file is used again as long as the archive's path, size and time and the mapping are the same.
+    The converted file is used again as long as the archive's path, size and time and the mapping are the same. A
+    file of that name that is no conversion is never replaced.
 
     Args:
         path: an ``.h5`` store or an ``.npz`` archive, told apart by content.
@@ -242,7 +244,7 @@ def open_data(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: as :class:`FeatureStore` and :func:`convert_npz`, or a file that is neither.
+        ValueError: as :class:`FeatureStore` and :func:`convert_npz`, a file that is neither, or one in the way.
     """
     if file_format(path) == "h5":
         return FeatureStore(path)
@@ -258,7 +260,10 @@ def open_data(
                 store = FeatureStore(out, name=str(path))
             except ValueError:
                 store = None
-            if store is not None and store.task.get("source") == digest:
+            foreign = not _is_hdf5(out) if store is None else "source" not in store.task
+            if foreign:
+                raise ValueError(f"{out}: in the way of the conversion of {path}; move it, or choose another folder")
+            if store is not None and store.task["source"] == digest:
                 return store
         out.parent.mkdir(parents=True, exist_ok=True)
         _convert(MappedNpz(npz, used), out, {"source": digest})
@@ -274,11 +279,16 @@ def file_format(path: str | os.PathLike[str]) -> str:
             start = file.read(8)
     except OSError as error:
         raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
-    if start == b"\x89HDF\r\n\x1a\n":
+    if start == HDF5_MAGIC:
         return "h5"
     if start[:2] == b"PK":
         return "npz"
     raise ValueError(f"{path}: neither a feature store (.h5) nor an .npz file")
+
+
+def _is_hdf5(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(len(HDF5_MAGIC)) == HDF5_MAGIC
 
 
 def _convert(data: MappedNpz, out: Path, task: dict[str, Any]) -> None:

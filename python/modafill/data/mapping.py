@@ -212,5 +212,6 @@ def choose_mapping(npz: NpzFile, given: MappingLike | None = None) -> NpzMapping
     reasons = "; ".join(f"{name} lacks {', '.join(absent[:4])}" for name, absent in missing.items())
     raise ValueError(
         f"{npz.path}: no built-in mapping fits the arrays {list(npz.headers)} ({reasons}); "
-        "say which array is what with --mapping FILE.json, see docs/data.md"
+        "say which array is what in a JSON file, --mapping FILE.json, such as "
+        '{"modalities": {"text": ARRAY, "audio": ARRAY}, "label": {"name": ARRAY, "kind": "class"}} (docs/data.md)'
     )

@@ -17,13 +17,18 @@ Denoiser = Callable[[Tensor, int], Tensor]
 SAMPLE_SHIFT = 48
 
 
+def check_samples(n_samples: int) -> None:
+    """Raise ValueError unless K is in 1…2¹⁵−1."""
+    if not 1 <= n_samples < 1 << 15:
+        raise ValueError(f"n_samples: got {n_samples}, expected 1…{(1 << 15) - 1}")
+
+
 def sample_row_ids(row_id: Tensor, n_samples: int) -> Tensor:
     """Row ids of K independent samples of each row, int64 ``[K · B]``, sample-major.
 
     Sample k of row r has id ``r + k·2⁴⁸``: the first samples stay the same when K grows. Row ids must lie in [0, 2⁴⁸).
     """
-    if not 1 <= n_samples < 1 << 15:
-        raise ValueError(f"n_samples: got {n_samples}, expected 1…{(1 << 15) - 1}")
+    check_samples(n_samples)
     if row_id.dtype != torch.int64 or row_id.ndim != 1:
         raise ValueError(f"row_id: got {row_id.dtype} {list(row_id.shape)}, expected int64 [B]")
     if len(row_id) and not 0 <= int(row_id.min()) <= int(row_id.max()) < 1 << SAMPLE_SHIFT:

@@ -23,7 +23,7 @@ from modafill.evaluation.tables import FULL, Record, Table, make_tables, save_ta
 from modafill.files import derive_seed
 from modafill.models.baselines import RidgeFill
 from modafill.training.admc import RIVALS, FoldTrainer
-from modafill.training.loop import Progress
+from modafill.training.loop import EpochDone
 from modafill.training.run import Run, worker_pool
 
 RECOGNITION = "Recognition, a fusion network per pattern"
@@ -206,7 +206,8 @@ def evaluate_run(
     if part not in PARTS:
         raise ValueError(f"part: got {part!r}, expected {' or '.join(PARTS)}")
     run = Run.load(folder)
-    unfinished = [run.part_folder(*part).name for part in run.parts if part not in run.finished]
+    finished = run.finished
+    unfinished = [run.part_folder(*key).name for key in run.parts if key not in finished]
     if unfinished:
         raise ValueError(f"{folder}: {', '.join(unfinished)} not trained yet; run the same `modafill train` again")
     evaluate_part = partial(_evaluate_part, run, n_samples, start_steps, part)
@@ -251,8 +252,8 @@ def _trained(run: Run, fold: int, seed: int) -> FoldTrainer:
     """The trainer of a finished part, its networks loaded."""
     folder = run.part_folder(fold, seed)
 
-    def refuse(epoch: Progress) -> None:
-        gone = f"stages/{epoch.stage}.safetensors"
+    def refuse(done: EpochDone) -> None:
+        gone = f"stages/{done.stage}.safetensors"
         raise ValueError(f"{folder}: {gone} is gone; remove {folder.name}/model and train again")
 
     trainer = run.trainer(fold, seed, Accelerator(), refuse)

@@ -89,7 +89,7 @@ class Table:
             blocks[-1].append(index)
         tables: list[RenderableType] = [Text(self.title, style="bold")]
         for block in blocks:
-            table = RichTable(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, gap - 1, 0, 0))
+            table = RichTable(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, gap - 1, 0, 0))
             table.add_column("method", no_wrap=not narrow, max_width=method_width)
             for index in block:
                 table.add_column(rows[0][index], justify="right", no_wrap=True)

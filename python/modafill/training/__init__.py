@@ -1,6 +1,6 @@
 """Training loops."""
 
-from modafill.training.loop import Progress, Stage, TrainingError, train_stage
+from modafill.training.loop import EpochDone, Stage, TrainingError, train_stage
 from modafill.training.run import Run, train
 
-__all__ = ["Progress", "Run", "Stage", "TrainingError", "train", "train_stage"]
+__all__ = ["EpochDone", "Run", "Stage", "TrainingError", "train", "train_stage"]

@@ -21,7 +21,7 @@ from modafill.files import derive_seed, read_tensors, write_tensors
 from modafill.models.admc import ADMC, ADN, ADMCConfig, Fusion, ModalitySpec, UnimodalClassifier
 from modafill.models.baselines import MeanFill, RidgeFill, ZeroFill
 from modafill.ops.reference import SQRT_ALPHA_BAR, SQRT_ONE_MINUS_ALPHA_BAR
-from modafill.training.loop import Progress, Report, Stage, check_key, train_stage
+from modafill.training.loop import EpochDone, Report, Stage, check_key, train_stage
 
 RIVALS = ("zero", "mean", "ridge")
 
@@ -73,18 +73,11 @@ class FoldTrainer:
         self._number = 0
 
     def _fingerprint(self) -> str:
-        """What results depend on beside the configuration: parts, classes, availability, window and all features.
-
-        The one pass over them also finds NaN and infinity, in whichever part they are.
-        """
+        """What results depend on beside the configuration: parts, classes, availability, window and all features."""
         digest = hashlib.sha256(str(self.store.window).encode())
         for array in (*self.split, self.target.cpu().numpy(), self.available.numpy()):
             digest.update(array.tobytes())
         for batch in self.store.unwindowed().iter_batches(np.arange(len(self.store)), 1024):
-            try:
-                batch.validate()
-            except ValueError as error:
-                raise ValueError(f"{self.store.name}: {error}") from error
             for features in batch.features.values():
                 digest.update(features.numpy().tobytes())
         return digest.hexdigest()[:16]
@@ -308,8 +301,8 @@ class FoldTrainer:
         stage.key = self.key
         self._number += 1
 
-        def report(progress: Progress) -> None:
-            self.report(replace(progress, number=self._number, stages=self.n_stages))
+        def report(done: EpochDone) -> None:
+            self.report(replace(done, number=self._number, stages=self.n_stages))
 
         train_stage(stage, self.stages, self.accelerator, seed=self.seed, report=report)
 

@@ -18,8 +18,8 @@ from modafill.files import derive_seed, read_tensors, write_tensors
 
 
 @dataclass(frozen=True)
-class Progress:
-    """An epoch is done.
+class EpochDone:
+    """Progress: one more epoch of a stage is done, or a whole part.
 
     Attributes:
         stage: its name.
@@ -28,6 +28,7 @@ class Progress:
         number, stages: place of the stage among all of its part, counted from 1.
         part: folder name of the fold and seed.
         parts_done, parts: of the run.
+        part_done: the part is trained; there is no epoch to tell of.
     """
 
     stage: str
@@ -39,9 +40,13 @@ class Progress:
     part: str = ""
     parts_done: int = 0
     parts: int = 1
+    part_done: bool = False
 
 
-Report = Callable[[Progress], None]
+# Of checkpoints and results of stages.
+FORMAT = 2
+
+Report = Callable[[EpochDone], None]
 
 
 class TrainingError(RuntimeError):
@@ -107,7 +112,7 @@ def train_stage(
         TrainingError: the loss of an epoch is not finite. The last checkpoint stays.
     """
     result, resume = folder / f"{stage.name}.safetensors", folder / f"{stage.name}.resume.safetensors"
-    key = {"stage": stage.name, "seed": seed, **stage.key}
+    key = {"stage": stage.name, "seed": seed, "format": FORMAT, **stage.key}
     if result.is_file():
         tensors, about = read_tensors(result)
         check_key(result, about["key"], key)
@@ -174,7 +179,7 @@ def train_stage(
                 state["stale"] += 1
         state["epoch"] = epoch + 1
         accelerator.log({f"{stage.name}/{name}": value for name, value in scalars.items()}, step=epoch + 1)
-        report(Progress(stage.name, epoch + 1, stage.epochs, scalars))
+        report(EpochDone(stage.name, epoch + 1, stage.epochs, scalars))
         if accelerator.is_main_process and time.monotonic() - saved >= checkpoint_seconds:
             about = {
                 "key": key,

@@ -6,11 +6,10 @@ import fcntl
 import json
 import multiprocessing
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,9 @@ from accelerate import Accelerator
 
 from modafill.data import FeatureStore, Labels, Split, make_splits, open_data
 from modafill.files import write_json
-from modafill.models.admc import ADMCConfig, ModalityEncoder
+from modafill.models.admc import ADMCConfig, encoder_kind
 from modafill.training.admc import FoldTrainer, modality_specs
-from modafill.training.loop import Progress, Report, TrainingError
+from modafill.training.loop import EpochDone, Report, TrainingError
 
 RUN_FILE = "run.json"
 
@@ -124,31 +123,39 @@ class Run:
         return FoldTrainer(folder, store, split, labels, self.config, self.conditionings, seed, accelerator, report)
 
     def check_data(self) -> str:
-        """Raise ValueError where a fold cannot be trained; otherwise a line that says how the data are divided."""
+        """Raise ValueError where a fold cannot be trained; otherwise a line that says how the data are divided.
+
+        One pass over all features finds NaN, infinity and samples with nothing observed, in whichever part they are.
+        """
         with self.open_store() as store:
             splits = self.splits(store)
             for name, modality in modality_specs(store).items():
-                ModalityEncoder(name, modality.width, modality.sequence, self.config)
+                encoder_kind(name, modality.sequence, self.config)
+            for batch in store.unwindowed().iter_batches(np.arange(len(store)), 1024):
+                try:
+                    batch.validate()
+                except ValueError as error:
+                    raise ValueError(f"{store.name}: {error}") from error
             for fold, split in enumerate(splits):
                 _fit_labels(store, split)
                 for what, rows in (("training", split.train), ("validation", split.valid)):
                     seen = store.available(rows)
-                    for name, observed in zip(
-                        (*store.modalities, "all modalities"), (*seen.T, seen.all(1)), strict=True
-                    ):
-                        if not observed.any():
-                            raise ValueError(
-                                f"{store.name}: fold {fold}: none of the {len(rows)} {what} samples has {name}, "
-                                "expected at least one; name fewer modalities in the mapping"
-                            )
+                    columns = zip((*store.modalities, "all modalities"), (*seen.T, seen.all(1)), strict=True)
+                    absent = [name for name, observed in columns if not observed.any()]
+                    if absent:
+                        raise ValueError(
+                            f"{store.name}: fold {fold}: none of the {len(rows)} {what} samples has {absent[0]}, "
+                            "expected at least one; leave a modality out, or divide the data otherwise"
+                        )
             unit = "samples"
             if store.group_names:
                 unit += f" in {len(np.unique(store.groups(store.task.get('group')))):,} groups"
-            sizes = [int(np.mean([len(rows) for rows in parts])) for parts in zip(*splits, strict=True)]
-            how = "as the data say" if store.split_names else f"in each of {self.folds} folds"
-            if self.folds == 1 and not store.split_names:
-                how = "a random fifth held out for testing; --folds 5 tests on all in turn"
-            train, valid, test = (f"{size:,}" for size in sizes)
+            train, valid, test = (f"{np.mean([len(rows) for rows in part]):,.0f}" for part in zip(*splits, strict=True))
+            how = f"on average over {self.folds} folds"
+            if store.split_names:
+                how = "the data's own split"
+            elif self.folds == 1:
+                how = "held out at random; more --folds test on more"
             return f"{len(store):,} {unit}: {train} for training, {valid} for validation, {test} for testing ({how})"
 
 
@@ -161,20 +168,28 @@ def _fit_labels(store: FeatureStore, split: Split) -> Labels:
 
 @contextmanager
 def _only_one(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which the system releases when the process dies."""
+    """Hold the folder's lock, which the system releases when the process dies; folders made for nothing go again."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out: {folder} is a file, expected a folder")
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w", encoding="utf-8") as file:
+    lock = folder / ".lock"
+    with open(lock, "w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Whoever held it may have taken the file away.
+            if os.fstat(file.fileno()).st_nlink == 0:
+                raise BlockingIOError
         except BlockingIOError as error:
             raise ValueError(f"{folder}: another process is training into this folder") from error
         try:
             yield
         finally:
-            if [path.name for path in folder.iterdir()] == [".lock"]:
-                shutil.rmtree(folder)
+            if made and not (folder / RUN_FILE).exists():
+                lock.unlink()
+                for path in made:
+                    with suppress(OSError):  # it holds something
+                        path.rmdir()
 
 
 def _begin(run: Run, announce: Callable[[str], None]) -> None:
@@ -198,7 +213,7 @@ def train_part(run: Run, fold: int, seed: int, report: Report) -> None:
     accelerator = Accelerator(log_with="tensorboard", project_dir=str(folder))
     accelerator.init_trackers("tensorboard")
     try:
-        run.trainer(fold, seed, accelerator, lambda epoch: report(replace(epoch, part=folder.name))).run()
+        run.trainer(fold, seed, accelerator, lambda done: report(replace(done, part=folder.name))).run()
     finally:
         accelerator.end_training()
         accelerator.free_memory()  # here and not after each stage, because it collects garbage for half a second
@@ -214,39 +229,52 @@ def train(run: Run, report: Report, jobs: int = 1, announce: Callable[[str], Non
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("WORLD_SIZE: training over several processes is not supported; use --jobs")
+    check_jobs(jobs)
     context = multiprocessing.get_context("spawn")
     progress, stop = context.SimpleQueue(), context.Event()
 
-    def report_epoch(epoch: Progress) -> None:
-        report(replace(epoch, parts_done=len(run.finished), parts=len(run.parts)))
+    def report_epoch(done: EpochDone) -> None:
+        report(replace(done, parts_done=len(run.finished), parts=len(run.parts)))
+
+    def report_part(part: tuple[int, int]) -> None:
+        report_epoch(EpochDone("", 0, 0, {}, part=run.part_folder(*part).name, part_done=True))
 
     def show_progress() -> None:
         while not progress.empty():
             report_epoch(progress.get())
 
-    with worker_pool(jobs, (progress, stop)) as pool, _only_one(run.folder):
+    with _only_one(run.folder):
         _begin(run, announce)
         finished = run.finished
         todo = [part for part in run.parts if part not in finished]
-        if pool is None:
-            for fold, seed in todo:
-                train_part(run, fold, seed, report_epoch)
-            return
-        parts = [pool.submit(_work, run, fold, seed) for fold, seed in todo]
-        waiting = set(parts)
-        try:
-            while waiting:
-                done, waiting = futures.wait(waiting, timeout=0.2, return_when=futures.FIRST_COMPLETED)
-                show_progress()
-                for future in done:
-                    future.result()
-        except BaseException:
-            # What runs ends with its epoch; a queue that nobody reads would hold it up for ever.
-            stop.set()
-            waiting = {future for future in parts if not future.cancel()}
-            while futures.wait(waiting, timeout=0.2).not_done:
-                show_progress()
-            raise
+        with worker_pool(jobs, (progress, stop)) as pool:
+            if pool is None:
+                for part in todo:
+                    train_part(run, *part, report_epoch)
+                    report_part(part)
+                return
+            parts = {pool.submit(_work, run, *part): part for part in todo}
+            waiting = set(parts)
+            try:
+                while waiting:
+                    done, waiting = futures.wait(waiting, timeout=0.2, return_when=futures.FIRST_COMPLETED)
+                    show_progress()
+                    for future in done:
+                        future.result()
+                        report_part(parts[future])
+            except BaseException:
+                # What runs ends with its epoch; a queue that nobody reads would hold it up for ever.
+                stop.set()
+                waiting = {future for future in parts if not future.cancel()}
+                while futures.wait(waiting, timeout=0.2).not_done:
+                    show_progress()
+                raise
+
+
+def check_jobs(jobs: int) -> None:
+    """Raise ValueError unless ``jobs`` is at least 1."""
+    if jobs < 1:
+        raise ValueError(f"jobs: got {jobs}, expected at least 1")
 
 
 @contextmanager
@@ -256,8 +284,7 @@ def worker_pool(jobs: int, channel: tuple[Any, Any] = (None, None)) -> Iterator[
     A process that dies breaks the pool with an error; what other processes finished stays. After an error nothing new
     begins. ``channel``: a queue for progress and an event that stops the workers.
     """
-    if jobs < 1:
-        raise ValueError(f"jobs: got {jobs}, expected at least 1")
+    check_jobs(jobs)
     if jobs == 1:
         yield None
         return
@@ -292,12 +319,12 @@ def _work(run: Run, fold: int, seed: int) -> None:
         if stop.is_set():
             raise TrainingError(f"{name}: stopped because another part failed; the same command goes on")
 
-    def report(epoch: Progress) -> None:
+    def report(done: EpochDone) -> None:
         go_on()
         # A killed parent leaves its workers behind: they stop at the end of their epoch.
         if os.getppid() != _PARENT:
             os._exit(1)
-        progress.put(epoch)
+        progress.put(done)
 
     go_on()
     train_part(run, fold, seed, report)

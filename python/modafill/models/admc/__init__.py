@@ -2,7 +2,7 @@
 
 from modafill.models.admc.adn import ADN
 from modafill.models.admc.config import ADMCConfig
-from modafill.models.admc.encoders import ModalityEncoder, UnimodalClassifier
+from modafill.models.admc.encoders import ModalityEncoder, UnimodalClassifier, encoder_kind
 from modafill.models.admc.fusion import Fusion
 from modafill.models.admc.system import ADMC, ModalitySpec, TokenScaler
 
@@ -15,4 +15,5 @@ __all__ = [
     "ModalitySpec",
     "TokenScaler",
     "UnimodalClassifier",
+    "encoder_kind",
 ]

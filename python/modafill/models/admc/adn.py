@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from modafill.diffusion import Schedule, angular_steps, sample_clean, sample_replace, sample_row_ids
+from modafill.diffusion import Schedule, angular_steps, check_samples, sample_clean, sample_replace, sample_row_ids
 from modafill.models.admc.config import ADMCConfig
 
 
@@ -103,6 +103,7 @@ class ADN(nn.Module):
             raise ValueError(
                 f"available: got {available.dtype} {list(available.shape)}, expected bool {list(tokens.shape[:2])}"
             )
+        check_samples(n_samples)
         if chunk_size < 1:
             raise ValueError(f"chunk_size: got {chunk_size}, expected at least 1")
         if row_id is not None and row_id.shape != (len(tokens),):

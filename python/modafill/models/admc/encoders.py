@@ -69,6 +69,17 @@ class _MLP(nn.Module):
 _KINDS: dict[str, type[_LSTM] | type[_TextCNN] | type[_MLP]] = {"lstm": _LSTM, "textcnn": _TextCNN, "mlp": _MLP}
 
 
+def encoder_kind(name: str, sequence: bool, config: ADMCConfig) -> str:
+    """Which network reads a modality; ValueError if the one that was asked for cannot."""
+    kind = config.encoders.get(name, "auto")
+    if kind == "auto":
+        kind = "mlp" if not sequence else "textcnn" if name == "text" else "lstm"
+    if sequence == (kind == "mlp"):
+        shape = "[B, L, D]" if sequence else "[B, D]"
+        raise ValueError(f"encoders[{name!r}]: got {kind!r}, which cannot read {shape} features")
+    return kind
+
+
 class ModalityEncoder(nn.Module):
     """Encoder of one modality, with the statistics that standardise its input.
 
@@ -89,12 +100,7 @@ class ModalityEncoder(nn.Module):
 
     def __init__(self, name: str, in_width: int, sequence: bool, config: ADMCConfig) -> None:
         super().__init__()
-        kind = config.encoders.get(name, "auto")
-        if kind == "auto":
-            kind = "mlp" if not sequence else "textcnn" if name == "text" else "lstm"
-        if sequence == (kind == "mlp"):
-            shape = "[B, L, D]" if sequence else "[B, D]"
-            raise ValueError(f"encoders[{name!r}]: got {kind!r}, which cannot read {shape} features")
+        kind = encoder_kind(name, sequence, config)
         self.name, self.in_width, self.sequence, self.kind = name, in_width, sequence, kind
         self.register_buffer("mean", torch.zeros(in_width))
         self.register_buffer("std", torch.ones(in_width))
