@@ -1,6 +1,8 @@
 // The Python module: raw pointers, sizes and a thread count or stream handle in, so that it needs no torch to build.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -27,9 +29,18 @@ struct CpuOps {
   decltype(&baseline::ddim_step) ddim_step;
   decltype(&baseline::add_noise) add_noise;
   decltype(&baseline::randn) randn;
+  decltype(&baseline::prompt_attention) prompt_attention;
+  decltype(&baseline::prompt_attention_backward) prompt_attention_backward;
 };
 
-#define MODAFILL_OPS_OF(isa) {#isa, isa::masked_reverse_step, isa::ddim_step, isa::add_noise, isa::randn}
+#define MODAFILL_OPS_OF(isa)                                                                                           \
+  {#isa,                                                                                                               \
+   isa::masked_reverse_step,                                                                                           \
+   isa::ddim_step,                                                                                                     \
+   isa::add_noise,                                                                                                     \
+   isa::randn,                                                                                                         \
+   isa::prompt_attention,                                                                                              \
+   isa::prompt_attention_backward}
 
 // The best instruction set this processor has, or the one that MODAFILL_CPU_ISA names.
 CpuOps choose_cpu_ops() {
@@ -144,6 +155,67 @@ RandnArgs randn_args(int dtype, uintptr_t out, uintptr_t step_values, int64_t st
           width};
 }
 
+using Strides = std::array<int64_t, 3>;
+
+HeadStrides head_strides(const Strides &strides) { return {strides[0], strides[1], strides[2]}; }
+
+// The arguments that forward and backward share, in one object for Python to build once.
+PromptAttentionArgs prompt_attention_args(int dtype, uintptr_t q, uintptr_t k, uintptr_t v, const Strides &q_strides,
+                                          const Strides &k_strides, const Strides &v_strides, uintptr_t bias,
+                                          uintptr_t mode, uintptr_t key_lengths, int64_t batch, int64_t heads,
+                                          int64_t queries, int64_t keys, int64_t width, int64_t modes,
+                                          int64_t bias_heads, double scale, bool causal, double dropout,
+                                          uintptr_t seeds, int64_t seed, uintptr_t row_ids) {
+  return {static_cast<DType>(dtype),
+          pointer<const void>(q),
+          pointer<const void>(k),
+          pointer<const void>(v),
+          head_strides(q_strides),
+          head_strides(k_strides),
+          head_strides(v_strides),
+          pointer<const void>(bias),
+          pointer<const int64_t>(mode),
+          pointer<const int64_t>(key_lengths),
+          batch,
+          heads,
+          queries,
+          keys,
+          width,
+          modes,
+          bias_heads,
+          scale,
+          causal,
+          static_cast<uint32_t>(dropout * 4294967296.0),
+          1.0 / (1.0 - dropout),
+          noise_key(seeds, seed, row_ids)};
+}
+
+PromptAttentionForward prompt_attention_forward(const PromptAttentionArgs &attention, uintptr_t out,
+                                                const Strides &out_strides, uintptr_t logsumexp) {
+  return {attention, pointer<void>(out), head_strides(out_strides), pointer<void>(logsumexp)};
+}
+
+PromptAttentionBackward prompt_attention_backward(const PromptAttentionArgs &attention, uintptr_t grad,
+                                                  const Strides &grad_strides, uintptr_t logsumexp, uintptr_t q_grad,
+                                                  uintptr_t k_grad, uintptr_t v_grad, uintptr_t bias_grad,
+                                                  uintptr_t partial, const Strides &q_grad_strides,
+                                                  const Strides &k_grad_strides, const Strides &v_grad_strides,
+                                                  int64_t groups) {
+  return {attention,
+          pointer<const void>(grad),
+          head_strides(grad_strides),
+          pointer<const void>(logsumexp),
+          pointer<void>(q_grad),
+          pointer<void>(k_grad),
+          pointer<void>(v_grad),
+          pointer<void>(bias_grad),
+          pointer<void>(partial),
+          head_strides(q_grad_strides),
+          head_strides(k_grad_strides),
+          head_strides(v_grad_strides),
+          groups};
+}
+
 void check_step(const char *name, int64_t row, int64_t step, int64_t low, int64_t high) {
   if (step < low || step > high)
     throw std::invalid_argument(std::string(name) + ": got " + std::to_string(step) + " in row " + std::to_string(row) +
@@ -169,6 +241,23 @@ void check(const DdimStepArgs &args) {
     for (int64_t row = 0; row < (args.step.stride || args.prev_step.stride ? args.batch : 1); ++row)
       check_step("prev_step", row, step_of(args.prev_step, row), 0, step_of(args.step, row) - 1);
 }
+
+void check_each(const char *name, const int64_t *values, int64_t count, int64_t low, int64_t high) {
+  for (int64_t row = 0; values && row < count; ++row)
+    if (values[row] < low || values[row] > high)
+      throw std::invalid_argument(std::string(name) + ": got " + std::to_string(values[row]) + " in row " +
+                                  std::to_string(row) + ", expected " + std::to_string(low) + "\u2026" +
+                                  std::to_string(high));
+}
+
+void check(const PromptAttentionArgs &args) {
+  check_each("mode", args.mode, args.batch, 0, args.modes - 1);
+  check_each("key_lengths", args.key_lengths, args.batch, 0, args.keys);
+}
+
+void check(const PromptAttentionForward &job) { check(job.attention); }
+
+void check(const PromptAttentionBackward &job) { check(job.attention); }
 
 template <class Args>
 using CudaOp = const char *(*)(const Args &, void *);
@@ -216,4 +305,7 @@ PYBIND11_MODULE(_C, m) {
   define(m, "ddim_step", ddim_step_args, cpu.ddim_step, MODAFILL_CUDA_OP(ddim_step));
   define(m, "add_noise", add_noise_args, cpu.add_noise, MODAFILL_CUDA_OP(add_noise));
   define(m, "randn", randn_args, cpu.randn, MODAFILL_CUDA_OP(randn));
+  py::class_<PromptAttentionArgs>(m, "PromptAttentionArgs").def(py::init(&prompt_attention_args));
+  define(m, "prompt_attention", prompt_attention_forward, cpu.prompt_attention, nullptr);
+  define(m, "prompt_attention_backward", prompt_attention_backward, cpu.prompt_attention_backward, nullptr);
 }

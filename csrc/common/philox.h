@@ -112,7 +112,7 @@ MODAFILL_INLINE Normals box_muller(Words w) {
   return {r0 * cos0, r0 * sin0, r1 * cos1, r1 * sin1};
 }
 
-enum class Draw : uint32_t { kReverse = 0, kForward = 1 };
+enum class Draw : uint32_t { kReverse = 0, kForward = 1, kDropout = 4 };
 
 // The four normals of a quad of elements; `draw` is the fourth counter word, step | draw << 24.
 MODAFILL_INLINE Normals normals(uint64_t seed, uint64_t row_id, uint32_t draw, uint32_t quad) {

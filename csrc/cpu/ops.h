@@ -1,7 +1,7 @@
 // The CPU ops: one set of functions for each instruction set the extension was compiled for.
 #pragma once
 
-#include "../common/step.h"
+#include "../common/attention.h"
 
 namespace modafill {
 
@@ -11,6 +11,8 @@ namespace modafill {
   void ddim_step(const DdimStepArgs &args, int threads);                                                               \
   void add_noise(const AddNoiseArgs &args, int threads);                                                               \
   void randn(const RandnArgs &args, int threads);                                                                      \
+  void prompt_attention(const PromptAttentionForward &job, int threads);                                               \
+  void prompt_attention_backward(const PromptAttentionBackward &job, int threads);                                     \
   }
 
 MODAFILL_DECLARE_OPS(baseline)

@@ -187,7 +187,7 @@ def test_the_bits_do_not_change_from_release_to_release() -> None:
         ({"row_id": torch.zeros(3, dtype=torch.int64)}, "row_id"),
         ({"row_id": torch.zeros(2)}, "row_id"),
         ({"dtype": torch.int32}, "dtype"),
-        ({"draw": 4}, "draw"),
+        ({"draw": 5}, "draw"),
         ({"out": torch.empty(2, 4)}, "out"),
         ({"out": torch.empty(3, 2).T}, "out"),
         ({"out": torch.empty(2, 3, dtype=torch.float64)}, "out"),

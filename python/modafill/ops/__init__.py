@@ -1,11 +1,22 @@
-"""The step ops of a diffusion over modalities, each with several backends and a float64 reference."""
+"""The fused ops, each with several backends and a float64 reference."""
 
 from modafill.ops import reference
 from modafill.ops.add_noise import add_noise
 from modafill.ops.backends import Choice, explain
 from modafill.ops.ddim_step import ddim_step
 from modafill.ops.masked_reverse_step import masked_reverse_step
+from modafill.ops.prompt_attention import prompt_attention
 from modafill.ops.randn import randn
 from modafill.ops.reference import Draw
 
-__all__ = ["Choice", "Draw", "add_noise", "ddim_step", "explain", "masked_reverse_step", "randn", "reference"]
+__all__ = [
+    "Choice",
+    "Draw",
+    "add_noise",
+    "ddim_step",
+    "explain",
+    "masked_reverse_step",
+    "prompt_attention",
+    "randn",
+    "reference",
+]

@@ -25,10 +25,16 @@ ENVIRONMENT = "MODAFILL_BACKEND"
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-OPS = ("masked_reverse_step", "ddim_step", "add_noise", "randn")
+# The backends that each op has beside the reference.
+OPS = {
+    **dict.fromkeys(("masked_reverse_step", "ddim_step", "add_noise", "randn"), ("cpu", "cuda", "triton")),
+    "prompt_attention": ("cpu",),
+}
 
 # glibc maps blocks of this size and more anew for each allocation.
 _MAPPED_BYTES = 32 * 2**20
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 library = torch.library.Library("modafill", "DEF")
 
@@ -98,23 +104,25 @@ def _choose(op: str, device: torch.device, dtype: torch.dtype, backend: str) -> 
     if backend != "auto":
         if backend not in BACKENDS:
             raise ValueError(f"backend: got {backend!r}, expected auto, {', '.join(BACKENDS)}")
-        why = _why_not(backend, device, dtype)
+        why = _why_not(op, backend, device, dtype)
         if why is not None:
             raise RuntimeError(f"{op}: the {backend} backend cannot run: {why}")
         return Choice(op, backend, "asked for by name", {})
     rejected: dict[str, str] = {}
     for name in ("cpu",) if device.type == "cpu" else ("cuda", "triton"):
-        why = _why_not(name, device, dtype)
+        why = _why_not(op, name, device, dtype)
         if why is None:
             return Choice(op, name, f"fastest for {_name(dtype)} on {device.type}", rejected)
         rejected[name] = why
     return Choice(op, "reference", "nothing faster can run", rejected)
 
 
-def _why_not(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """What keeps ``backend`` from running, or None."""
+def _why_not(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """What keeps ``backend`` from running ``op``, or None."""
     if backend == "reference":
         return None
+    if backend not in OPS[op]:
+        return f"{op} has no such backend"
     interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     if device.type != ("cpu" if backend == "cpu" else "cuda") and not (interpreted and device.type == "cpu"):
         return f"the tensors are on {device.type}"
@@ -146,10 +154,21 @@ def select(op: str, device: torch.device, dtype: torch.dtype, backend: str) -> s
 
 
 def runs_directly(*tensors: Any) -> bool:
-    """Whether a call of the extension stands in for one of the registered op.
+    """Whether a call of the extension stands in for one of the registered op: as :func:`runs_eagerly`, without grad."""
+    if not runs_eagerly(*tensors):
+        return False
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if isinstance(t, Tensor) and t.requires_grad:
+                return False
+    return True
 
-    It does where nothing traces or profiles, no dispatch or function mode and no functorch transform is active, no
-    gradient is wanted and every tensor is a plain one.
+
+def runs_eagerly(*tensors: Any) -> bool:
+    """Whether nothing but autograd need see this call.
+
+    Nothing traces or profiles, no dispatch or function mode and no functorch transform is active, and every tensor is
+    a plain one.
     """
     if torch.compiler.is_compiling() or torch.autograd._profiler_enabled():
         return False
@@ -161,11 +180,8 @@ def runs_directly(*tensors: Any) -> bool:
         or torch.autograd.forward_ad._current_level >= 0
     ):
         return False
-    grad = torch.is_grad_enabled()
-    for t in tensors:
-        if isinstance(t, Tensor) and (
-            (type(t) is not Tensor and type(t) is not torch.nn.Parameter) or (grad and t.requires_grad)
-        ):
+    for t in tensors:  # noqa: SIM110 (a generator takes longer than a small op)
+        if type(t) not in _PLAIN and isinstance(t, Tensor):
             return False
     return True
 
@@ -329,9 +345,19 @@ def launch(op: str, backend: str, device: torch.device, *args: int | float) -> N
             getattr(_C, f"{op}_cuda")(*args, torch._C._cuda_getCurrentRawStream(device.index))
 
 
+def in_functorch() -> bool:
+    """Whether a functorch transform is active, which has to see an autograd function before the dispatcher."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """``function.apply(*args)`` outside functorch; it does not look up forward's signature, which takes longer."""
+    return super(torch.autograd.Function, function).apply(*args)
+
+
 def dispatch(op: Any, function: type[torch.autograd.Function], *args: Any) -> Any:
-    """Call a registered op; under a functorch transform its autograd function has to come before the dispatcher."""
-    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+    """Call a registered op, or its autograd function under a functorch transform."""
+    if in_functorch():
         return function.apply(*args)
     return op(*args)
 

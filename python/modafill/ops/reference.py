@@ -39,6 +39,7 @@ class Draw(IntEnum):
     FORWARD = 1
     INITIAL = 2
     RESAMPLE = 3
+    DROPOUT = 4
 
 
 def philox(seed: int | Tensor, row_id: Tensor, quads: Tensor, c3: Tensor | int) -> Tensor:
@@ -189,3 +190,68 @@ def ddim_step(
             raise ValueError("seed: got None, expected an integer because eta > 0 draws noise")
         noise = randn(tuple(x.shape), seed=seed, row_id=row_id, step=step, draw=Draw.REVERSE, device=x.device)
     return prev_signal * x0 + direction * eps + std * noise
+
+
+def visible(
+    queries: int, keys: int, *, causal: bool, key_lengths: Tensor | None, device: torch.device | str
+) -> Tensor | None:
+    """Which keys a query may read, bool ``[B or 1, 1, Lq, Lk]``; None where it may read all.
+
+    ``causal`` is MulT's mask: query i reads keys 0…i + |Lk − Lq|.
+    """
+    mask = None
+    j = torch.arange(keys, device=device)
+    if causal:
+        mask = (j <= torch.arange(queries, device=device)[:, None] + abs(keys - queries))[None, None]
+    if key_lengths is not None:
+        within = (j < key_lengths[:, None])[:, None, None, :]
+        mask = within if mask is None else mask & within
+    return mask
+
+
+def dropout_mask(
+    shape: tuple[int, int, int, int], dropout: float, *, seed: int | Tensor, row_id: Tensor | None, device: torch.device
+) -> Tensor:
+    """What dropout keeps of probabilities ``[B, H, Lq, Lk]``: bool, a function of (seed, row id, head, query, key)."""
+    batch, heads, queries, keys = shape
+    rows = torch.arange(batch, device=device) if row_id is None else row_id
+    quads = (keys + 3) // 4
+    words = philox(seed, rows, torch.arange(heads * queries * quads, device=device), int(Draw.DROPOUT) << 24)
+    return (words >= int(dropout * 2**32)).reshape(batch, heads, queries, 4 * quads)[..., :keys]
+
+
+def prompt_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mode: Tensor | None = None,
+    *,
+    causal: bool = False,
+    key_lengths: Tensor | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    seed: int | Tensor | None = None,
+    row_id: Tensor | None = None,
+) -> Tensor:
+    """softmax(QKᵀ·scale + bias[mode]) V with dropout on the softmax; see :func:`modafill.ops.prompt_attention`."""
+    q, k, v = q.to(torch.float64), k.to(torch.float64), v.to(torch.float64)
+    queries, keys = q.shape[2], k.shape[2]
+    if key_lengths is not None:
+        # What lies behind the last key is never read, NaN included.
+        real = (torch.arange(keys, device=q.device) < key_lengths[:, None])[:, None, :, None]
+        k, v = torch.where(real, k, 0.0), torch.where(real, v, 0.0)
+    logits = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if bias is not None:
+        logits = logits + (bias[:1] if mode is None else bias[mode]).to(torch.float64)
+    mask = visible(queries, keys, causal=causal, key_lengths=key_lengths, device=q.device)
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -math.inf)
+    nothing = (logits == -math.inf).all(-1, keepdim=True)
+    weights = logits.masked_fill(nothing, 0.0).softmax(-1).masked_fill(nothing, 0.0)
+    if dropout > 0.0:
+        if seed is None:
+            raise ValueError("seed: got None, expected an integer because dropout > 0")
+        kept = dropout_mask(tuple(logits.shape), dropout, seed=seed, row_id=row_id, device=q.device)
+        weights = torch.where(kept, weights / (1.0 - dropout), 0.0)
+    return weights @ v

@@ -1,0 +1,275 @@
+// Small dense products for ops that keep their operands in the caches. Vectors are the compiler's own, as wide as the
+// instruction set's; sums run in a fixed order.
+#pragma once
+
+#include <cstddef>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+#include <type_traits>
+
+#include "rows.h"
+
+namespace modafill {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64, kPanelVectors = 3, kRowBlock = 8;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32, kPanelVectors = 3, kRowBlock = 4;
+#else
+constexpr int kVectorBytes = 16, kPanelVectors = 2, kRowBlock = 4;
+#endif
+
+template <class C>
+struct VectorOf {
+  typedef C type __attribute__((vector_size(kVectorBytes), may_alias, aligned(sizeof(C))));
+};
+template <class C>
+using Vector = typename VectorOf<C>::type;
+template <class C>
+constexpr int kWidth = kVectorBytes / sizeof(C);
+
+template <class C>
+MODAFILL_INLINE Vector<C> load(const C *from) {
+  return *reinterpret_cast<const Vector<C> *>(from);
+}
+template <class C>
+MODAFILL_INLINE void store(C *to, Vector<C> value) {
+  *reinterpret_cast<Vector<C> *>(to) = value;
+}
+
+// One value out of all lanes, by halves.
+template <class C, int kBytes = kVectorBytes, class F>
+MODAFILL_INLINE C reduce(const C *lanes, F f) {
+  if constexpr (kBytes == 2 * sizeof(C)) {
+    return f(lanes[0], lanes[1]);
+  } else {
+    typedef C Part __attribute__((vector_size(kBytes / 2), may_alias, aligned(sizeof(C))));
+    Part low, high;
+    std::memcpy(&low, lanes, sizeof low);
+    std::memcpy(&high, lanes + kBytes / 2 / sizeof(C), sizeof high);
+    const Part both = f(low, high);
+    return reduce<C, kBytes / 2>(reinterpret_cast<const C *>(&both), f);
+  }
+}
+
+// The lanes before `count`.
+template <class C>
+MODAFILL_INLINE auto first_lanes(int64_t count) {
+  using Integer = std::conditional_t<sizeof(C) == 8, int64_t, int32_t>;
+  typedef Integer Integers __attribute__((vector_size(kVectorBytes)));
+  Integers lane;
+  for (int i = 0; i < kWidth<C>; ++i)
+    lane[i] = i;
+  return lane < static_cast<Integer>(count);
+}
+
+// The least multiple of a vector's width that holds n.
+template <class C>
+constexpr int64_t padded(int64_t n) {
+  return (n + kWidth<C> - 1) / kWidth<C> * kWidth<C>;
+}
+
+// Memory for one thread, aligned to cache lines and not cleared.
+template <class C>
+class Scratch {
+public:
+  explicit Scratch(int64_t count) : data_(static_cast<C *>(std::aligned_alloc(64, (count * sizeof(C) / 64 + 1) * 64))) {
+    if (!data_)
+      throw std::bad_alloc();
+  }
+  ~Scratch() { std::free(data_); }
+  Scratch(const Scratch &) = delete;
+  Scratch &operator=(const Scratch &) = delete;
+  C *get() const { return data_; }
+
+private:
+  C *data_;
+};
+
+// The right operand [k, n] of a product as panels of columns, each [k, up to kPanelVectors vectors]; columns beyond n
+// are zeros. It takes k * padded(n) elements.
+template <class C, class F>
+MODAFILL_INLINE void pack(C *to, int64_t k, int64_t n, F element) {
+  constexpr int64_t kPanel = kPanelVectors * kWidth<C>;
+  for (int64_t first = 0; first < n; first += kPanel) {
+    const int64_t width = padded<C>(n - first < kPanel ? n - first : kPanel);
+    const int64_t real = n - first < width ? n - first : width;
+    for (int64_t row = 0; row < k; ++row, to += width) {
+      for (int64_t column = 0; column < real; ++column)
+        to[column] = element(row, first + column);
+      for (int64_t column = real; column < width; ++column)
+        to[column] = C(0);
+    }
+  }
+}
+
+#if defined(__GNUC__) && !defined(__clang__)
+// A square of vectors becomes its transpose: at each stage, rows a stride apart swap the halves that are off the
+// diagonal.
+template <class C>
+MODAFILL_INLINE void transpose(Vector<C> (&rows)[kWidth<C>]) {
+  using Integer = std::conditional_t<sizeof(C) == 8, int64_t, int32_t>;
+  typedef Integer Integers __attribute__((vector_size(kVectorBytes)));
+#pragma GCC unroll 4
+  for (int stride = kWidth<C> / 2; stride; stride /= 2) {
+    Integers low, high;
+    for (int lane = 0; lane < kWidth<C>; ++lane) {
+      low[lane] = lane & stride ? (lane ^ stride) + kWidth<C> : lane;
+      high[lane] = lane & stride ? lane + kWidth<C> : lane ^ stride;
+    }
+#pragma GCC unroll 16
+    for (int row = 0; row < kWidth<C>; ++row)
+      if (!(row & stride)) {
+        const Vector<C> a = rows[row], b = rows[row + stride];
+        rows[row] = __builtin_shuffle(a, b, low);
+        rows[row + stride] = __builtin_shuffle(a, b, high);
+      }
+  }
+}
+#endif
+
+// As `pack` for the transpose of rows [n, k], which are read along their dense dimension.
+template <class T, class C = Compute<T>, class F>
+MODAFILL_INLINE void pack_transposed(C *to, int64_t k, int64_t n, F row_of) {
+  constexpr int64_t kPanel = kPanelVectors * kWidth<C>;
+  for (int64_t first = 0; first < n; first += kPanel) {
+    const int64_t width = padded<C>(n - first < kPanel ? n - first : kPanel);
+    const int64_t real = n - first < width ? n - first : width;
+    int64_t done = 0; // rows of the panel that are in place
+#if defined(__GNUC__) && !defined(__clang__)
+    if constexpr (std::is_same_v<T, C>) {
+      for (; done + kWidth<C> <= k; done += kWidth<C>)
+        for (int64_t column = 0; column < width; column += kWidth<C>) {
+          Vector<C> square[kWidth<C>];
+#pragma GCC unroll 16
+          for (int i = 0; i < kWidth<C>; ++i)
+            square[i] = column + i < real ? load(row_of(first + column + i) + done) : Vector<C>{};
+          transpose<C>(square);
+#pragma GCC unroll 16
+          for (int i = 0; i < kWidth<C>; ++i)
+            store(to + (done + i) * width + column, square[i]);
+        }
+    }
+#endif
+    for (int64_t column = 0; column < width; ++column)
+      for (int64_t row = done; row < k; ++row)
+        to[row * width + column] = column < real ? Element<T>::load(row_of(first + column)[row]) : C(0);
+    to += k * width;
+  }
+}
+
+// kRows rows of out (+)= a b for one panel of kVectors vectors. a(row, i) lies at a[row * a_row + i * a_step].
+template <int kRows, int kVectors, bool kAdd, class C>
+MODAFILL_INLINE void multiply_block(C *out, int64_t out_row, const C *a, int64_t a_row, int64_t a_step, const C *panel,
+                                    int64_t k) {
+  Vector<C> sum[kRows][kVectors];
+#pragma GCC unroll 8
+  for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v)
+      sum[row][v] = kAdd ? load(out + row * out_row + v * kWidth<C>) : Vector<C>{};
+  for (int64_t i = 0; i < k; ++i, panel += kVectors * kWidth<C>, a += a_step) {
+    Vector<C> b[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v)
+      b[v] = load(panel + v * kWidth<C>);
+#pragma GCC unroll 8
+    for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v)
+        sum[row][v] += a[row * a_row] * b[v];
+  }
+#pragma GCC unroll 8
+  for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v)
+      store(out + row * out_row + v * kWidth<C>, sum[row][v]);
+}
+
+template <int kVectors, bool kAdd, class C>
+MODAFILL_INLINE void multiply_panel(C *out, int64_t out_row, const C *a, int64_t a_row, int64_t a_step, const C *panel,
+                                    int64_t m, int64_t k) {
+  int64_t row = 0;
+  const auto block = [&](auto rows) {
+    constexpr int kRows = decltype(rows)::value;
+    for (; row + kRows <= m; row += kRows)
+      multiply_block<kRows, kVectors, kAdd>(out + row * out_row, out_row, a + row * a_row, a_row, a_step, panel, k);
+  };
+  block(std::integral_constant<int, kRowBlock>{});
+  if constexpr (kRowBlock > 4)
+    block(std::integral_constant<int, 4>{});
+  block(std::integral_constant<int, 2>{});
+  block(std::integral_constant<int, 1>{});
+}
+
+// out [m, n] (+)= a [m, k] times the first n columns of b, whose packed panels hold `packed` columns; what it writes
+// behind column n stays within padded(packed). b has `rows` rows, of which the first k are read.
+template <bool kAdd, class C>
+MODAFILL_INLINE void multiply(C *out, int64_t out_row, const C *a, int64_t a_row, int64_t a_step, const C *b, int64_t m,
+                              int64_t n, int64_t k, int64_t packed, int64_t rows) {
+  constexpr int64_t kPanel = kPanelVectors * kWidth<C>;
+  for (int64_t first = 0; first < n; first += kPanel, out += kPanel) {
+    const int64_t vectors = padded<C>(packed - first < kPanel ? packed - first : kPanel) / kWidth<C>;
+    if (vectors == 1)
+      multiply_panel<1, kAdd>(out, out_row, a, a_row, a_step, b, m, k);
+    else if (vectors == 2)
+      multiply_panel<2, kAdd>(out, out_row, a, a_row, a_step, b, m, k);
+    else
+      multiply_panel<kPanelVectors, kAdd>(out, out_row, a, a_row, a_step, b, m, k);
+    b += rows * vectors * kWidth<C>;
+  }
+}
+
+// e^x for x that is not large: 0 below the range of normal numbers, within 2 units in the last place above it.
+MODAFILL_INLINE Vector<float> exponential(Vector<float> x) {
+  typedef int32_t Integers __attribute__((vector_size(kVectorBytes)));
+  const Vector<float> low = Vector<float>{} - 87.33654f;
+  const Vector<float> bounded = x < low ? low : x;
+  const Vector<float> shifted = bounded * 1.44269504f + 12582912.0f; // 1.5 * 2^23: the integer lands in the low bits
+  const Vector<float> n = shifted - 12582912.0f;
+  const Vector<float> r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
+  Vector<float> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const Integers power = (reinterpret_cast<Integers>(shifted) + 127) << 23;
+  const Vector<float> result = p * reinterpret_cast<Vector<float>>(power);
+  return x < low ? Vector<float>{} : result;
+}
+
+MODAFILL_INLINE Vector<double> exponential(Vector<double> x) {
+  typedef int64_t Integers __attribute__((vector_size(kVectorBytes)));
+  const Vector<double> low = Vector<double>{} - 708.39641853226408;
+  const Vector<double> bounded = x < low ? low : x;
+  const Vector<double> shifted = bounded * 1.4426950408889634 + 6755399441055744.0; // 1.5 * 2^52
+  const Vector<double> n = shifted - 6755399441055744.0;
+  const Vector<double> r = (bounded - n * 6.93145751953125e-1) - n * 1.42860682030941723212e-6;
+  // Taylor to degree 13: the remainder on |r| < ln(2) / 2 is below the rounding.
+  Vector<double> p = Vector<double>{} + 1.0 / 6227020800.0;
+  constexpr double kFactors[] = {1.0 / 479001600.0,
+                                 1.0 / 39916800.0,
+                                 1.0 / 3628800.0,
+                                 1.0 / 362880.0,
+                                 1.0 / 40320.0,
+                                 1.0 / 5040.0,
+                                 1.0 / 720.0,
+                                 1.0 / 120.0,
+                                 1.0 / 24.0,
+                                 1.0 / 6.0,
+                                 0.5,
+                                 1.0,
+                                 1.0};
+#pragma GCC unroll 13
+  for (int i = 0; i < 13; ++i)
+    p = p * r + kFactors[i];
+  const Integers power = (reinterpret_cast<Integers>(shifted) + 1023) << 52;
+  const Vector<double> result = p * reinterpret_cast<Vector<double>>(power);
+  return x < low ? Vector<double>{} : result;
+}
+
+} // namespace
+} // namespace modafill

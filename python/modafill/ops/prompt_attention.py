@@ -1,0 +1,467 @@
+"""Attention with a learned bias that each sample picks by its missing mode."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modafill.ops import backends, reference
+from modafill.ops.backends import _C
+
+_SCHEMA = (
+    "(Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mode, bool causal, Tensor? key_lengths, float scale,"
+    " float dropout, SymInt seed, Tensor? seed_tensor, Tensor? row_id, bool need_logsumexp, str backend)"
+    " -> (Tensor, Tensor)"
+)
+_BACKWARD_SCHEMA = (
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mode, bool causal, Tensor? key_lengths,"
+    " float scale, float dropout, SymInt seed, Tensor? seed_tensor, Tensor? row_id, Tensor logsumexp, bool[] need,"
+    " str backend) -> Tensor[]"
+)
+
+MAX_LENGTH = 2048
+MAX_WIDTH = 128
+# The gradient of the bias is summed in groups of samples, each with a table of its own.
+_GROUP_BYTES = 1 << 24
+_GROUP_SAMPLES = 8
+_GROUP_TASKS = 32
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mode: Tensor | None,
+    causal: bool,
+    key_lengths: Tensor | None,
+    scale: float,
+    dropout: float,
+    seed: int,
+    seed_tensor: Tensor | None,
+    row_id: Tensor | None,
+) -> None:
+    dtype, device = q.dtype, q.device
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor) or x.ndim != 4 or not dtype.is_floating_point:
+            raise ValueError(f"{name}: got {backends.describe(x)}, expected a floating-point tensor [B, H, L, d]")
+        if x.dtype != dtype or x.device != device:
+            raise ValueError(f"{name}: got {backends.describe(x)}, expected {dtype} on {device}, as q")
+    batch, heads, queries, width = q.shape
+    keys = k.shape[2]
+    if k.shape != (batch, heads, keys, width):
+        raise ValueError(f"k: got {list(k.shape)}, expected [{batch}, {heads}, Lk, {width}], as q")
+    if v.shape != k.shape:
+        raise ValueError(f"v: got {list(v.shape)}, expected {list(k.shape)}, as k")
+    if width % 4 or not 4 <= width <= MAX_WIDTH:
+        raise ValueError(f"q: got heads of width {width}, expected a multiple of 4 in 4…{MAX_WIDTH}")
+    if max(queries, keys) > MAX_LENGTH:
+        raise ValueError(f"q, k: got lengths {queries} and {keys}, expected at most {MAX_LENGTH}")
+    if bias is not None:
+        if (
+            not isinstance(bias, Tensor)
+            or bias.ndim != 4
+            or bias.shape[0] < 1
+            or bias.shape[1] not in (1, heads)
+            or bias.shape[2:] != (queries, keys)
+            or bias.dtype != dtype
+            or bias.device != device
+        ):
+            expected = f"{dtype} [P, {heads} or 1, {queries}, {keys}] on {device}"
+            raise ValueError(f"bias: got {backends.describe(bias)}, expected {expected}")
+        if mode is None and bias.shape[0] > 1:
+            raise ValueError(f"mode: got None, expected int64 [{batch}] because bias has {bias.shape[0]} tables")
+    elif mode is not None:
+        raise ValueError(f"mode: got {backends.describe(mode)}, expected None without a bias")
+    for name, value in (("mode", mode), ("key_lengths", key_lengths), ("row_id", row_id)):
+        if value is not None and (
+            not isinstance(value, Tensor)
+            or value.dtype != torch.int64
+            or value.shape != (batch,)
+            or value.device != device
+        ):
+            raise ValueError(f"{name}: got {backends.describe(value)}, expected int64 [{batch}] on {device}")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale: got {scale}, expected a finite number")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout: got {dropout}, expected a value in [0, 1)")
+    backends.check_noise(seed_tensor, None, batch, device)
+
+
+def _check_values(q: Tensor, k: Tensor, bias: Tensor | None, mode: Tensor | None, key_lengths: Tensor | None) -> None:
+    """The reference's check of what lies in CPU tensors; the extension has its own."""
+    for name, value, most in (
+        ("mode", mode, 0 if bias is None else bias.shape[0] - 1),
+        ("key_lengths", key_lengths, k.shape[2]),
+    ):
+        if value is not None and value.is_cpu and value.numel():
+            for found in (int(value.min()), int(value.max())):
+                if not 0 <= found <= most:
+                    raise ValueError(f"{name}: got {found}, expected 0…{most}")
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mode: Tensor | None,
+    causal: bool,
+    key_lengths: Tensor | None,
+    scale: float,
+    dropout: float,
+    seed: int,
+    seed_tensor: Tensor | None,
+    row_id: Tensor | None,
+) -> Any:
+    """The extension's description of a call; all tensors have a dense last dimension or are contiguous."""
+    return _C.PromptAttentionArgs(
+        backends.DTYPE_CODES[q.dtype],
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        q.stride()[:3],
+        k.stride()[:3],
+        v.stride()[:3],
+        backends.pointer(bias),
+        backends.pointer(mode),
+        backends.pointer(key_lengths),
+        *q.shape[:3],
+        k.shape[2],
+        q.shape[3],
+        1 if bias is None else bias.shape[0],
+        1 if bias is None else bias.shape[1],
+        scale,
+        causal,
+        dropout,
+        backends.pointer(seed_tensor),
+        seed,
+        backends.pointer(row_id),
+    )
+
+
+def _compute_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mode: Tensor | None,
+    causal: bool,
+    key_lengths: Tensor | None,
+    scale: float,
+    dropout: float,
+    seed: int,
+    seed_tensor: Tensor | None,
+    row_id: Tensor | None,
+    need_logsumexp: bool,
+    backend: str,
+    out: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    _check(q, k, v, bias, mode, causal, key_lengths, scale, dropout, seed, seed_tensor, row_id)
+    backend = backends.select("prompt_attention", q.device, q.dtype, backend)
+    if out is not None:
+        inputs = [x for x in (q, k, v, bias) if x is not None]
+        backends.check_out(out, q.shape, q.dtype, q.device, *inputs)
+        if any(out.data_ptr() == x.data_ptr() for x in inputs):
+            raise ValueError("out: got an input, expected a tensor of its own: keys are read after results are written")
+    if backend == "reference":
+        _check_values(q, k, bias, mode, key_lengths)
+        result = reference.prompt_attention(
+            q,
+            k,
+            v,
+            bias,
+            mode,
+            causal=causal,
+            key_lengths=key_lengths,
+            scale=scale,
+            dropout=dropout,
+            seed=seed if seed_tensor is None else seed_tensor,
+            row_id=row_id,
+        )
+        result = _like_q(q).copy_(result) if out is None else out.copy_(result)
+        return result, q.new_empty(0, dtype=_compute_dtype(q))
+    q, k, v = _dense(q), _dense(k), _dense(v)
+    bias, mode, key_lengths, row_id = map(backends.contiguous, (bias, mode, key_lengths, row_id))
+    if out is None:
+        out = _like_q(q)
+    logsumexp = q.new_empty(q.shape[:3] if need_logsumexp else 0, dtype=_compute_dtype(q))
+    if out.numel():
+        args = _attention(q, k, v, bias, mode, causal, key_lengths, scale, dropout, seed, seed_tensor, row_id)
+        address = logsumexp.data_ptr() if need_logsumexp else 0
+        backends.launch("prompt_attention", backend, q.device, args, out.data_ptr(), out.stride()[:3], address)
+    return out, logsumexp
+
+
+def _like_q(q: Tensor) -> Tensor:
+    """The result: laid out as q is, ``[B, L, H, d]`` in memory where that is what was projected."""
+    return torch.empty_like(q)
+
+
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mode: Tensor | None,
+    causal: bool,
+    key_lengths: Tensor | None,
+    scale: float,
+    dropout: float,
+    seed: int,
+    seed_tensor: Tensor | None,
+    row_id: Tensor | None,
+    need_logsumexp: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    _check(q, k, v, bias, mode, causal, key_lengths, scale, dropout, seed, seed_tensor, row_id)
+    chosen = backends.select("prompt_attention", q.device, q.dtype, backend)
+    kept = need_logsumexp and chosen != "reference"
+    return _like_q(_dense(q)), q.new_empty(q.shape[:3] if kept else 0, dtype=_compute_dtype(q))
+
+
+def _groups(q: Tensor, bias: Tensor) -> int:
+    """How many groups the bias gradient is summed in: a function of the shapes alone, so that its bits are too."""
+    size = bias.numel() * (8 if q.dtype == torch.float64 else 4)
+    return max(1, min(_GROUP_TASKS // bias.shape[1], len(q) // _GROUP_SAMPLES, _GROUP_BYTES // max(size, 1)))
+
+
+def _run_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mode: Tensor | None,
+    causal: bool,
+    key_lengths: Tensor | None,
+    scale: float,
+    dropout: float,
+    seed: int,
+    seed_tensor: Tensor | None,
+    row_id: Tensor | None,
+    logsumexp: Tensor,
+    need: list[bool],
+    backend: str,
+) -> list[Tensor]:
+    backend = backends.select("prompt_attention", q.device, q.dtype, backend)
+    inputs = (q, k, v, bias)
+    if backend == "reference":
+        with torch.enable_grad():
+            leaves = [
+                None if x is None else x.detach().double().requires_grad_(n) for x, n in zip(inputs, need, strict=True)
+            ]
+            out = reference.prompt_attention(
+                *leaves,
+                mode,
+                causal=causal,
+                key_lengths=key_lengths,
+                scale=scale,
+                dropout=dropout,
+                seed=seed if seed_tensor is None else seed_tensor,
+                row_id=row_id,
+            )
+            wanted = [x for x, n in zip(leaves, need, strict=True) if n]
+            grads = torch.autograd.grad(out, wanted, grad.double(), materialize_grads=True)
+        return [g.to(q.dtype) for g in grads]
+    if logsumexp.shape != q.shape[:3] or grad.shape != q.shape or not logsumexp.is_contiguous():
+        raise ValueError(f"logsumexp: got {backends.describe(logsumexp)}, expected the forward's, {list(q.shape[:3])}")
+    grad, q, k, v = _dense(grad), _dense(q), _dense(k), _dense(v)
+    bias, mode, key_lengths, row_id = map(backends.contiguous, (bias, mode, key_lengths, row_id))
+    empty = q.numel() == 0 or k.numel() == 0
+    make = torch.zeros_like if empty else torch.empty_like
+    grads = [make(x) if n else None for x, n in zip((q, k, v), need[:3], strict=True)]
+    bias_grad = partial = None
+    groups = 1
+    if need[3]:
+        groups = _groups(q, bias)
+        bias_grad = torch.zeros_like(bias, dtype=_compute_dtype(q))
+        partial = bias_grad.new_zeros((groups - 1, *bias.shape)) if groups > 1 else None
+    if not empty:
+        args = _attention(q, k, v, bias, mode, causal, key_lengths, scale, dropout, seed, seed_tensor, row_id)
+        backends.launch(
+            "prompt_attention_backward",
+            backend,
+            q.device,
+            args,
+            grad.data_ptr(),
+            grad.stride()[:3],
+            logsumexp.data_ptr(),
+            *(backends.pointer(g) for g in (*grads, bias_grad, partial)),
+            *((0, 0, 0) if g is None else g.stride()[:3] for g in grads),
+            groups,
+        )
+    found = [g for g in grads if g is not None]
+    return found if bias_grad is None else [*found, bias_grad.to(q.dtype)]
+
+
+def _fake_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mode: Tensor | None,
+    causal: bool,
+    key_lengths: Tensor | None,
+    scale: float,
+    dropout: float,
+    seed: int,
+    seed_tensor: Tensor | None,
+    row_id: Tensor | None,
+    logsumexp: Tensor,
+    need: list[bool],
+    backend: str,
+) -> list[Tensor]:
+    grads = [torch.empty_like(_dense(x)) for x, n in zip((q, k, v), need[:3], strict=True) if n]
+    return [*grads, torch.empty_like(bias, memory_format=torch.contiguous_format)] if need[3] else grads
+
+
+class _Backward(torch.autograd.Function):
+    """The gradient, whose own gradient is refused."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return tuple(_backward_op(*args))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        raise NotImplementedError("prompt_attention: its gradient has no gradient (double backward)")
+
+
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return _op(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        q, k, v, bias, mode, causal, key_lengths, scale, dropout, seed, seed_tensor, row_id, _, backend = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(q, k, v, bias, mode, key_lengths, seed_tensor, row_id, output[1])
+        ctx.numbers = causal, scale, dropout, seed, backend
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        q, k, v, bias, mode, key_lengths, seed_tensor, row_id, logsumexp = ctx.saved_tensors
+        causal, scale, dropout, seed, backend = ctx.numbers
+        need = list(ctx.needs_input_grad[:4])
+        args = (
+            grad, q, k, v, bias, mode, causal, key_lengths, scale, dropout, seed, seed_tensor, row_id, logsumexp, need,
+            backend,
+        )  # fmt: skip
+        if backends.runs_directly(*args):
+            found = iter(_run_backward(*args))
+        else:
+            found = iter(backends.dispatch(_backward_op, _Backward, *args))
+        return (*(next(found) if n else None for n in need), *[None] * 10)
+
+
+class _Eager(_Function):
+    """For calls that nothing but autograd need see: past the dispatcher."""
+
+    forward = staticmethod(_run)
+
+
+def _differentiable(*args: Any) -> tuple[Tensor, Tensor]:
+    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in args[:4])
+    return _Function.apply(*args[:12], wanted or args[12], args[13])
+
+
+_op = backends.register("prompt_attention", _SCHEMA, _run, _fake, _differentiable)
+_backward_op = backends.register(
+    "prompt_attention_backward",
+    _BACKWARD_SCHEMA,
+    _run_backward,
+    _fake_backward,
+    lambda *args: list(_Backward.apply(*args)),
+)
+
+
+def prompt_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mode: Tensor | None = None,
+    *,
+    causal: bool = False,
+    key_lengths: Tensor | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    seed: int | Tensor | None = None,
+    row_id: Tensor | None = None,
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """softmax(QKᵀ·scale + bias[mode]) V, the attention of CDTP's backbone (CDTP eq. 13; MulT, Tsai et al. 2019).
+
+    Each sample picks its table of the bias by its mode; no ``[B, H, Lq, Lk]`` tensor exists, forward or backward. The
+    gradient of the bias is summed over samples in a fixed order. A query with nothing to attend to gives 0. Keys and
+    values behind ``key_lengths`` are never read.
+
+    Args:
+        q: ``[B, H, Lq, d]``, any strides with a dense last dimension; d a multiple of 4 in 4…128, lengths to 2048.
+        k, v: ``[B, H, Lk, d]``, like ``q``.
+        bias: ``[P, H or 1, Lq, Lk]``, like ``q``; −inf hides a key. None = no bias.
+        mode: int64 ``[B]``, 0…P−1. None where P = 1.
+        causal: MulT's mask: query i reads keys 0…i + |Lk − Lq|.
+        key_lengths: int64 ``[B]``, 0…Lk: how many keys exist. None = all.
+        scale: of the products; None = d^−½.
+        dropout: share of the softmax that is dropped, the rest scaled up; from the same Philox as all noise here.
+        seed: 64-bit integer or int64 ``[]`` on the device; needed where ``dropout`` > 0.
+        row_id: int64 ``[B]``, the identity of each sample's dropout; None = 0…B−1.
+        out: like ``q``, contiguous; no input may overlap it. Only where no gradient is needed.
+        backend: ``"auto"`` or one of :data:`modafill.ops.backends.BACKENDS`; see :func:`modafill.ops.explain`.
+
+    Returns:
+        ``[B, H, Lq, d]`` in the dtype and memory layout of ``q``; differentiable once in ``q``, ``k``, ``v`` and
+        ``bias``.
+
+    Raises:
+        ValueError: a shape, dtype, device or value does not fit, or ``seed`` is missing.
+        NotImplementedError: a second derivative is asked for.
+        RuntimeError: ``backend`` names one that cannot run here.
+    """
+    if dropout > 0.0 and seed is None:
+        raise ValueError("seed: got None, expected an integer because dropout > 0")
+    backends.check_tensor("q", q)
+    args = (
+        q,
+        k,
+        v,
+        bias,
+        mode,
+        causal,
+        key_lengths,
+        q.shape[-1] ** -0.5 if scale is None else float(scale),
+        float(dropout),
+        *backends.split_seed(0 if seed is None else seed),
+        row_id,
+        False,
+    )
+    if backends.runs_directly(q, k, v, bias, mode, key_lengths, seed, row_id, out):
+        return backends.written(_run(*args, backend, out)[0], out)
+    backends.check_out_allowed(out)
+    if backends.runs_eagerly(q, k, v, bias, mode, key_lengths, seed, row_id):
+        return backends.apply(_Eager, *args[:12], True, backend)[0]
+    if backends.in_functorch():
+        return _differentiable(*args, backend)[0]
+    return _op(*args, backend)[0]

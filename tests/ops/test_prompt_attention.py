@@ -1,0 +1,481 @@
+"""Prompt attention: the C++ path against the float64 reference and against torch's own attention."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from modafill import ops
+from modafill.ops import reference
+from modafill.ops.backends import ENVIRONMENT
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 4e-6}
+
+
+def make(
+    batch: int = 3,
+    heads: int = 2,
+    queries: int = 5,
+    keys: int = 7,
+    width: int = 8,
+    modes: int = 3,
+    bias_heads: int = 2,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> tuple[list[Tensor], Tensor]:
+    """q, k, v, bias and mode."""
+    g = torch.Generator().manual_seed(seed)
+    shapes = [(batch, heads, n, width) for n in (queries, keys, keys)] + [(modes, bias_heads, queries, keys)]
+    mode = torch.randint(0, modes, (batch,), generator=g)
+    return [torch.randn(shape, generator=g, dtype=torch.float64).to(dtype) for shape in shapes], mode
+
+
+def results(
+    attention: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor, mode: Tensor | None, **options: Any
+) -> list[Tensor]:
+    """The output and the gradients of all inputs."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out = attention(*leaves, mode, **options)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+def compare(inputs: list[Tensor], mode: Tensor | None, **options: Any) -> list[Tensor]:
+    """Ours against the reference, by the norm of each result."""
+    grad = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(9)).to(inputs[0].dtype)
+    ours = results(ops.prompt_attention, inputs, grad, mode, **options)
+    exact = results(reference.prompt_attention, [x.double() for x in inputs], grad.double(), mode, **options)
+    for name, found, expected in zip(("out", "q", "k", "v", "bias"), ours, exact, strict=True):
+        assert found.dtype == inputs[0].dtype
+        assert found.shape == expected.shape
+        scale = expected.norm() + 1e-3 * max(1, expected.numel()) ** 0.5
+        error = (found - expected).norm() / scale
+        assert error <= TOLERANCE[inputs[0].dtype], f"{name}: {error:.2e}"
+    return ours
+
+
+OPTIONS = {
+    "plain": {},
+    "causal": {"causal": True},
+    "lengths": {"key_lengths": "some"},
+    "both": {"causal": True, "key_lengths": "some"},
+    "scale": {"scale": -0.3},
+    "dropout": {"dropout": 0.25, "seed": 5},
+    "everything": {"causal": True, "key_lengths": "some", "dropout": 0.1, "seed": torch.tensor(-8), "row_id": "some"},
+}
+
+
+def options_for(name: str, batch: int, keys: int) -> dict[str, Any]:
+    options = dict(OPTIONS[name])
+    if "key_lengths" in options:
+        # One sample has no key at all, one has every key.
+        options["key_lengths"] = torch.tensor([0, keys, (keys + 1) // 2, keys, 1] * batch)[:batch].clamp(max=keys)
+    if "row_id" in options:
+        options["row_id"] = torch.arange(batch) * 7 + 2**40
+    return options
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("name", list(OPTIONS))
+@pytest.mark.parametrize("bias_heads", [1, 2])
+@pytest.mark.parametrize(
+    "queries, keys, width", [(1, 1, 4), (5, 7, 8), (7, 5, 12), (33, 65, 32), (70, 31, 20), (40, 64, 128), (16, 96, 64)]
+)
+def test_against_the_reference(
+    queries: int, keys: int, width: int, bias_heads: int, name: str, dtype: torch.dtype
+) -> None:
+    inputs, mode = make(4, 2, queries, keys, width, 3, bias_heads, dtype)
+    compare(inputs, mode, **options_for(name, 4, keys))
+
+
+@settings(max_examples=200)
+@given(st.data())
+def test_random_shapes(data: st.DataObject) -> None:
+    draw = data.draw
+    heads = draw(st.integers(1, 4))
+    batch, keys = draw(st.integers(1, 20)), draw(st.integers(1, 70))
+    inputs, mode = make(
+        batch,
+        heads,
+        draw(st.integers(1, 70)),
+        keys,
+        4 * draw(st.integers(1, 10)),
+        draw(st.integers(1, 7)),
+        draw(st.sampled_from([1, heads])),
+        draw(st.sampled_from(list(TOLERANCE))),
+        draw(st.integers(0, 99)),
+    )
+    compare(inputs, mode, **options_for(draw(st.sampled_from(list(OPTIONS))), batch, keys))
+
+
+@pytest.mark.parametrize("missing", list(itertools.product([False, True], repeat=4))[1:])
+def test_every_subset_of_gradients(missing: tuple[bool, ...]) -> None:
+    inputs, mode = make(dtype=torch.float64)
+    leaves = [x.clone().requires_grad_(need) for x, need in zip(inputs, missing, strict=True)]
+    ops.prompt_attention(*leaves, mode, causal=True, dropout=0.3, seed=2).square().sum().backward()
+    everything = [x.clone().requires_grad_() for x in inputs]
+    reference.prompt_attention(*everything, mode, causal=True, dropout=0.3, seed=2).square().sum().backward()
+    for leaf, expected, need in zip(leaves, everything, missing, strict=True):
+        if need:
+            torch.testing.assert_close(leaf.grad, expected.grad, rtol=1e-10, atol=1e-12)
+        else:
+            assert leaf.grad is None
+
+
+def test_gradcheck() -> None:
+    inputs, mode = make(2, 2, 3, 4, 4, 2, 1)
+    leaves = [x.requires_grad_() for x in inputs]
+    for options in ({}, {"causal": True}, {"dropout": 0.4, "seed": 3}, {"key_lengths": torch.tensor([2, 4])}):
+        assert torch.autograd.gradcheck(lambda *x, o=options: ops.prompt_attention(*x, mode, **o), leaves)
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 5, 7, 8), (3, 2, 0, 7, 8), (3, 2, 5, 0, 8), (1, 1, 1, 1, 4), (3, 0, 5, 7, 8)])
+def test_empty_and_smallest(shape: tuple[int, ...]) -> None:
+    inputs, mode = make(*shape, modes=1, bias_heads=1)
+    for x in compare(inputs, mode):
+        assert x.isfinite().all()
+    if shape[3] == 0:
+        assert not ops.prompt_attention(*inputs, mode).any()
+
+
+@pytest.mark.parametrize("queries, keys", [(1, 2048), (2048, 1), (600, 513)])
+def test_long_sequences(queries: int, keys: int) -> None:
+    inputs, mode = make(2, 1, queries, keys, 16, 2, 1, torch.float32)
+    compare(inputs, mode, causal=queries > 1)
+
+
+def test_extreme_logits() -> None:
+    inputs, mode = make(queries=20, keys=40)
+    inputs[3] = torch.where(inputs[3] > 0, 1e4, -1e4) + inputs[3]
+    compare(inputs, mode)
+    inputs[0] *= 1e4
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        assert ops.prompt_attention(*(x.to(dtype) for x in inputs), mode).isfinite().all()
+
+
+def test_rows_with_nothing_to_attend_to() -> None:
+    inputs, mode = make(dtype=torch.float32)
+    inputs[3][1] = -math.inf
+    inputs[3][2, :, 3] = -math.inf
+    inputs[3][0, :, :, 2:4] = -math.inf
+    mode = torch.tensor([0, 1, 2])
+    ours = compare(inputs, mode)
+    assert not ours[0][1].any()
+    assert not ours[0][2, :, 3].any()
+    assert all(x.isfinite().all() for x in ours)
+    assert not ours[4][1].any()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_lies_behind_the_last_key_is_never_read(bad: float) -> None:
+    inputs, mode = make(dtype=torch.float32, keys=20)
+    lengths, grad = torch.tensor([0, 13, 20]), torch.ones_like(inputs[0])
+    clean = results(ops.prompt_attention, inputs, grad, mode, key_lengths=lengths)
+    behind = torch.arange(20) >= lengths[:, None]
+    for x in inputs[1:3]:
+        x.masked_fill_(behind[:, None, :, None], bad)
+    dirty = results(ops.prompt_attention, inputs, grad, mode, key_lengths=lengths)
+    assert all(torch.equal(a, b) for a, b in zip(clean, dirty, strict=True))
+    for x in dirty[2:4]:
+        assert not x.masked_select(behind[:, None, :, None]).any()
+
+
+def test_nan_comes_through_where_it_is_read() -> None:
+    inputs, mode = make(dtype=torch.float32)
+    inputs[0][1, 0, 2, 3] = math.nan
+    out = ops.prompt_attention(*inputs, mode)
+    assert torch.equal(out.isnan().any(-1).nonzero(), torch.tensor([[1, 0, 2]]))
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fresh memory is full of NaN."""
+    for name in ("empty", "empty_like"):
+        real = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, f=real, **o: f(*a, **o).fill_(math.nan))
+    return
+
+
+@pytest.mark.parametrize("name", ["plain", "both"])
+@pytest.mark.usefixtures("poisoned")
+def test_every_element_is_written(name: str) -> None:
+    inputs, mode = make(5, 2, 37, 41, 12, dtype=torch.float32)
+    grad = torch.ones_like(inputs[0]).fill_(1.0)
+    assert all(
+        x.isfinite().all() for x in results(ops.prompt_attention, inputs, grad, mode, **options_for(name, 5, 41))
+    )
+
+
+def test_strides() -> None:
+    """Projections give [B, L, H, d] in memory; the result has that layout too, and every layout the same bits."""
+    inputs, mode = make(3, 4, 9, 11, 8, 2, 4, torch.float32)
+    dense = results(ops.prompt_attention, inputs, torch.ones(3, 4, 9, 8), mode)
+    projected = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs[:3]]
+    out = ops.prompt_attention(*projected, inputs[3], mode)
+    assert out.transpose(1, 2).is_contiguous()
+    strided = [torch.stack([x, x], -1)[..., 0] for x in inputs[:3]]
+    sliced = [F.pad(x, (3, 2))[..., 3:-2] for x in inputs[:3]]
+    wide = F.pad(inputs[3], (0, 5))[..., :-5]
+    for variant in ([*projected, inputs[3]], [*strided, wide], [*sliced, wide]):
+        found = results(ops.prompt_attention, variant, torch.ones(3, 1, 1, 8).expand(3, 4, 9, 8), mode)
+        assert all(torch.equal(a, b) for a, b in zip(found, dense, strict=True))
+
+
+def test_bfloat16_is_at_least_as_exact_as_torch() -> None:
+    inputs, mode = make(4, 2, 33, 50, 32, dtype=torch.bfloat16)
+    grad = torch.randn(4, 2, 33, 32).bfloat16()
+    exact = results(reference.prompt_attention, [x.double() for x in inputs], grad.double(), mode)
+    ours = results(ops.prompt_attention, inputs, grad, mode)
+
+    def eager(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mode: Tensor) -> Tensor:
+        return (q @ k.transpose(-1, -2) * 32**-0.5 + bias[mode]).softmax(-1) @ v
+
+    torchs = results(eager, inputs, grad, mode)
+    for found, other, expected in zip(ours, torchs, exact, strict=True):
+        assert found.dtype == torch.bfloat16
+        assert (found - expected).norm() <= 1.05 * (other - expected).norm()
+
+
+@pytest.mark.parametrize("isa", ["baseline", "v3"])
+def test_other_instruction_sets(isa: str) -> None:
+    """The same tests, in a process that is told to use another instruction set."""
+    tests = ["against_the_reference and float32 and everything", "long", "gradcheck", "behind", "bfloat16"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", " or ".join(tests)]
+    environment = {**os.environ, "MODAFILL_CPU_ISA": isa, ENVIRONMENT: "cpu"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("bias_heads", [1, 4])
+@pytest.mark.parametrize("batch", [1, 37])
+def test_threads_and_repetition_change_no_bit(batch: int, bias_heads: int) -> None:
+    inputs, mode = make(batch, 4, 60, 50, 32, 5, bias_heads, torch.float32)
+    grad = torch.ones_like(inputs[0])
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(results(ops.prompt_attention, inputs, grad, mode, dropout=0.2, seed=1))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_against_sdpa() -> None:
+    inputs, mode = make(4, 2, 30, 45, 16, 3, 1, torch.float32)
+    lengths = torch.tensor([45, 3, 20, 44])
+
+    def sdpa(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mode: Tensor, causal: bool) -> Tensor:
+        mask = (
+            bias[mode]
+            .expand(4, 2, 30, 45)
+            .masked_fill((torch.arange(45) >= lengths[:, None])[:, None, None], -math.inf)
+        )
+        if causal:
+            mask = mask.masked_fill(torch.ones(30, 45, dtype=torch.bool).triu(1 + abs(45 - 30)), -math.inf)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    grad = torch.randn(4, 2, 30, 16)
+    for causal in (False, True):
+        theirs = results(sdpa, inputs, grad, mode, causal=causal)
+        ours = results(ops.prompt_attention, inputs, grad, mode, causal=causal, key_lengths=lengths)
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_against_multihead_attention() -> None:
+    torch.manual_seed(0)
+    module = nn.MultiheadAttention(24, 3, batch_first=True).double()
+    x, source = torch.randn(2, 5, 24).double(), torch.randn(2, 9, 24).double()
+    bias = torch.randn(1, 1, 5, 9).double()
+    expected = module(x, source, source, attn_mask=bias[0, 0], need_weights=False)[0]
+    weight, offset = module.in_proj_weight.chunk(3), module.in_proj_bias.chunk(3)
+    heads = [
+        F.linear(a, w, b).unflatten(-1, (3, 8)).transpose(1, 2)
+        for a, w, b in zip((x, source, source), weight, offset, strict=True)
+    ]
+    out = ops.prompt_attention(*heads, bias).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(module.out_proj(out), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_without_a_bias() -> None:
+    (q, k, v, _), _ = make(dtype=torch.float32)
+    torch.testing.assert_close(ops.prompt_attention(q, k, v, None), F.scaled_dot_product_attention(q, k, v))
+    q.requires_grad_()
+    ops.prompt_attention(q, k, v, None).sum().backward()
+    assert q.grad.any()
+
+
+def test_dropout_keeps_its_share_and_belongs_to_the_row() -> None:
+    (q, k, _, bias), mode = make(6, 2, 40, 64, 64, dtype=torch.float32)
+    identity = torch.eye(64).expand(6, 2, 64, 64)
+    weights = ops.prompt_attention(q, k, identity, bias[..., :64], mode)
+    dropped = ops.prompt_attention(q, k, identity, bias, mode, dropout=0.3, seed=4)
+    kept = dropped != 0
+    assert abs(kept.float().mean() - 0.7) < 4 * (0.21 / kept.numel()) ** 0.5
+    torch.testing.assert_close(dropped[kept], (weights / 0.7)[kept], rtol=1e-5, atol=1e-7)
+    assert torch.equal(kept, reference.dropout_mask((6, 2, 40, 64), 0.3, seed=4, row_id=None, device="cpu"))
+    some = torch.tensor([4, 1])
+    part = ops.prompt_attention(q[some], k[some], identity[some], bias, mode[some], dropout=0.3, seed=4, row_id=some)
+    assert torch.equal(part, dropped[some])
+    assert not torch.equal(ops.prompt_attention(q, k, identity, bias, mode, dropout=0.3, seed=5) != 0, kept)
+
+
+def test_out() -> None:
+    inputs, mode = make(dtype=torch.float32)
+    expected, out = ops.prompt_attention(*inputs, mode), torch.full_like(inputs[0], math.nan)
+    assert ops.prompt_attention(*inputs, mode, out=out) is out
+    assert torch.equal(out, expected)
+    for bad in (inputs[0], out.transpose(0, 1), out.double()):
+        with pytest.raises(ValueError, match=r"^out: "):
+            ops.prompt_attention(*inputs, mode, out=bad)
+    with pytest.raises(ValueError, match=r"^out: "):
+        ops.prompt_attention(inputs[0].requires_grad_(), *inputs[1:], mode, out=out)
+
+
+def test_double_backward_is_refused() -> None:
+    inputs, mode = make()
+    q = inputs[0].requires_grad_()
+    (first,) = torch.autograd.grad(ops.prompt_attention(*inputs, mode).sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="double backward"):
+        torch.autograd.grad(first.sum(), q)
+
+
+def cases() -> list[tuple[Any, ...]]:
+    inputs, mode = make(dtype=torch.float32)
+    grad = [x.clone().requires_grad_() for x in inputs]
+    lengths, rows, seed = torch.tensor([7, 2, 5]), torch.arange(3), torch.tensor(3)
+    return [
+        (*x, mode, causal, lengths, 0.4, dropout, 5, given, rows, False, "auto")
+        for x in (inputs, grad)
+        for causal, dropout, given in ((False, 0.0, None), (True, 0.2, seed))
+    ]
+
+
+def test_opcheck() -> None:
+    for args in cases():
+        torch.library.opcheck(torch.ops.modafill.prompt_attention, args)
+    inputs, mode = make(dtype=torch.float32)
+    tail = (False, None, 0.4, 0.0, 0, None, None)
+    out, logsumexp = torch.ops.modafill.prompt_attention(*inputs, mode, *tail, True, "auto")
+    for need in ([True] * 4, [False, True, False, False]):
+        args = (torch.ones_like(out), *inputs, mode, *tail, logsumexp, need, "auto")
+        torch.library.opcheck(torch.ops.modafill.prompt_attention_backward, args)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_whole(dynamic: bool) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(ops.prompt_attention, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for batch in (3, 5):
+        inputs, mode = make(batch, dtype=torch.float32)
+        options = {"causal": True, "dropout": 0.1, "seed": 3, "key_lengths": torch.tensor([7, 2, 5, 0, 1][:batch])}
+        grad = torch.ones_like(inputs[0])
+        found = results(compiled, inputs, grad, mode, **options)
+        expected = results(ops.prompt_attention, inputs, grad, mode, **options)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_exports() -> None:
+    class Module(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mode: Tensor) -> Tensor:
+            return ops.prompt_attention(q, k, v, bias, mode)
+
+    inputs, mode = make(dtype=torch.float32)
+    program = torch.export.export(Module(), (*inputs, mode))
+    assert torch.equal(program.module()(*inputs, mode), ops.prompt_attention(*inputs, mode))
+
+
+def test_functorch() -> None:
+    inputs, mode = make()
+    expected = results(ops.prompt_attention, inputs, torch.ones_like(inputs[0]), mode)[1]
+    assert torch.equal(torch.func.grad(lambda q: ops.prompt_attention(q, *inputs[1:], mode).sum())(inputs[0]), expected)
+    with pytest.raises(RuntimeError, match="vmap"):
+        torch.vmap(lambda q: ops.prompt_attention(q, *inputs[1:], mode))(torch.stack([inputs[0]] * 2))
+
+
+def test_meta_and_fake_tensors() -> None:
+    inputs, mode = make(dtype=torch.float32)
+    with torch._subclasses.FakeTensorMode() as fake:
+        fakes = [fake.from_tensor(x) for x in (*inputs, mode)]
+        assert ops.prompt_attention(*fakes).shape == inputs[0].shape
+
+
+@pytest.mark.parametrize("name", list(OPTIONS))
+def test_the_reference_backend_is_the_reference(name: str) -> None:
+    inputs, mode = make(4, dtype=torch.float32)
+    grad, options = torch.ones_like(inputs[0]), options_for(name, 4, 7)
+    ours = results(ops.prompt_attention, inputs, grad, mode, **options, backend="reference")
+    exact = results(reference.prompt_attention, [x.double() for x in inputs], grad.double(), mode, **options)
+    for found, expected in zip(ours, exact, strict=True):
+        assert torch.equal(found, expected.float())
+
+
+def test_the_references_own_law() -> None:
+    """One query, one head, by hand."""
+    q, k = torch.tensor([[[[1.0, 0.0, 0.0, 0.0]]]]), torch.eye(4)[None, None, :3]
+    v, bias = torch.arange(12.0).view(1, 1, 3, 4), torch.tensor([[[[0.0, 1.0, -1.0]]]])
+    weights = [math.exp(0.5), math.exp(1.0), math.exp(-1.0)]
+    expected = sum(w / sum(weights) * v[0, 0, j] for j, w in enumerate(weights))
+    torch.testing.assert_close(reference.prompt_attention(q, k, v, bias)[0, 0, 0], expected.double())
+
+
+GOOD: dict[str, Any] = dict(zip(("q", "k", "v", "bias"), make(dtype=torch.float32)[0], strict=True))
+BAD: list[tuple[str, dict[str, Any], type[Exception]]] = [
+    ("q", {"q": [1.0]}, TypeError),
+    ("q", {"q": torch.zeros(3, 2, 8)}, ValueError),
+    ("q", {"q": torch.zeros(3, 2, 5, 8, dtype=torch.int64)}, ValueError),
+    ("q", {"q": torch.zeros(3, 2, 5, 6), "k": torch.zeros(3, 2, 7, 6), "v": torch.zeros(3, 2, 7, 6)}, ValueError),
+    ("q", {n: torch.zeros(3, 2, 5 if n == "q" else 7, 132) for n in "qkv"}, ValueError),
+    ("q, k", {n: torch.zeros(1, 2, 2049 if n == "q" else 7, 8) for n in "qkv"}, ValueError),
+    ("k", {"k": torch.zeros(3, 2, 7, 12)}, ValueError),
+    ("k", {"k": torch.zeros(3, 1, 7, 8)}, ValueError),
+    ("k", {"k": torch.zeros(3, 2, 7, 8, dtype=torch.float64)}, ValueError),
+    ("v", {"v": torch.zeros(3, 2, 6, 8)}, ValueError),
+    ("v", {"v": torch.zeros(3, 2, 7, 8, device="meta")}, ValueError),
+    ("bias", {"bias": torch.zeros(3, 2, 5, 6)}, ValueError),
+    ("bias", {"bias": torch.zeros(3, 4, 5, 7)}, ValueError),
+    ("bias", {"bias": torch.zeros(0, 2, 5, 7)}, ValueError),
+    ("bias", {"bias": torch.zeros(3, 2, 5, 7, dtype=torch.float64)}, ValueError),
+    ("mode", {"mode": None}, ValueError),
+    ("mode", {"mode": torch.tensor([0, 1, 3])}, ValueError),
+    ("mode", {"mode": torch.tensor([0, -1, 1])}, ValueError),
+    ("mode", {"mode": torch.zeros(2, dtype=torch.int64)}, ValueError),
+    ("mode", {"mode": torch.zeros(3)}, ValueError),
+    ("mode", {"bias": None}, ValueError),
+    ("key_lengths", {"key_lengths": torch.tensor([1, 2, 8])}, ValueError),
+    ("key_lengths", {"key_lengths": torch.tensor([1, 2, -1])}, ValueError),
+    ("key_lengths", {"key_lengths": torch.tensor([1, 2])}, ValueError),
+    ("scale", {"scale": math.inf}, ValueError),
+    ("dropout", {"dropout": 1.0, "seed": 0}, ValueError),
+    ("dropout", {"dropout": -0.1, "seed": 0}, ValueError),
+    ("seed", {"dropout": 0.1}, ValueError),
+    ("row_id", {"row_id": torch.arange(2)}, ValueError),
+    ("backend", {"backend": "fast"}, ValueError),
+]
+
+
+@pytest.mark.parametrize("named, change, error", BAD)
+def test_errors_name_the_argument(named: str, change: dict[str, Any], error: type[Exception]) -> None:
+    for backend in ("auto", "reference"):
+        with pytest.raises(error, match=f"^{named}: "):
+            ops.prompt_attention(**{**GOOD, "mode": torch.tensor([0, 1, 2]), "backend": backend, **change})
+
+
+def test_explain_names_what_it_has_not() -> None:
+    choice = ops.explain("prompt_attention", device="cuda")
+    assert choice.backend == "reference"
+    assert choice.rejected == dict.fromkeys(("cuda", "triton"), "prompt_attention has no such backend")
