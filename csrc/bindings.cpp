@@ -31,6 +31,8 @@ struct CpuOps {
   decltype(&baseline::randn) randn;
   decltype(&baseline::prompt_attention) prompt_attention;
   decltype(&baseline::prompt_attention_backward) prompt_attention_backward;
+  decltype(&baseline::conv_gelu_conv) conv_gelu_conv;
+  decltype(&baseline::conv_gelu_conv_backward) conv_gelu_conv_backward;
 };
 
 #define MODAFILL_OPS_OF(isa)                                                                                           \
@@ -40,7 +42,9 @@ struct CpuOps {
    isa::add_noise,                                                                                                     \
    isa::randn,                                                                                                         \
    isa::prompt_attention,                                                                                              \
-   isa::prompt_attention_backward}
+   isa::prompt_attention_backward,                                                                                     \
+   isa::conv_gelu_conv,                                                                                                \
+   isa::conv_gelu_conv_backward}
 
 // The best instruction set this processor has, or the one that MODAFILL_CPU_ISA names.
 CpuOps choose_cpu_ops() {
@@ -216,6 +220,42 @@ PromptAttentionBackward prompt_attention_backward(const PromptAttentionArgs &att
           groups};
 }
 
+ConvGeluConvArgs conv_gelu_conv_args(int dtype, uintptr_t out, uintptr_t x, uintptr_t first, uintptr_t first_bias,
+                                     uintptr_t second, uintptr_t second_bias, int64_t batch, int64_t length,
+                                     int64_t inputs, int64_t hidden, int64_t outputs, int64_t first_taps,
+                                     int64_t second_taps, bool tanh) {
+  return {static_cast<DType>(dtype),
+          pointer<void>(out),
+          pointer<const void>(x),
+          pointer<const void>(first),
+          pointer<const void>(first_bias),
+          pointer<const void>(second),
+          pointer<const void>(second_bias),
+          batch,
+          length,
+          inputs,
+          hidden,
+          outputs,
+          first_taps,
+          second_taps,
+          tanh};
+}
+
+ConvGeluConvArgs conv_gelu_conv_forward(const ConvGeluConvArgs &args) { return args; }
+
+ConvGeluConvBackward conv_gelu_conv_backward(const ConvGeluConvArgs &forward, uintptr_t grad, uintptr_t x_grad,
+                                             uintptr_t first_grad, uintptr_t first_bias_grad, uintptr_t second_grad,
+                                             uintptr_t second_bias_grad, int64_t groups) {
+  return {forward,
+          pointer<const void>(grad),
+          pointer<void>(x_grad),
+          pointer<void>(first_grad),
+          pointer<void>(first_bias_grad),
+          pointer<void>(second_grad),
+          pointer<void>(second_bias_grad),
+          groups};
+}
+
 void check_step(const char *name, int64_t row, int64_t step, int64_t low, int64_t high) {
   if (step < low || step > high)
     throw std::invalid_argument(std::string(name) + ": got " + std::to_string(step) + " in row " + std::to_string(row) +
@@ -254,6 +294,10 @@ void check(const PromptAttentionArgs &args) {
   check_each("mode", args.mode, args.batch, 0, args.modes - 1);
   check_each("key_lengths", args.key_lengths, args.batch, 0, args.keys);
 }
+
+void check(const ConvGeluConvArgs &) {}
+
+void check(const ConvGeluConvBackward &) {}
 
 void check(const PromptAttentionForward &job) { check(job.attention); }
 
@@ -308,4 +352,7 @@ PYBIND11_MODULE(_C, m) {
   py::class_<PromptAttentionArgs>(m, "PromptAttentionArgs").def(py::init(&prompt_attention_args));
   define(m, "prompt_attention", prompt_attention_forward, cpu.prompt_attention, nullptr);
   define(m, "prompt_attention_backward", prompt_attention_backward, cpu.prompt_attention_backward, nullptr);
+  py::class_<ConvGeluConvArgs>(m, "ConvGeluConvArgs").def(py::init(&conv_gelu_conv_args));
+  define(m, "conv_gelu_conv", conv_gelu_conv_forward, cpu.conv_gelu_conv, nullptr);
+  define(m, "conv_gelu_conv_backward", conv_gelu_conv_backward, cpu.conv_gelu_conv_backward, nullptr);
 }

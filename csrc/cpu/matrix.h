@@ -2,6 +2,7 @@
 // instruction set's; sums run in a fixed order.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdlib>
 #include <cstring>
@@ -88,6 +89,27 @@ private:
   C *data_;
 };
 
+// Fewer multiplications than this do not pay for a second thread.
+constexpr int64_t kWorkPerThread = 1 << 18;
+
+// run(first, last) for runs of tasks that together take `work` multiplications.
+template <class F>
+void for_each_run(int64_t tasks, int64_t work, int threads, F run) {
+#ifdef _OPENMP
+  const int64_t useful = std::min(tasks, work / kWorkPerThread);
+  const int team = static_cast<int>(useful < threads ? useful : threads);
+  if (team > 1) {
+#pragma omp parallel num_threads(team)
+    {
+      const int64_t id = omp_get_thread_num(), count = omp_get_num_threads();
+      run(tasks * id / count, tasks * (id + 1) / count);
+    }
+    return;
+  }
+#endif
+  run(0, tasks);
+}
+
 // The right operand [k, n] of a product as panels of columns, each [k, up to kPanelVectors vectors]; columns beyond n
 // are zeros. It takes k * padded(n) elements.
 template <class C, class F>
@@ -130,14 +152,15 @@ MODAFILL_INLINE void transpose(Vector<C> (&rows)[kWidth<C>]) {
 }
 #endif
 
-// As `pack` for the transpose of rows [n, k], which are read along their dense dimension.
-template <class T, class C = Compute<T>, class F>
-MODAFILL_INLINE void pack_transposed(C *to, int64_t k, int64_t n, F row_of) {
+// As `pack` for the transpose of rows [n, k], which are read along their dense dimension: element `row` of a row comes
+// to place(row) of `depth` places; what nothing comes to keeps its value.
+template <class T, class C = Compute<T>, class F, class P>
+MODAFILL_INLINE void pack_transposed(C *to, int64_t k, int64_t n, int64_t depth, F row_of, P place) {
   constexpr int64_t kPanel = kPanelVectors * kWidth<C>;
   for (int64_t first = 0; first < n; first += kPanel) {
     const int64_t width = padded<C>(n - first < kPanel ? n - first : kPanel);
     const int64_t real = n - first < width ? n - first : width;
-    int64_t done = 0; // rows of the panel that are in place
+    int64_t done = 0; // elements of each row that are in place
 #if defined(__GNUC__) && !defined(__clang__)
     if constexpr (std::is_same_v<T, C>) {
       for (; done + kWidth<C> <= k; done += kWidth<C>)
@@ -149,15 +172,20 @@ MODAFILL_INLINE void pack_transposed(C *to, int64_t k, int64_t n, F row_of) {
           transpose<C>(square);
 #pragma GCC unroll 16
           for (int i = 0; i < kWidth<C>; ++i)
-            store(to + (done + i) * width + column, square[i]);
+            store(to + place(done + i) * width + column, square[i]);
         }
     }
 #endif
     for (int64_t column = 0; column < width; ++column)
       for (int64_t row = done; row < k; ++row)
-        to[row * width + column] = column < real ? Element<T>::load(row_of(first + column)[row]) : C(0);
-    to += k * width;
+        to[place(row) * width + column] = column < real ? Element<T>::load(row_of(first + column)[row]) : C(0);
+    to += depth * width;
   }
+}
+
+template <class T, class C = Compute<T>, class F>
+MODAFILL_INLINE void pack_transposed(C *to, int64_t k, int64_t n, F row_of) {
+  pack_transposed<T>(to, k, n, k, row_of, [](int64_t row) { return row; });
 }
 
 // kRows rows of out (+)= a b for one panel of kVectors vectors. a(row, i) lies at a[row * a_row + i * a_step].
@@ -169,7 +197,7 @@ MODAFILL_INLINE void multiply_block(C *out, int64_t out_row, const C *a, int64_t
   for (int row = 0; row < kRows; ++row)
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v)
-      sum[row][v] = kAdd ? load(out + row * out_row + v * kWidth<C>) : Vector<C>{};
+      sum[row][v] = Vector<C>{};
   for (int64_t i = 0; i < k; ++i, panel += kVectors * kWidth<C>, a += a_step) {
     Vector<C> b[kVectors];
 #pragma GCC unroll 4
@@ -185,7 +213,8 @@ MODAFILL_INLINE void multiply_block(C *out, int64_t out_row, const C *a, int64_t
   for (int row = 0; row < kRows; ++row)
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v)
-      store(out + row * out_row + v * kWidth<C>, sum[row][v]);
+      store(out + row * out_row + v * kWidth<C>,
+            kAdd ? load(out + row * out_row + v * kWidth<C>) + sum[row][v] : sum[row][v]);
 }
 
 template <int kVectors, bool kAdd, class C>
@@ -204,21 +233,50 @@ MODAFILL_INLINE void multiply_panel(C *out, int64_t out_row, const C *a, int64_t
   block(std::integral_constant<int, 1>{});
 }
 
-// out [m, n] (+)= a [m, k] times the first n columns of b, whose packed panels hold `packed` columns; what it writes
-// behind column n stays within padded(packed). b has `rows` rows, of which the first k are read.
+// The operands of out [m, n] (+)= a [m, k] b, for several pieces of out and a in turn that share b.
+template <class C>
+struct Product {
+  C *out;
+  int64_t out_row;
+  const C *a;
+  int64_t a_row, a_step; // a(row, i) lies at a[row * a_row + i * a_step]
+  const C *b;
+  int64_t m, n, k;
+  int64_t b_columns, b_rows; // that b was packed with, at least n and k
+  int64_t pieces = 1, out_piece = 0, a_piece = 0;
+};
+
+// Terms that are summed in one register: longer sums are sums of such sums, which keeps their rounding errors small.
+constexpr int64_t kTerms = 256;
+
+// What is written behind column n stays within padded(b_columns).
 template <bool kAdd, class C>
-MODAFILL_INLINE void multiply(C *out, int64_t out_row, const C *a, int64_t a_row, int64_t a_step, const C *b, int64_t m,
-                              int64_t n, int64_t k, int64_t packed, int64_t rows) {
+MODAFILL_INLINE void multiply(const Product<C> &p) {
   constexpr int64_t kPanel = kPanelVectors * kWidth<C>;
-  for (int64_t first = 0; first < n; first += kPanel, out += kPanel) {
-    const int64_t vectors = padded<C>(packed - first < kPanel ? packed - first : kPanel) / kWidth<C>;
-    if (vectors == 1)
-      multiply_panel<1, kAdd>(out, out_row, a, a_row, a_step, b, m, k);
-    else if (vectors == 2)
-      multiply_panel<2, kAdd>(out, out_row, a, a_row, a_step, b, m, k);
-    else
-      multiply_panel<kPanelVectors, kAdd>(out, out_row, a, a_row, a_step, b, m, k);
-    b += rows * vectors * kWidth<C>;
+  const C *b = p.b;
+  for (int64_t first = 0; first < p.n; first += kPanel) {
+    const int64_t vectors = padded<C>(std::min(p.b_columns - first, kPanel)) / kWidth<C>;
+    for (int64_t term = 0; term == 0 || term < p.k; term += kTerms) {
+      const C *const panel = b + term * vectors * kWidth<C>;
+      const int64_t terms = std::min(p.k - term, kTerms);
+      for (int64_t piece = 0; piece < p.pieces; ++piece) {
+        C *const out = p.out + piece * p.out_piece + first;
+        const C *const a = p.a + piece * p.a_piece + term * p.a_step;
+        const auto run = [&](auto count) {
+          if (kAdd || term)
+            multiply_panel<decltype(count)::value, true>(out, p.out_row, a, p.a_row, p.a_step, panel, p.m, terms);
+          else
+            multiply_panel<decltype(count)::value, false>(out, p.out_row, a, p.a_row, p.a_step, panel, p.m, terms);
+        };
+        if (vectors == 1)
+          run(std::integral_constant<int, 1>{});
+        else if (vectors == 2)
+          run(std::integral_constant<int, 2>{});
+        else
+          run(std::integral_constant<int, kPanelVectors>{});
+      }
+    }
+    b += p.b_rows * vectors * kWidth<C>;
   }
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../common/attention.h"
+#include "../common/convolution.h"
 
 namespace modafill {
 
@@ -13,6 +14,8 @@ namespace modafill {
   void randn(const RandnArgs &args, int threads);                                                                      \
   void prompt_attention(const PromptAttentionForward &job, int threads);                                               \
   void prompt_attention_backward(const PromptAttentionBackward &job, int threads);                                     \
+  void conv_gelu_conv(const ConvGeluConvArgs &args, int threads);                                                      \
+  void conv_gelu_conv_backward(const ConvGeluConvBackward &job, int threads);                                          \
   }
 
 MODAFILL_DECLARE_OPS(baseline)

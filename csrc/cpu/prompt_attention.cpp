@@ -10,27 +10,6 @@ namespace {
 // Queries that are worked on at a time: their logits stay in the second-level cache.
 constexpr int64_t kTile = 32;
 
-// Fewer multiplications than this do not pay for a second thread.
-constexpr int64_t kWorkPerThread = 1 << 18;
-
-// body(task) for each task, dealt out in runs.
-template <class F>
-void for_each_run(int64_t tasks, int64_t work, int threads, F run) {
-#ifdef _OPENMP
-  const int64_t useful = std::min(tasks, work / kWorkPerThread);
-  const int team = static_cast<int>(useful < threads ? useful : threads);
-  if (team > 1) {
-#pragma omp parallel num_threads(team)
-    {
-      const int64_t id = omp_get_thread_num(), count = omp_get_num_threads();
-      run(tasks * id / count, tasks * (id + 1) / count);
-    }
-    return;
-  }
-#endif
-  run(0, tasks);
-}
-
 template <class T>
 struct Rows {
   T *data;
@@ -174,8 +153,8 @@ void forward_of(const PromptAttentionForward &job, int threads) {
                    for (int64_t i = 0; i < count; ++i)
                      for (int64_t c = 0; c < args.width; ++c)
                        q_tile.get()[i * args.width + c] = Element<T>::load(head.q[begin + i][c]) * scale;
-                   multiply<false>(logits.get(), keys, q_tile.get(), args.width, 1, k_panels.get(), count, reach,
-                                   args.width, head.seen, args.width);
+                   multiply<false>(Product<C>{logits.get(), keys, q_tile.get(), args.width, 1, k_panels.get(), count,
+                                              reach, args.width, head.seen, args.width});
                    C sums[kTile];
                    for (int64_t i = 0; i < count; ++i) {
                      C *const s = logits.get() + i * keys;
@@ -202,8 +181,8 @@ void forward_of(const PromptAttentionForward &job, int threads) {
                          store(s + j, load(s + j) * load(factors.get() + j));
                      }
                    }
-                   multiply<false>(result.get(), width, logits.get(), keys, 1, v_panels.get(), count, args.width, reach,
-                                   args.width, head.seen);
+                   multiply<false>(Product<C>{result.get(), width, logits.get(), keys, 1, v_panels.get(), count,
+                                              args.width, reach, args.width, head.seen});
                    const Rows<T> out = Rows<T>::of(job.out, job.out_strides, head.b, head.h);
                    for (int64_t i = 0; i < count; ++i)
                      write_row(out[begin + i], result.get() + i * width, args.width, C(1) / sums[i]);
@@ -249,11 +228,11 @@ struct HeadBackward {
           q_tile.get()[i * args.width + c] = Element<T>::load(head.q[begin + i][c]) * scale;
           grad_tile.get()[i * args.width + c] = Element<T>::load(grad[begin + i][c]);
         }
-      multiply<false>(p.get(), keys, q_tile.get(), args.width, 1, k_panels.get(), count, reach, args.width, head.seen,
-                      args.width);
+      multiply<false>(Product<C>{p.get(), keys, q_tile.get(), args.width, 1, k_panels.get(), count, reach, args.width,
+                                 head.seen, args.width});
       if (need_logits)
-        multiply<false>(dp.get(), keys, grad_tile.get(), args.width, 1, v_panels.get(), count, reach, args.width,
-                        head.seen, args.width);
+        multiply<false>(Product<C>{dp.get(), keys, grad_tile.get(), args.width, 1, v_panels.get(), count, reach,
+                                   args.width, head.seen, args.width});
       for (int64_t i = 0; i < count; ++i) {
         next.fetch(begin + i);
         prefetch(next_grad[begin + i], static_cast<int>(args.width));
@@ -262,17 +241,17 @@ struct HeadBackward {
       if (job.v_grad) {
         pack(grad_panels.get(), count, args.width,
              [&](int64_t i, int64_t c) { return grad_tile.get()[i * args.width + c]; });
-        multiply<true>(v_sum.get(), width, p.get(), 1, keys, grad_panels.get(), reach, args.width, count, args.width,
-                       count);
+        multiply<true>(Product<C>{v_sum.get(), width, p.get(), 1, keys, grad_panels.get(), reach, args.width, count,
+                                  args.width, count});
       }
       if (job.k_grad) {
         pack(q_panels.get(), count, args.width, [&](int64_t i, int64_t c) { return q_tile.get()[i * args.width + c]; });
-        multiply<true>(k_sum.get(), width, dp.get(), 1, keys, q_panels.get(), reach, args.width, count, args.width,
-                       count);
+        multiply<true>(Product<C>{k_sum.get(), width, dp.get(), 1, keys, q_panels.get(), reach, args.width, count,
+                                  args.width, count});
       }
       if (job.q_grad) {
-        multiply<false>(result.get(), width, dp.get(), keys, 1, k_rows.get(), count, args.width, reach, args.width,
-                        head.seen);
+        multiply<false>(Product<C>{result.get(), width, dp.get(), keys, 1, k_rows.get(), count, args.width, reach,
+                                   args.width, head.seen});
         const Rows<T> out = Rows<T>::of(job.q_grad, job.q_grad_strides, b, h);
         for (int64_t i = 0; i < count; ++i)
           write_row(out[begin + i], result.get() + i * width, args.width, scale);

@@ -3,6 +3,7 @@
 from modafill.ops import reference
 from modafill.ops.add_noise import add_noise
 from modafill.ops.backends import Choice, explain
+from modafill.ops.conv_gelu_conv import conv_gelu_conv
 from modafill.ops.ddim_step import ddim_step
 from modafill.ops.masked_reverse_step import masked_reverse_step
 from modafill.ops.prompt_attention import prompt_attention
@@ -13,6 +14,7 @@ __all__ = [
     "Choice",
     "Draw",
     "add_noise",
+    "conv_gelu_conv",
     "ddim_step",
     "explain",
     "masked_reverse_step",

@@ -29,6 +29,7 @@ GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OPS = {
     **dict.fromkeys(("masked_reverse_step", "ddim_step", "add_noise", "randn"), ("cpu", "cuda", "triton")),
     "prompt_attention": ("cpu",),
+    "conv_gelu_conv": ("cpu",),
 }
 
 # glibc maps blocks of this size and more anew for each allocation.

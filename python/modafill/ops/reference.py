@@ -255,3 +255,22 @@ def prompt_attention(
         kept = dropout_mask(tuple(logits.shape), dropout, seed=seed, row_id=row_id, device=q.device)
         weights = torch.where(kept, weights / (1.0 - dropout), 0.0)
     return weights @ v
+
+
+def conv_gelu_conv(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, *, approximate: str = "none"
+) -> Tensor:
+    """Conv1D → GELU → Conv1D with same padding on ``x [B, L, C]``; see :func:`modafill.ops.conv_gelu_conv`."""
+
+    def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        taps = weight.shape[-1]
+        windows = torch.nn.functional.pad(x, (0, 0, taps // 2, taps // 2)).unfold(1, taps, 1)
+        out = torch.einsum("blct,oct->blo", windows, weight.to(torch.float64))
+        return out if bias is None else out + bias.to(torch.float64)
+
+    a = convolve(x.to(torch.float64), w1, b1)
+    if approximate == "tanh":
+        h = 0.5 * a * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (a + 0.044715 * a**3)))
+    else:
+        h = 0.5 * a * (1.0 + torch.erf(a / math.sqrt(2.0)))
+    return convolve(h, w2, b2)

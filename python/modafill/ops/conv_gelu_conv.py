@@ -1,0 +1,265 @@
+"""Conv1D → GELU → Conv1D in one op, whose hidden rows never leave the chip."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modafill.ops import backends, reference
+from modafill.ops.backends import _C
+
+_ARGUMENTS = "Tensor x, Tensor w1, Tensor? b1, Tensor w2, Tensor? b2, str approximate"
+_SCHEMA = f"({_ARGUMENTS}, str backend) -> Tensor"
+_BACKWARD_SCHEMA = f"(Tensor grad, {_ARGUMENTS}, bool[] need, str backend) -> Tensor[]"
+
+MAX_TAPS = 7
+# The gradients of the weights are summed in groups of rows, each with tables of its own.
+_GROUP_BYTES = 1 << 26
+_GROUP_ROWS = 96
+_MAX_GROUPS = 16
+
+
+def _check(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, approximate: str) -> None:
+    dtype, device = x.dtype, x.device
+    if x.ndim != 3 or not dtype.is_floating_point:
+        raise ValueError(f"x: got {backends.describe(x)}, expected a floating-point tensor [B, L, C]")
+    for name, w, inputs, what in (("w1", w1, x.shape[2], "C"), ("w2", w2, None, "hidden")):
+        backends.check_tensor(name, w)
+        inputs = w1.shape[0] if inputs is None else inputs
+        if w.ndim != 3 or w.shape[1] != inputs or w.dtype != dtype or w.device != device or w.shape[0] < 1:
+            expected = f"{dtype} [out, {inputs} ({what}), taps] on {device}"
+            raise ValueError(f"{name}: got {backends.describe(w)}, expected {expected}")
+        if w.shape[2] % 2 == 0 or w.shape[2] > MAX_TAPS:
+            raise ValueError(f"{name}: got {w.shape[2]} taps, expected an odd number up to {MAX_TAPS}")
+    if w1.shape[1] < 1:
+        raise ValueError("x: got no channels, expected at least one")
+    for name, b, w in (("b1", b1, w1), ("b2", b2, w2)):
+        if b is not None:
+            backends.check_tensor(name, b)
+            if b.shape != w.shape[:1] or b.dtype != dtype or b.device != device:
+                raise ValueError(f"{name}: got {backends.describe(b)}, expected {dtype} [{w.shape[0]}] on {device}")
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f"approximate: got {approximate!r}, expected 'none' or 'tanh'")
+
+
+def _description(
+    out: Tensor | None, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, approximate: str
+) -> Any:
+    return _C.ConvGeluConvArgs(
+        backends.DTYPE_CODES[x.dtype],
+        *map(backends.pointer, (out, x, w1, b1, w2, b2)),
+        *x.shape,
+        w1.shape[0],
+        w2.shape[0],
+        w1.shape[2],
+        w2.shape[2],
+        approximate == "tanh",
+    )
+
+
+def _run(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    approximate: str,
+    backend: str,
+    out: Tensor | None = None,
+) -> Tensor:
+    _check(x, w1, b1, w2, b2, approximate)
+    backend = backends.select("conv_gelu_conv", x.device, x.dtype, backend)
+    shape = (*x.shape[:2], w2.shape[0])
+    if out is not None:
+        inputs = [t for t in (x, w1, b1, w2, b2) if t is not None]
+        backends.check_out(out, shape, x.dtype, x.device, *inputs)
+        if any(out.data_ptr() == t.data_ptr() for t in inputs):
+            raise ValueError("out: got an input, expected a tensor of its own: rows are read after others are written")
+    if backend == "reference":
+        result = reference.conv_gelu_conv(x, w1, b1, w2, b2, approximate=approximate)
+        return result.to(x.dtype) if out is None else out.copy_(result)
+    x, w1, w2 = x.contiguous(), w1.contiguous(), w2.contiguous()
+    b1, b2 = backends.contiguous(b1), backends.contiguous(b2)
+    if out is None:
+        out = backends.empty(shape, x.dtype, x.device, backend)
+    if out.numel():
+        args = _description(out, x, w1, b1, w2, b2, approximate)
+        backends.launch("conv_gelu_conv", backend, x.device, args)
+    return out
+
+
+def _fake(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, approximate: str, backend: str
+) -> Tensor:
+    _check(x, w1, b1, w2, b2, approximate)
+    return x.new_empty((*x.shape[:2], w2.shape[0]))
+
+
+def _groups(x: Tensor, w1: Tensor, w2: Tensor) -> int:
+    """In how many parts weight gradients are summed: a function of the shapes alone, so that their bits are too."""
+    size = (w1.numel() + w2.numel()) * (8 if x.dtype == torch.float64 else 4)
+    return max(1, min(_MAX_GROUPS, x.shape[0] * x.shape[1] // _GROUP_ROWS, _GROUP_BYTES // max(size, 1)))
+
+
+def _run_backward(
+    grad: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    approximate: str,
+    need: list[bool],
+    backend: str,
+) -> list[Tensor]:
+    backend = backends.select("conv_gelu_conv", x.device, x.dtype, backend)
+    inputs = (x, w1, b1, w2, b2)
+    if backend == "reference":
+        with torch.enable_grad():
+            leaves = [
+                None if t is None else t.detach().double().requires_grad_(n) for t, n in zip(inputs, need, strict=True)
+            ]
+            out = reference.conv_gelu_conv(*leaves, approximate=approximate)
+            wanted = [t for t, n in zip(leaves, need, strict=True) if n]
+            grads = torch.autograd.grad(out, wanted, grad.double(), materialize_grads=True)
+        return [g.to(x.dtype) for g in grads]
+    grad, x, w1, w2 = grad.contiguous(), x.contiguous(), w1.contiguous(), w2.contiguous()
+    b1, b2 = backends.contiguous(b1), backends.contiguous(b2)
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    made: list[Tensor | None] = [torch.empty_like(x) if need[0] else None]
+    for t, n in zip((w1, b1, w2, b2), need[1:], strict=True):
+        made.append(torch.empty_like(t, dtype=compute) if n and t is not None else None)
+    if grad.numel():
+        args = _description(None, x, w1, b1, w2, b2, approximate)
+        backends.launch(
+            "conv_gelu_conv_backward",
+            backend,
+            x.device,
+            args,
+            grad.data_ptr(),
+            *map(backends.pointer, made),
+            _groups(x, w1, w2),
+        )
+    else:
+        for t in made:
+            if t is not None:
+                t.zero_()
+    return [t.to(x.dtype) for t in made if t is not None]
+
+
+def _fake_backward(
+    grad: Tensor,
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    approximate: str,
+    need: list[bool],
+    backend: str,
+) -> list[Tensor]:
+    return [
+        torch.empty_like(t, memory_format=torch.contiguous_format)
+        for t, n in zip((x, w1, b1, w2, b2), need, strict=True)
+        if n and t is not None
+    ]
+
+
+class _Backward(torch.autograd.Function):
+    """The gradient, whose own gradient is refused."""
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            return tuple(_backward_op(*args))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+        raise NotImplementedError("conv_gelu_conv: its gradient has no gradient (double backward)")
+
+
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def forward(*args: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            return _op(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.approximate, ctx.backend = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        need = list(ctx.needs_input_grad[:5])
+        args = (grad, *ctx.saved_tensors, ctx.approximate, need, ctx.backend)
+        if backends.runs_directly(*args):
+            found = iter(_run_backward(*args))
+        else:
+            found = iter(backends.dispatch(_backward_op, _Backward, *args))
+        return (*(next(found) if n else None for n in need), None, None)
+
+
+class _Eager(_Function):
+    """For calls that nothing but autograd need see: past the dispatcher."""
+
+    forward = staticmethod(_run)
+
+
+_op = backends.register("conv_gelu_conv", _SCHEMA, _run, _fake, lambda *args: _Function.apply(*args))
+_backward_op = backends.register(
+    "conv_gelu_conv_backward",
+    _BACKWARD_SCHEMA,
+    _run_backward,
+    _fake_backward,
+    lambda *args: list(_Backward.apply(*args)),
+)
+
+
+def conv_gelu_conv(
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor | None,
+    w2: Tensor,
+    b2: Tensor | None,
+    *,
+    approximate: str = "none",
+    out: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Conv1D → GELU → Conv1D with same padding, the condition encoder of CDTP (§3.2).
+
+    The hidden ``[B, L, hidden]`` tensor does not exist, forward or backward: it is made block by block, and made again
+    for the gradient. Weight gradients are summed in a fixed order.
+
+    Args:
+        x: ``[B, L, C]``; float32, float64 or bfloat16 on the CPU.
+        w1: ``[hidden, C, taps]``, like ``x``, as :class:`torch.nn.Conv1d` has it; an odd number of taps, 1…7.
+        b1: ``[hidden]`` or None.
+        w2: ``[out, hidden, taps]``; b2: ``[out]`` or None.
+        approximate: ``"none"`` (exact GELU) or ``"tanh"``.
+        out: ``[B, L, out]``, contiguous; no input may overlap it. Only where no gradient is needed.
+        backend: ``"auto"`` or one of :data:`modafill.ops.backends.BACKENDS`; see :func:`modafill.ops.explain`.
+
+    Returns:
+        ``[B, L, out]`` in the dtype of ``x``; differentiable once in every tensor.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit.
+        NotImplementedError: a second derivative is asked for.
+        RuntimeError: ``backend`` names one that cannot run here.
+    """
+    backends.check_tensor("x", x)
+    args = (x, w1, b1, w2, b2, approximate, backend)
+    if backends.runs_directly(x, w1, b1, w2, b2, out):
+        return backends.written(_run(*args, out), out)
+    backends.check_out_allowed(out)
+    if backends.runs_eagerly(x, w1, b1, w2, b2):
+        return backends.apply(_Eager, *args)
+    return backends.dispatch(_op, _Function, *args)

@@ -1,0 +1,343 @@
+"""Conv1D → GELU → Conv1D: the C++ path against the float64 reference and against torch's own layers."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from modafill import ops
+from modafill.ops import reference
+from modafill.ops.backends import ENVIRONMENT
+
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6}
+NAMES = ("x", "w1", "b1", "w2", "b2")
+
+
+def make(
+    batch: int = 3,
+    length: int = 6,
+    channels: int = 5,
+    hidden: int = 7,
+    outputs: int = 4,
+    first_taps: int = 3,
+    second_taps: int = 1,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> list[Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    shapes = [
+        (batch, length, channels),
+        (hidden, channels, first_taps),
+        (hidden,),
+        (outputs, hidden, second_taps),
+        (outputs,),
+    ]
+    tensors = [torch.randn(shape, generator=g, dtype=torch.float64) for shape in shapes]
+    for w in (1, 3):
+        tensors[w] /= (tensors[w].shape[1] * tensors[w].shape[2]) ** 0.5
+    return [t.to(dtype) for t in tensors]
+
+
+def results(op: Any, inputs: list[Tensor], grad: Tensor, **options: Any) -> list[Tensor]:
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    out = op(*leaves, **options)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+def compare(inputs: list[Tensor], **options: Any) -> None:
+    shape = (*inputs[0].shape[:2], len(inputs[4]))
+    grad = torch.randn(shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(inputs[0].dtype)
+    ours = results(ops.conv_gelu_conv, inputs, grad, **options)
+    exact = results(reference.conv_gelu_conv, [t.double() for t in inputs], grad.double(), **options)
+    for name, found, expected in zip(("out", *NAMES), ours, exact, strict=True):
+        assert (found.dtype, found.shape) == (inputs[0].dtype, expected.shape)
+        # A sum over rows may cancel: its terms are what rounding errors are measured by.
+        terms = inputs[0].shape[0] * inputs[0].shape[1] if name in ("w1", "b1", "w2", "b2") else 1
+        error = (found - expected).norm() / (expected.norm() + 0.3 * (terms * max(1, expected.numel())) ** 0.5)
+        assert error <= TOLERANCE[inputs[0].dtype], f"{name}: {error:.2e}"
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("taps", [(1, 1), (3, 1), (1, 3), (3, 3), (5, 7), (7, 5)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1, 1), (3, 6, 5, 7, 4), (40, 8, 20, 33, 17), (2, 250, 16, 48, 32), (2, 97, 64, 50, 49)]
+)
+def test_against_the_reference(
+    shape: tuple[int, ...], taps: tuple[int, int], approximate: str, dtype: torch.dtype
+) -> None:
+    compare(make(*shape, *taps, dtype), approximate=approximate)
+
+
+@settings(max_examples=200)
+@given(st.data())
+def test_random_shapes(data: st.DataObject) -> None:
+    sizes = [data.draw(st.integers(1, most)) for most in (20, 120, 40, 70, 60)]
+    taps = [data.draw(st.sampled_from([1, 3, 5, 7])) for _ in range(2)]
+    dtype, seed = data.draw(st.sampled_from(list(TOLERANCE))), data.draw(st.integers(0, 99))
+    compare(make(*sizes, *taps, dtype, seed), approximate=data.draw(st.sampled_from(["none", "tanh"])))
+
+
+@pytest.mark.parametrize("wanted", list(itertools.product([False, True], repeat=5))[1:])
+def test_every_subset_of_gradients(wanted: tuple[bool, ...]) -> None:
+    inputs = make(second_taps=3)
+    leaves = [t.clone().requires_grad_(need) for t, need in zip(inputs, wanted, strict=True)]
+    ops.conv_gelu_conv(*leaves).square().sum().backward()
+    everything = [t.clone().requires_grad_() for t in inputs]
+    reference.conv_gelu_conv(*everything).square().sum().backward()
+    for leaf, expected, need in zip(leaves, everything, wanted, strict=True):
+        if need:
+            torch.testing.assert_close(leaf.grad, expected.grad, rtol=1e-10, atol=1e-12)
+        else:
+            assert leaf.grad is None
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gradcheck(approximate: str) -> None:
+    leaves = [t.requires_grad_() for t in make(2, 4, 3, 5, 2, 3, 3)]
+    assert torch.autograd.gradcheck(lambda *t: ops.conv_gelu_conv(*t, approximate=approximate), leaves)
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_against_torchs_layers(approximate: str) -> None:
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Conv1d(6, 9, 5, padding=2), nn.GELU(approximate), nn.Conv1d(9, 4, 3, padding=1))
+    x = torch.randn(3, 20, 6)
+    first, second = layers[0], layers[2]
+    ours = ops.conv_gelu_conv(x, first.weight, first.bias, second.weight, second.bias, approximate=approximate)
+    theirs = layers(x.transpose(1, 2)).transpose(1, 2)
+    torch.testing.assert_close(ours, theirs)
+    parameters, grad = list(layers.parameters()), torch.randn_like(ours)
+    for a, b in zip(
+        torch.autograd.grad(ours, parameters, grad), torch.autograd.grad(theirs, parameters, grad), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gelu_over_its_whole_range(dtype: torch.dtype, approximate: str) -> None:
+    """One channel and unit weights: the op is GELU itself, also far out, where it is tiny, huge or infinite."""
+    x = torch.cat([torch.linspace(-40, 40, 20001), torch.tensor([-1e4, 1e4, -1e30, 1e30, 0.0])]).to(dtype)
+    one, leaf = torch.ones(1, 1, 1, dtype=dtype), x.view(1, -1, 1).clone().requires_grad_()
+    out = ops.conv_gelu_conv(leaf, one, None, one, None, approximate=approximate)
+    exact = x.double().requires_grad_()
+    expected = nn.functional.gelu(exact, approximate=approximate)
+    # Where the exact value cancels, torch's own formulas do too; the Gaussian tail is known in closed form.
+    if approximate == "none":
+        expected = torch.where(exact < 0, exact * 0.5 * torch.special.erfc(-exact / math.sqrt(2)), expected)
+    (slope,) = torch.autograd.grad(expected.sum(), exact)
+    out.sum().backward()
+    # The error of x² in exp(-x²/2) grows with x²: 84 roundings at x = 13.
+    limit = 1e-5 if dtype == torch.float32 else 1e-13
+    seen = expected.abs() > 1e-30
+    error = (out.flatten() - expected).abs() / expected.abs()
+    near = seen & (x.abs() < (13 if approximate == "none" else 4))
+    assert error[near].max() < (limit if approximate == "none" else 100 * limit)
+    tiny = 1e-6 if dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(out.flatten().double(), expected.detach(), rtol=1e-6, atol=tiny)
+    torch.testing.assert_close(leaf.grad.flatten().double(), slope, rtol=1e-6, atol=2 * tiny)
+
+
+def test_samples_do_not_touch() -> None:
+    """What stands in one sample, NaN included, is not seen in its neighbours."""
+    inputs = make(9, 7, 5, 8, 4, 5, 3, torch.float32)
+    clean = ops.conv_gelu_conv(*inputs)
+    inputs[0][4] = math.nan
+    dirty = ops.conv_gelu_conv(*inputs)
+    others = [0, 1, 2, 3, 5, 6, 7, 8]
+    assert torch.equal(clean[others], dirty[others])
+    assert dirty[4].isnan().all()
+
+
+@pytest.mark.parametrize("biases", [(True, False), (False, True), (False, False)])
+def test_without_biases(biases: tuple[bool, bool]) -> None:
+    x, w1, b1, w2, b2 = make()
+    given = (b1 if biases[0] else None, b2 if biases[1] else None)
+    leaves = [t.requires_grad_() for t in (x, w1, w2)]
+    found = ops.conv_gelu_conv(x, w1, given[0], w2, given[1])
+    expected = reference.conv_gelu_conv(x, w1, given[0], w2, given[1])
+    torch.testing.assert_close(found, expected)
+    for a, b in zip(torch.autograd.grad(found.sum(), leaves), torch.autograd.grad(expected.sum(), leaves), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("shape", [(0, 6, 5, 7, 4), (3, 0, 5, 7, 4)])
+def test_empty(shape: tuple[int, ...]) -> None:
+    inputs = make(*shape)
+    for t in results(ops.conv_gelu_conv, inputs, torch.zeros(*shape[:2], 4, dtype=torch.float64)):
+        assert not t.any()
+
+
+def test_strides() -> None:
+    inputs = make(dtype=torch.float32)
+    grad = torch.ones(3, 6, 4)
+    dense = results(ops.conv_gelu_conv, inputs, grad)
+    strided = [torch.stack([t, t], -1)[..., 0] for t in inputs]
+    strided[0] = inputs[0].transpose(1, 2).contiguous().transpose(1, 2)
+    found = results(ops.conv_gelu_conv, strided, torch.ones(3, 1, 1).expand(3, 6, 4))
+    assert all(torch.equal(a, b) for a, b in zip(dense, found, strict=True))
+
+
+def test_every_element_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = make(5, 101, 19, 21, 23, 3, 5, torch.float32)
+    for name in ("empty", "empty_like"):
+        real = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, f=real, **o: f(*a, **o).fill_(math.nan))
+    assert all(t.isfinite().all() for t in results(ops.conv_gelu_conv, inputs, torch.zeros(5, 101, 23) + 1))
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 64, 64, 64), (30, 50, 40, 70, 20)])
+def test_threads_and_repetition_change_no_bit(shape: tuple[int, ...]) -> None:
+    inputs = make(*shape, 3, 3, torch.float32)
+    grad, before = torch.ones(*shape[:2], shape[4]), torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(results(ops.conv_gelu_conv, inputs, grad))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+def test_bfloat16_is_at_least_as_exact_as_torch() -> None:
+    inputs = make(4, 50, 64, 96, 32, 3, 3, torch.bfloat16)
+    grad = torch.randn(4, 50, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
+
+    def eager(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+        h = nn.functional.gelu(nn.functional.conv1d(x.transpose(1, 2), w1, b1, padding=1))
+        return nn.functional.conv1d(h, w2, b2, padding=1).transpose(1, 2)
+
+    exact = results(reference.conv_gelu_conv, [t.double() for t in inputs], grad.double())
+    ours, theirs = results(ops.conv_gelu_conv, inputs, grad), results(eager, inputs, grad)
+    for found, other, expected in zip(ours, theirs, exact, strict=True):
+        assert found.dtype == torch.bfloat16
+        assert (found - expected).norm() <= 1.05 * (other - expected).norm()
+
+
+@pytest.mark.parametrize("isa", ["baseline", "v3"])
+def test_other_instruction_sets(isa: str) -> None:
+    """The same tests, in a process that is told to use another instruction set."""
+    tests = ["against_the_reference and float32", "gradcheck", "range", "bfloat16", "touch"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", " or ".join(tests)]
+    environment = {**os.environ, "MODAFILL_CPU_ISA": isa, ENVIRONMENT: "cpu"}
+    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_the_hidden_tensor_does_not_exist() -> None:
+    """Growth of the resident set over forward and backward stays far below one [B, L, hidden] tensor of 256 MiB."""
+    code = """
+import resource, torch
+from modafill import ops
+torch.set_num_threads(2)
+x = torch.randn(64, 512, 16, requires_grad=True)
+w1, w2 = (torch.randn(s, requires_grad=True) for s in ((2048, 16, 1), (16, 2048, 1)))
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+ops.conv_gelu_conv(x[:1], w1, None, w2, None).sum().backward()
+before = peak()
+ops.conv_gelu_conv(x, w1, None, w2, None).sum().backward()
+print(peak() - before)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 64
+
+
+def test_out() -> None:
+    inputs = make(outputs=5, dtype=torch.float32)
+    expected, out = ops.conv_gelu_conv(*inputs), torch.full((3, 6, 5), math.nan)
+    assert ops.conv_gelu_conv(*inputs, out=out) is out
+    assert torch.equal(out, expected)
+    for bad in (inputs[0], out.transpose(0, 1), out.double()):
+        with pytest.raises(ValueError, match=r"^out: "):
+            ops.conv_gelu_conv(*inputs, out=bad)
+    with pytest.raises(ValueError, match=r"^out: "):
+        ops.conv_gelu_conv(inputs[0].requires_grad_(), *inputs[1:], out=out)
+
+
+def test_double_backward_is_refused() -> None:
+    inputs = make()
+    x = inputs[0].requires_grad_()
+    (first,) = torch.autograd.grad(ops.conv_gelu_conv(*inputs).sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="double backward"):
+        torch.autograd.grad(first.sum(), x)
+
+
+def test_opcheck() -> None:
+    inputs = make(dtype=torch.float32)
+    grad = [t.clone().requires_grad_() for t in inputs]
+    x, w1, _, w2, _ = grad
+    for args in ((*inputs, "none"), (*grad, "tanh"), (x, w1, None, w2, None, "none")):
+        torch.library.opcheck(torch.ops.modafill.conv_gelu_conv, (*args, "auto"))
+    for need in ([True] * 5, [False, True, False, False, True]):
+        args = (torch.ones(3, 6, 4), *inputs, "none", need, "auto")
+        torch.library.opcheck(torch.ops.modafill.conv_gelu_conv_backward, args)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_whole(dynamic: bool) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(ops.conv_gelu_conv, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for batch in (3, 5):
+        inputs, grad = make(batch, dtype=torch.float32), torch.ones(batch, 6, 4)
+        found, expected = results(compiled, inputs, grad), results(ops.conv_gelu_conv, inputs, grad)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_functorch_and_fakes() -> None:
+    inputs = make()
+    expected = results(ops.conv_gelu_conv, inputs, torch.ones(3, 6, 4, dtype=torch.float64))[1]
+    assert torch.equal(torch.func.grad(lambda x: ops.conv_gelu_conv(x, *inputs[1:]).sum())(inputs[0]), expected)
+    with pytest.raises(RuntimeError, match="vmap"):
+        torch.vmap(lambda x: ops.conv_gelu_conv(x, *inputs[1:]))(torch.stack([inputs[0]] * 2))
+    with torch._subclasses.FakeTensorMode() as fake:
+        assert ops.conv_gelu_conv(*(fake.from_tensor(t) for t in inputs)).shape == (3, 6, 4)
+
+
+def test_the_reference_backend_is_the_reference() -> None:
+    inputs, grad = make(dtype=torch.float32), torch.ones(3, 6, 4)
+    ours = results(ops.conv_gelu_conv, inputs, grad, backend="reference")
+    exact = results(reference.conv_gelu_conv, [t.double() for t in inputs], grad.double())
+    for found, expected in zip(ours, exact, strict=True):
+        assert torch.equal(found, expected.float())
+
+
+GOOD = dict(zip(NAMES, make(dtype=torch.float32), strict=True))
+BAD: list[tuple[str, dict[str, Any], type[Exception]]] = [
+    ("x", {"x": [1.0]}, TypeError),
+    ("x", {"x": torch.zeros(3, 6)}, ValueError),
+    ("x", {"x": torch.zeros(3, 6, 5, dtype=torch.int64)}, ValueError),
+    ("w1", {"x": torch.zeros(3, 6, 4)}, ValueError),
+    ("w1", {"w1": torch.zeros(7, 5, 2)}, ValueError),
+    ("w1", {"w1": torch.zeros(7, 5, 9)}, ValueError),
+    ("w1", {"w1": torch.zeros(7, 5)}, ValueError),
+    ("w1", {"w1": torch.zeros(7, 5, 3, dtype=torch.float64)}, ValueError),
+    ("b1", {"b1": torch.zeros(6)}, ValueError),
+    ("w2", {"w2": torch.zeros(4, 6, 1)}, ValueError),
+    ("w2", {"w2": torch.zeros(4, 7, 1, device="meta")}, ValueError),
+    ("w2", {"w2": torch.zeros(4, 7, 4)}, ValueError),
+    ("b2", {"b2": torch.zeros(5)}, ValueError),
+    ("b2", {"b2": torch.zeros(4, dtype=torch.float64)}, ValueError),
+    ("approximate", {"approximate": "erf"}, ValueError),
+    ("backend", {"backend": "fast"}, ValueError),
+]
+
+
+@pytest.mark.parametrize("named, change, error", BAD)
+def test_errors_name_the_argument(named: str, change: dict[str, Any], error: type[Exception]) -> None:
+    for backend in ("auto", "reference"):
+        with pytest.raises(error, match=f"^{named}: "):
+            ops.conv_gelu_conv(**{**GOOD, "backend": backend, **change})
