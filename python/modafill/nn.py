@@ -1,0 +1,184 @@
+"""The fused ops as modules, with the parameters and state dicts of PyTorch's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modafill import ops
+
+
+class ConvGeluConv(nn.Sequential):
+    """Conv1D → GELU → Conv1D on ``[B, L, C]``, on :func:`modafill.ops.conv_gelu_conv`.
+
+    Its state dict is that of ``nn.Sequential(nn.Conv1d, nn.GELU, nn.Conv1d)``, which reads ``[B, C, L]``.
+
+    Args:
+        in_channels, hidden_channels, out_channels: widths.
+        kernel_size: of the first convolution, odd, 1…7; same padding.
+        second_kernel_size: of the second one; None = ``kernel_size``.
+        bias: whether both have one.
+        approximate: ``"none"`` (exact GELU) or ``"tanh"``.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        hidden_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        second_kernel_size: int | None = None,
+        *,
+        bias: bool = True,
+        approximate: str = "none",
+    ) -> None:
+        sizes = kernel_size, kernel_size if second_kernel_size is None else second_kernel_size
+        for name, size in zip(("kernel_size", "second_kernel_size"), sizes, strict=True):
+            if size % 2 == 0 or not 1 <= size <= 7:
+                raise ValueError(f"{name}: got {size}, expected an odd number in 1…7")
+        super().__init__(
+            nn.Conv1d(in_channels, hidden_channels, sizes[0], padding=sizes[0] // 2, bias=bias),
+            nn.GELU(approximate),
+            nn.Conv1d(hidden_channels, out_channels, sizes[1], padding=sizes[1] // 2, bias=bias),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, L, out_channels]`` of ``x [B, L, in_channels]``."""
+        first, gelu, second = self
+        return ops.conv_gelu_conv(x, first.weight, first.bias, second.weight, second.bias, approximate=gelu.approximate)
+
+
+class PromptAttention(nn.Module):
+    """Multi-head attention whose logits get a learned bias by missing mode, on :func:`modafill.ops.prompt_attention`.
+
+    In place of ``nn.MultiheadAttention(embed_dim, num_heads, dropout, bias, batch_first=True)``: it has its parameters,
+    loads its state dict, and is called as it is. Attention weights are never made, so ``need_weights`` must be False,
+    its default here.
+
+    Args:
+        embed_dim: width of queries, keys and values.
+        num_heads: a divisor of ``embed_dim``; heads must be a multiple of 4 wide, up to 128.
+        dropout: of the attention weights, in training.
+        bias: whether the projections have biases.
+        n_modes: P, how many tables of the prompt bias; 0 for none.
+        max_query_length, max_key_length: their size ``[P, H or 1, Lq, Lk]``; shorter sequences use a corner.
+        shared_heads: whether all heads share a table.
+        init_std: of the tables' normal initialisation. Zeros would do here, but a prompt that multiplies another one
+            would then never learn.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        dropout: float = 0.0,
+        bias: bool = True,
+        *,
+        n_modes: int = 0,
+        max_query_length: int = 0,
+        max_key_length: int = 0,
+        shared_heads: bool = False,
+        init_std: float = 0.02,
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or embed_dim % num_heads:
+            raise ValueError(f"num_heads: got {num_heads}, expected a divisor of embed_dim, {embed_dim}")
+        if n_modes and min(max_query_length, max_key_length) < 1:
+            got = f"{max_query_length} and {max_key_length}"
+            raise ValueError(f"max_query_length, max_key_length: got {got}, expected at least 1 with n_modes > 0")
+        self.embed_dim, self.num_heads, self.dropout = embed_dim, num_heads, dropout
+        # Built by PyTorch's own module, so that names, shapes and initialisation are its.
+        twin = nn.MultiheadAttention(embed_dim, num_heads, bias=bias, batch_first=True)
+        self.in_proj_weight, self.in_proj_bias, self.out_proj = twin.in_proj_weight, twin.in_proj_bias, twin.out_proj
+        self.prompt_bias: nn.Parameter | None = None
+        if n_modes:
+            shape = (n_modes, 1 if shared_heads else num_heads, max_query_length, max_key_length)
+            self.prompt_bias = nn.Parameter(torch.randn(shape) * init_std)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # The state dict of nn.MultiheadAttention has no prompts: ours stay as they are.
+        if self.prompt_bias is not None:
+            state_dict.setdefault(f"{prefix}prompt_bias", self.prompt_bias.detach())
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = False,
+        attn_mask: Tensor | None = None,
+        *,
+        mode: Tensor | None = None,
+        key_lengths: Tensor | None = None,
+        causal: bool = False,
+    ) -> tuple[Tensor, None]:
+        """Attend.
+
+        Args:
+            query: ``[B, Lq, E]``; key, value: ``[B, Lk, E]``.
+            key_padding_mask: bool ``[B, Lk]``, True = padding, which must be on the right. Reading it back from a GPU
+                waits for the GPU; ``key_lengths`` does not.
+            need_weights: False.
+            attn_mask: ``[Lq, Lk]`` for all samples and heads: bool, True = hidden, or float, added to the logits.
+            mode: int64 ``[B]``, which table of the prompt bias a sample gets.
+            key_lengths: int64 ``[B]``, how many keys exist.
+            causal: MulT's mask (:func:`modafill.ops.prompt_attention`).
+
+        Returns:
+            ``([B, Lq, E], None)``.
+
+        Raises:
+            ValueError: weights are asked for, padding is not on the right, sequences are longer than the prompt bias.
+        """
+        if need_weights:
+            raise ValueError("need_weights: got True, expected False, because the weights are never made")
+        if key_padding_mask is not None:
+            if key_lengths is not None:
+                raise ValueError("key_padding_mask: got one beside key_lengths, expected one of the two")
+            key_lengths = (~key_padding_mask).sum(1)
+            behind = torch.arange(key.shape[1], device=key.device) >= key_lengths[:, None]
+            if not torch.equal(behind, key_padding_mask):
+                raise ValueError("key_padding_mask: got padding before a key, expected it on the right only")
+        weights, biases = self.in_proj_weight.chunk(3), (None, None, None)
+        if self.in_proj_bias is not None:
+            biases = self.in_proj_bias.chunk(3)
+        q, k, v = (
+            nn.functional.linear(x, w, b).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for x, w, b in zip((query, key, value), weights, biases, strict=True)
+        )
+        dropout = self.dropout if self.training else 0.0
+        seed = torch.randint(2**63 - 1, (), device=q.device) if dropout else None
+        out = ops.prompt_attention(
+            q,
+            k,
+            v,
+            self._bias(query.shape[1], key.shape[1], attn_mask, q),
+            mode,
+            causal=causal,
+            key_lengths=key_lengths,
+            dropout=dropout,
+            seed=seed,
+        )
+        return self.out_proj(out.transpose(1, 2).flatten(2)), None
+
+    def _bias(self, queries: int, keys: int, mask: Tensor | None, like: Tensor) -> Tensor | None:
+        bias: Tensor | None = None
+        if self.prompt_bias is not None:
+            most = tuple(self.prompt_bias.shape[2:])
+            if queries > most[0] or keys > most[1]:
+                raise ValueError(
+                    f"query, key: got lengths {queries} and {keys}, expected at most {most[0]} and {most[1]}"
+                )
+            bias = self.prompt_bias[..., :queries, :keys].to(like.dtype)
+        if mask is None:
+            return bias
+        if mask.shape != (queries, keys):
+            raise ValueError(f"attn_mask: got shape {list(mask.shape)}, expected [{queries}, {keys}]")
+        if mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, -torch.inf)
+        mask = mask.to(like.dtype)
+        return mask[None, None] if bias is None else bias + mask

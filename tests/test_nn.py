@@ -1,0 +1,156 @@
+"""The modules beside PyTorch's own, with the same state dicts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from modafill import ops
+from modafill.nn import ConvGeluConv, PromptAttention
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kernels", [(1, 1), (3, 5)])
+def test_conv_gelu_conv(kernels: tuple[int, int], bias: bool, approximate: str) -> None:
+    torch.manual_seed(0)
+    a, b = kernels
+    theirs = nn.Sequential(
+        nn.Conv1d(6, 10, a, padding=a // 2, bias=bias),
+        nn.GELU(approximate),
+        nn.Conv1d(10, 4, b, padding=b // 2, bias=bias),
+    )
+    ours = ConvGeluConv(6, 10, 4, a, b, bias=bias, approximate=approximate)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(3, 9, 6)
+    found, expected = ours(x), theirs(x.transpose(1, 2)).transpose(1, 2)
+    torch.testing.assert_close(found, expected)
+    found.square().sum().backward()
+    expected.square().sum().backward()
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [2, 9, 0])
+def test_kernels_that_do_not_fit(size: int) -> None:
+    with pytest.raises(ValueError, match=f"kernel_size: got {size}, expected an odd number"):
+        ConvGeluConv(2, 2, 2, size)
+
+
+def pair(bias: bool = True, **options: object) -> tuple[nn.MultiheadAttention, PromptAttention]:
+    torch.manual_seed(0)
+    theirs = nn.MultiheadAttention(24, 3, bias=bias, batch_first=True).eval()
+    ours = PromptAttention(24, 3, bias=bias, **options).eval()
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+def inputs() -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return tuple(torch.randn(2, n, 24, generator=generator) for n in (5, 7, 7))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("mask", [None, "float", "bool"])
+def test_as_multihead_attention(bias: bool, mask: str | None) -> None:
+    theirs, ours = pair(bias)
+    given = {"float": torch.randn(5, 7), "bool": torch.ones(5, 7, dtype=torch.bool).triu(4), None: None}[mask]
+    padding = torch.tensor([[False] * 7, [False] * 4 + [True] * 3])
+    # Both masks of one kind, as PyTorch wants them.
+    wanted = padding if mask == "bool" else torch.zeros(2, 7).masked_fill(padding, -torch.inf)
+    expected = theirs(*inputs(), key_padding_mask=wanted, attn_mask=given, need_weights=False)[0]
+    found, weights = ours(*inputs(), padding, False, given)
+    assert weights is None
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    again = ours(*inputs(), attn_mask=given, key_lengths=torch.tensor([7, 4]))[0]
+    assert torch.equal(again, found)
+    expected.square().sum().backward()
+    found.square().sum().backward()
+    for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_a_sample_gets_the_table_of_its_mode() -> None:
+    theirs, ours = pair(n_modes=3, max_query_length=6, max_key_length=9)
+    assert ours.prompt_bias.shape == (3, 3, 6, 9)
+    assert 0.01 < ours.prompt_bias.std() < 0.03
+    found = ours(*inputs(), mode=torch.tensor([2, 0]))[0]
+    for row, mode in enumerate((2, 0)):
+        x = [t[row : row + 1] for t in inputs()]
+        table = ours.prompt_bias[mode, :, :5, :7]
+        expected = theirs(*x, attn_mask=table, need_weights=False)[0]
+        torch.testing.assert_close(found[row : row + 1], expected, rtol=1e-4, atol=1e-5)
+    found.sum().backward()
+    assert ours.prompt_bias.grad[[0, 2], :, :5, :7].abs().sum() > 0
+    assert not ours.prompt_bias.grad[1].any()
+    assert not ours.prompt_bias.grad[:, :, 5:].any()
+
+
+def test_one_table_for_all_heads() -> None:
+    _, ours = pair(n_modes=2, max_query_length=5, max_key_length=7, shared_heads=True)
+    assert ours.prompt_bias.shape == (2, 1, 5, 7)
+    assert ours(*inputs(), mode=torch.tensor([1, 0]))[0].shape == (2, 5, 24)
+
+
+def test_state_dicts_of_its_own_are_strict() -> None:
+    _, ours = pair(n_modes=2, max_query_length=5, max_key_length=7)
+    other = PromptAttention(24, 3, n_modes=2, max_query_length=5, max_key_length=7)
+    other.load_state_dict(ours.state_dict())
+    assert torch.equal(other.prompt_bias, ours.prompt_bias)
+    with pytest.raises(RuntimeError, match="prompt_bias"):
+        PromptAttention(24, 3, n_modes=2, max_query_length=4, max_key_length=7).load_state_dict(ours.state_dict())
+    with pytest.raises(RuntimeError, match="out_proj"):
+        other.load_state_dict({"in_proj_weight": ours.in_proj_weight, "in_proj_bias": ours.in_proj_bias})
+
+
+def test_dropout_in_training_alone_and_by_torchs_seed() -> None:
+    ours = PromptAttention(24, 3, dropout=0.5)
+    torch.manual_seed(3)
+    first, second = (ours(*inputs())[0] for _ in range(2))
+    torch.manual_seed(3)
+    assert torch.equal(ours(*inputs())[0], first)
+    assert not torch.equal(first, second)
+    ours.eval()
+    assert torch.equal(ours(*inputs())[0], ours(*inputs())[0])
+
+
+def test_compiles_whole() -> None:
+    _, ours = pair(n_modes=2, max_query_length=5, max_key_length=7)
+    ours.dropout = 0.1
+    mode = torch.tensor([1, 0])
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs(), mode=mode)[0], ours(*inputs(), mode=mode)[0])
+    compiled.train()
+    assert compiled(*inputs(), mode=mode)[0].isfinite().all()
+
+
+def test_mistakes() -> None:
+    _, ours = pair(n_modes=2, max_query_length=5, max_key_length=6)
+    q, k, v = inputs()
+    mode = torch.tensor([1, 0])
+    with pytest.raises(ValueError, match="query, key: got lengths 5 and 7, expected at most 5 and 6"):
+        ours(q, k, v, mode=mode)
+    with pytest.raises(ValueError, match="need_weights: got True, expected False"):
+        ours(q, k, v, need_weights=True)
+    _, ours = pair()
+    with pytest.raises(ValueError, match="padding before a key"):
+        ours(q, k, v, torch.tensor([[True] + [False] * 6] * 2))
+    with pytest.raises(ValueError, match="beside key_lengths"):
+        ours(q, k, v, torch.zeros(2, 7, dtype=torch.bool), key_lengths=torch.tensor([7, 7]))
+    with pytest.raises(ValueError, match=r"attn_mask: got shape \[7, 5\]"):
+        ours(q, k, v, attn_mask=torch.zeros(7, 5))
+    with pytest.raises(ValueError, match="num_heads: got 5, expected a divisor of embed_dim, 24"):
+        PromptAttention(24, 5)
+    with pytest.raises(ValueError, match="max_query_length, max_key_length: got 0 and 3"):
+        PromptAttention(24, 3, n_modes=1, max_key_length=3)
+
+
+def test_they_run_the_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    for name in ("prompt_attention", "conv_gelu_conv"):
+        real = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *a, n=name, f=real, **o: called.append(n) or f(*a, **o))
+    PromptAttention(24, 3)(*inputs())
+    ConvGeluConv(24, 8, 24)(inputs()[0])
+    assert called == ["prompt_attention", "conv_gelu_conv"]
