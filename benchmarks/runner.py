@@ -14,7 +14,7 @@ import torch
 
 ROOFLINES = ("triad", "copy")
 
-# A call shorter than this is timed several times a turn, after an untimed one that wakes the worker threads.
+# A call shorter than this is timed several times a turn.
 _SHORT_NS = 2_000_000
 _LONGEST_BURST = 10
 _MIN_ROUNDS, _MAX_ROUNDS = 5, 2000
@@ -129,8 +129,12 @@ def run_case(case: Case, *, seconds: float, notice: Callable[[str], None] = lamb
 class Timer(Protocol):
     """Times calls of one contender, each on the next buffer set."""
 
-    def __call__(self, run: Callable[[int], Any], calls: int, *, settle: bool) -> list[int]:
-        """Nanoseconds of each of ``calls`` calls, after an untimed one if ``settle``."""
+    def __call__(self, run: Callable[[int], Any], calls: int) -> list[int]:
+        """Nanoseconds of each of ``calls`` calls, after an untimed one.
+
+        That one wakes the worker threads and, where results are allocated afresh, brings their pages back from a host
+        that takes free memory away between turns, as virtual machines do: what is timed is a call in a loop.
+        """
 
 
 def measure(runs: Mapping[str, Callable[[int], Any]], timer: Timer, *, seconds: float) -> dict[str, list[int]]:
@@ -139,7 +143,7 @@ def measure(runs: Mapping[str, Callable[[int], Any]], timer: Timer, *, seconds: 
     The contenders take turns, and each round starts with the next one, so that a drift of the machine's clock or load
     meets all of them. Rounds go on until ``seconds`` have passed for each contender.
     """
-    bursts = {name: _burst(timer(run, 3, settle=True)) for name, run in runs.items()}
+    bursts = {name: _burst(timer(run, 3)) for name, run in runs.items()}
     samples: dict[str, list[int]] = {name: [] for name in runs}
     names: Sequence[str] = list(runs)
     deadline = time.perf_counter() + seconds * len(names)
@@ -148,7 +152,7 @@ def measure(runs: Mapping[str, Callable[[int], Any]], timer: Timer, *, seconds: 
             break
         first = index % len(names) if names else 0
         for name in (*names[first:], *names[:first]):
-            samples[name] += timer(runs[name], bursts[name], settle=bursts[name] > 1)
+            samples[name] += timer(runs[name], bursts[name])
     return samples
 
 
@@ -167,9 +171,8 @@ class _CpuTimer:
         self._sets = sets
         self._next = 0
 
-    def __call__(self, run: Callable[[int], Any], calls: int, *, settle: bool) -> list[int]:
-        if settle:
-            run(self._advance())
+    def __call__(self, run: Callable[[int], Any], calls: int) -> list[int]:
+        run(self._advance())
         times = []
         for _ in range(calls):
             index = self._advance()
@@ -196,9 +199,8 @@ class _CudaTimer:
         self._flush = torch.empty(2 * size, dtype=torch.int8, device=device)
         self._sets = sets
 
-    def __call__(self, run: Callable[[int], Any], calls: int, *, settle: bool) -> list[int]:
-        if settle:
-            run(0)
+    def __call__(self, run: Callable[[int], Any], calls: int) -> list[int]:
+        run(0)
         events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(calls)]
         for index, (start, end) in enumerate(events):
             self._flush.zero_()

@@ -258,7 +258,7 @@ def test_a_provider_that_cannot_run_is_left_out_with_its_reason() -> None:
 def test_contenders_take_turns_and_each_round_starts_with_the_next() -> None:
     turns: list[str] = []
 
-    def timer(run: Callable[[int], Any], calls: int, *, settle: bool) -> list[int]:
+    def timer(run: Callable[[int], Any], calls: int) -> list[int]:
         run(0)
         return [10**9] * calls
 
@@ -271,8 +271,8 @@ def test_contenders_take_turns_and_each_round_starts_with_the_next() -> None:
 def test_calls_of_all_contenders_share_the_rotation_of_buffer_sets() -> None:
     seen: list[int] = []
     timer = runner._CpuTimer(4)
-    timer(seen.append, 3, settle=True)
-    timer(seen.append, 2, settle=False)
+    timer(seen.append, 3)
+    timer(seen.append, 1)
     assert seen == [1, 2, 3, 0, 1, 2]
 
 
