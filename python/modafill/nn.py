@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,8 +46,9 @@ class ConvGeluConv(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, L, out_channels]`` of ``x [B, L, in_channels]``."""
-        first, gelu, second = self
-        return ops.conv_gelu_conv(x, first.weight, first.bias, second.weight, second.bias, approximate=gelu.approximate)
+        first, gelu, second = cast("tuple[nn.Conv1d, nn.GELU, nn.Conv1d]", tuple(self))
+        weights = first.weight, first.bias, second.weight, second.bias
+        return ops.conv_gelu_conv(x, *weights, approximate=gelu.approximate)
 
 
 class PromptAttention(nn.Module):
@@ -143,9 +144,8 @@ class PromptAttention(nn.Module):
             behind = torch.arange(key.shape[1], device=key.device) >= key_lengths[:, None]
             if not torch.equal(behind, key_padding_mask):
                 raise ValueError("key_padding_mask: got padding before a key, expected it on the right only")
-        weights, biases = self.in_proj_weight.chunk(3), (None, None, None)
-        if self.in_proj_bias is not None:
-            biases = self.in_proj_bias.chunk(3)
+        weights = self.in_proj_weight.chunk(3)
+        biases = [None] * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         q, k, v = (
             nn.functional.linear(x, w, b).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for x, w, b in zip((query, key, value), weights, biases, strict=True)

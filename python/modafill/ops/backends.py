@@ -337,7 +337,7 @@ def contiguous(value: Tensor | None) -> Tensor | None:
     return None if value is None else value.contiguous()
 
 
-def launch(op: str, backend: str, device: torch.device, *args: int | float) -> None:
+def launch(op: str, backend: str, device: torch.device, *args: Any) -> None:
     """Call the extension's function for ``op`` with torch's thread count or current stream as the last argument."""
     if backend == "cpu":
         getattr(_C, op)(*args, torch.get_num_threads())
@@ -353,7 +353,8 @@ def in_functorch() -> bool:
 
 def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """``function.apply(*args)`` outside functorch; it does not look up forward's signature, which takes longer."""
-    return super(torch.autograd.Function, function).apply(*args)
+    plain: Any = super(torch.autograd.Function, function)
+    return plain.apply(*args)
 
 
 def dispatch(op: Any, function: type[torch.autograd.Function], *args: Any) -> Any:
@@ -361,6 +362,19 @@ def dispatch(op: Any, function: type[torch.autograd.Function], *args: Any) -> An
     if in_functorch():
         return function.apply(*args)
     return op(*args)
+
+
+def reference_gradients(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor | None], need: Sequence[bool], grad: Tensor
+) -> list[Tensor]:
+    """Gradients of a reference for the inputs that need one: made in float64, in the dtype of ``grad``."""
+    with torch.enable_grad():
+        leaves = [
+            None if x is None else x.detach().double().requires_grad_(n) for x, n in zip(inputs, need, strict=True)
+        ]
+        wanted = [x for x in leaves if x is not None and x.requires_grad]
+        grads = torch.autograd.grad(function(*leaves), wanted, grad.double(), materialize_grads=True)
+    return [g.to(grad.dtype) for g in grads]
 
 
 def launch_triton(op: str, *args: Any) -> None:

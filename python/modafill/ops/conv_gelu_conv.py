@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -115,16 +116,9 @@ def _run_backward(
     backend: str,
 ) -> list[Tensor]:
     backend = backends.select("conv_gelu_conv", x.device, x.dtype, backend)
-    inputs = (x, w1, b1, w2, b2)
     if backend == "reference":
-        with torch.enable_grad():
-            leaves = [
-                None if t is None else t.detach().double().requires_grad_(n) for t, n in zip(inputs, need, strict=True)
-            ]
-            out = reference.conv_gelu_conv(*leaves, approximate=approximate)
-            wanted = [t for t, n in zip(leaves, need, strict=True) if n]
-            grads = torch.autograd.grad(out, wanted, grad.double(), materialize_grads=True)
-        return [g.to(x.dtype) for g in grads]
+        convolutions = functools.partial(reference.conv_gelu_conv, approximate=approximate)
+        return backends.reference_gradients(convolutions, (x, w1, b1, w2, b2), need, grad)
     grad, x, w1, w2 = grad.contiguous(), x.contiguous(), w1.contiguous(), w2.contiguous()
     b1, b2 = backends.contiguous(b1), backends.contiguous(b2)
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -256,35 +258,28 @@ def _run_backward(
     backend: str,
 ) -> list[Tensor]:
     backend = backends.select("prompt_attention", q.device, q.dtype, backend)
-    inputs = (q, k, v, bias)
     if backend == "reference":
-        with torch.enable_grad():
-            leaves = [
-                None if x is None else x.detach().double().requires_grad_(n) for x, n in zip(inputs, need, strict=True)
-            ]
-            out = reference.prompt_attention(
-                *leaves,
-                mode,
-                causal=causal,
-                key_lengths=key_lengths,
-                scale=scale,
-                dropout=dropout,
-                seed=seed if seed_tensor is None else seed_tensor,
-                row_id=row_id,
-            )
-            wanted = [x for x, n in zip(leaves, need, strict=True) if n]
-            grads = torch.autograd.grad(out, wanted, grad.double(), materialize_grads=True)
-        return [g.to(q.dtype) for g in grads]
+        attention = functools.partial(
+            reference.prompt_attention,
+            mode=mode,
+            causal=causal,
+            key_lengths=key_lengths,
+            scale=scale,
+            dropout=dropout,
+            seed=seed if seed_tensor is None else seed_tensor,
+            row_id=row_id,
+        )
+        return backends.reference_gradients(attention, (q, k, v, bias), need, grad)
     if logsumexp.shape != q.shape[:3] or grad.shape != q.shape or not logsumexp.is_contiguous():
         raise ValueError(f"logsumexp: got {backends.describe(logsumexp)}, expected the forward's, {list(q.shape[:3])}")
     grad, q, k, v = _dense(grad), _dense(q), _dense(k), _dense(v)
     bias, mode, key_lengths, row_id = map(backends.contiguous, (bias, mode, key_lengths, row_id))
     empty = q.numel() == 0 or k.numel() == 0
-    make = torch.zeros_like if empty else torch.empty_like
+    make: Callable[[Tensor], Tensor] = torch.zeros_like if empty else torch.empty_like
     grads = [make(x) if n else None for x, n in zip((q, k, v), need[:3], strict=True)]
     bias_grad = partial = None
     groups = 1
-    if need[3]:
+    if need[3] and bias is not None:
         groups = _groups(q, bias)
         bias_grad = torch.zeros_like(bias, dtype=_compute_dtype(q))
         partial = bias_grad.new_zeros((groups - 1, *bias.shape)) if groups > 1 else None
@@ -325,7 +320,9 @@ def _fake_backward(
     backend: str,
 ) -> list[Tensor]:
     grads = [torch.empty_like(_dense(x)) for x, n in zip((q, k, v), need[:3], strict=True) if n]
-    return [*grads, torch.empty_like(bias, memory_format=torch.contiguous_format)] if need[3] else grads
+    if need[3] and bias is not None:
+        grads.append(torch.empty_like(bias, memory_format=torch.contiguous_format))
+    return grads
 
 
 class _Backward(torch.autograd.Function):

@@ -20,6 +20,7 @@ outside the schedule gives NaN.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from enum import IntEnum
 
 import torch
@@ -210,7 +211,7 @@ def visible(
 
 
 def dropout_mask(
-    shape: tuple[int, int, int, int], dropout: float, *, seed: int | Tensor, row_id: Tensor | None, device: torch.device
+    shape: Sequence[int], dropout: float, *, seed: int | Tensor, row_id: Tensor | None, device: torch.device
 ) -> Tensor:
     """What dropout keeps of probabilities ``[B, H, Lq, Lk]``: bool, a function of (seed, row id, head, query, key)."""
     batch, heads, queries, keys = shape
@@ -252,7 +253,7 @@ def prompt_attention(
     if dropout > 0.0:
         if seed is None:
             raise ValueError("seed: got None, expected an integer because dropout > 0")
-        kept = dropout_mask(tuple(logits.shape), dropout, seed=seed, row_id=row_id, device=q.device)
+        kept = dropout_mask(logits.shape, dropout, seed=seed, row_id=row_id, device=q.device)
         weights = torch.where(kept, weights / (1.0 - dropout), 0.0)
     return weights @ v
 
