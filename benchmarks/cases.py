@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from modafill.benchmarks import rivals
+from modafill.benchmarks import networks, rivals
+from modafill.benchmarks.ddim import DdimStep
 from modafill.benchmarks.runner import Case, Problem
 
 
@@ -47,7 +48,39 @@ def step(plan: Plan) -> list[Case]:
     ]
 
 
-SUITES: dict[str, Callable[[Plan], list[Case]]] = {"step": step}
+def ops(plan: Plan) -> list[Case]:
+    """The DDIM step, and the ops that networks are trained with, forward, backward and both, at the models' sizes."""
+    if plan.quick:
+        steps, attention, convolution = [(8, 3, 32)], [(2, 2, 5, 8)], [(2, 5, 4, 8, 3)]
+    else:
+        steps = [(batch, 3, 256) for batch in (64, 1024, 16384)]
+        attention = [
+            (batch, 8, length, 32)
+            for batch in (1, 32, 256, 1024)
+            for length in (8, 20, 50, 375, 500)
+            if batch * length**2 <= 32 * 500**2
+        ]
+        convolution = [
+            (batch, length, channels, channels, taps)
+            for channels in (64, 256, 512)
+            for taps in (1, 3)
+            for batch, length in ((1, 20), (32, 8), (32, 50), (32, 500), (256, 20))
+        ]
+    kinds: list[tuple[str, Callable[[Case], Problem], Sequence[tuple[int, ...]], Sequence[str]]] = [
+        ("ddim_step", DdimStep, steps, ("fresh", "out")),
+        ("prompt_attention", networks.prompt_attention, attention, networks.MODES),
+        ("conv_gelu_conv", networks.conv_gelu_conv, convolution, networks.MODES),
+    ]
+    return [
+        Case(op, mode, shape, torch.float32, plan.device, threads, problem, plan.quick)
+        for threads in plan.threads
+        for op, problem, shapes, modes in kinds
+        for mode in modes
+        for shape in shapes
+    ]
+
+
+SUITES: dict[str, Callable[[Plan], list[Case]]] = {"step": step, "ops": ops}
 
 
 def select(suite: str, plan: Plan) -> list[Case]:

@@ -23,7 +23,7 @@ import modafill
 from modafill import ops
 from modafill.benchmarks.rivals import last_level_cache
 from modafill.benchmarks.runner import ROOFLINES
-from modafill.ops.backends import _C, native_build
+from modafill.ops.backends import _C, OPS, native_build
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -42,9 +42,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "triton": _version("triton"),
         "diffusers": _version("diffusers"),
         "modafill": modafill.__version__,
-        "dispatch": {
-            op: ops.explain(op, device=device).backend for op in ("masked_reverse_step", "add_noise", "randn")
-        },
+        "dispatch": {op: ops.explain(op, device=device).backend for op in OPS},
         "commit": _commit(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }

@@ -279,7 +279,7 @@ def demo(
 
 @app.command()
 def bench(
-    suite: Annotated[str, typer.Option(help="Which comparison to run: step, or all.")] = "step",
+    suite: Annotated[str, typer.Option(help="Which comparison to run: step, ops, or all.")] = "step",
     json_path: Annotated[Path | None, typer.Option("--json", help="File for the rows.")] = None,
     threads: Annotated[str, typer.Option(help="CPU thread counts, such as 1,2. Default: one and all cores.")] = "",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",

@@ -14,8 +14,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from modafill import benchmarks
-from modafill.benchmarks import cases, report, rivals, runner
+from modafill import benchmarks, ops
+from modafill.benchmarks import cases, networks, report, rivals, runner
 from modafill.benchmarks.runner import Case, Check, Contender, Unavailable
 
 ROW = {
@@ -56,6 +56,35 @@ MACHINE = {
 def quick(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     path = tmp_path_factory.mktemp("bench") / "new" / "step.json"
     return benchmarks.run("step", json_path=path, threads=[1], quick=True, progress=False), path
+
+
+def test_every_provider_of_the_ops_suite_passes_its_gate() -> None:
+    pytest.importorskip("diffusers")
+    rows = benchmarks.run("ops", threads=[1], quick=True, progress=False)["rows"]
+    assert [row for row in rows if not row["correct"]] == []
+    expected = {("ddim_step", mode, "modafill eager-folded triad copy") for mode in ("fresh", "out")}
+    expected |= {("ddim_step", "fresh", "eager-paper diffusers-ddim")}
+    for mode in ("forward", "backward", "both"):
+        expected |= {("prompt_attention", mode, "modafill eager sdpa-materialised")}
+        expected |= {("conv_gelu_conv", mode, "modafill eager")}
+    assert {(row["op"], row["mode"], row["provider"]) for row in rows} == {
+        (op, mode, provider) for op, mode, providers in expected for provider in providers.split()
+    }
+
+
+@pytest.mark.parametrize("mode", networks.MODES)
+@pytest.mark.parametrize("wrong", ["out", "gradient"])
+def test_a_network_that_is_wrong_fails_its_gate(mode: str, wrong: str) -> None:
+    def network(q: Any, k: Any, v: Any, bias: Any, mode: Any) -> Any:
+        out = ops.prompt_attention(q, k, v, bias, mode)
+        return out * 1.001 if wrong == "out" else out + 0.01 * (q - q.detach())
+
+    case = Case(
+        "prompt_attention", mode, (3, 2, 5, 8), torch.float32, torch.device("cpu"), 1, networks.prompt_attention
+    )
+    problem = networks.prompt_attention(case)
+    assert problem._contender("right", problem.eager).check().correct
+    assert problem._contender("wrong", network).check().correct == (mode == "forward" and wrong == "gradient")
 
 
 def _case(mode: str = "fresh", shape: tuple[int, ...] = (40, 3, 64), problem: Any = rivals.MaskedReverseStep) -> Case:
