@@ -303,8 +303,8 @@ private:
   MODAFILL_INLINE void add_product(C *sum, int64_t sum_row, const Rooms &r, int64_t own_width, int64_t m, const C *from,
                                    int64_t index, int64_t n, int64_t stride, int64_t before, int64_t pitch) const {
     const int64_t all = pieces.in_block(index) * rows;
-    pack(r.panels.get(), all, n,
-         [&](int64_t row, int64_t i) { return from[(row / rows * pitch + before + row % rows) * stride + i]; });
+    pack<C>(r.panels.get(), all, n,
+            [&](int64_t row) { return from + (row / rows * pitch + before + row % rows) * stride; });
     multiply<true>(Product<C>{sum, sum_row, r.own.get(), 1, own_width, r.panels.get(), m, n, all, n, all});
   }
 };

@@ -110,17 +110,18 @@ void for_each_run(int64_t tasks, int64_t work, int threads, F run) {
   run(0, tasks);
 }
 
-// The right operand [k, n] of a product as panels of columns, each [k, up to kPanelVectors vectors]; columns beyond n
-// are zeros. It takes k * padded(n) elements.
-template <class C, class F>
-MODAFILL_INLINE void pack(C *to, int64_t k, int64_t n, F element) {
+// The right operand [k, n] of a product, whose rows lie at row_of(row), as panels of columns, each [k, up to
+// kPanelVectors vectors]; columns beyond n are zeros. It takes k * padded(n) elements.
+template <class T, class C = Compute<T>, class F>
+MODAFILL_INLINE void pack(C *to, int64_t k, int64_t n, F row_of) {
   constexpr int64_t kPanel = kPanelVectors * kWidth<C>;
   for (int64_t first = 0; first < n; first += kPanel) {
     const int64_t width = padded<C>(n - first < kPanel ? n - first : kPanel);
     const int64_t real = n - first < width ? n - first : width;
     for (int64_t row = 0; row < k; ++row, to += width) {
+      const T *const from = row_of(row) + first;
       for (int64_t column = 0; column < real; ++column)
-        to[column] = element(row, first + column);
+        to[column] = Element<T>::load(from[column]);
       for (int64_t column = real; column < width; ++column)
         to[column] = C(0);
     }

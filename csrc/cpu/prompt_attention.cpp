@@ -145,8 +145,7 @@ void forward_of(const PromptAttentionForward &job, int threads) {
                    const Head<T> next(args, later / args.heads, later % args.heads);
                    if (which != packed) {
                      pack_transposed<T>(k_panels.get(), args.width, head.seen, [&](int64_t j) { return head.k[j]; });
-                     pack(v_panels.get(), head.seen, args.width,
-                          [&](int64_t j, int64_t c) { return Element<T>::load(head.v[j][c]); });
+                     pack<T>(v_panels.get(), head.seen, args.width, [&](int64_t j) { return head.v[j]; });
                      packed = which;
                    }
                    const int64_t reach = visible_keys(args, head.b, begin + count - 1), span = padded<C>(reach);
@@ -215,7 +214,7 @@ struct HeadBackward {
     if (need_logits)
       pack_transposed<T>(v_panels.get(), args.width, head.seen, [&](int64_t j) { return head.v[j]; });
     if (job.q_grad)
-      pack(k_rows.get(), head.seen, args.width, [&](int64_t j, int64_t c) { return Element<T>::load(head.k[j][c]); });
+      pack<T>(k_rows.get(), head.seen, args.width, [&](int64_t j) { return head.k[j]; });
     if (job.k_grad)
       std::fill_n(k_sum.get(), args.keys * width, C(0));
     if (job.v_grad)
@@ -239,13 +238,12 @@ struct HeadBackward {
         row(head, begin + i, logsumexp[begin + i], padded<C>(reach), p.get() + i * keys, dp.get() + i * keys, table);
       }
       if (job.v_grad) {
-        pack(grad_panels.get(), count, args.width,
-             [&](int64_t i, int64_t c) { return grad_tile.get()[i * args.width + c]; });
+        pack<C>(grad_panels.get(), count, args.width, [&](int64_t i) { return grad_tile.get() + i * args.width; });
         multiply<true>(Product<C>{v_sum.get(), width, p.get(), 1, keys, grad_panels.get(), reach, args.width, count,
                                   args.width, count});
       }
       if (job.k_grad) {
-        pack(q_panels.get(), count, args.width, [&](int64_t i, int64_t c) { return q_tile.get()[i * args.width + c]; });
+        pack<C>(q_panels.get(), count, args.width, [&](int64_t i) { return q_tile.get() + i * args.width; });
         multiply<true>(Product<C>{k_sum.get(), width, dp.get(), 1, keys, q_panels.get(), reach, args.width, count,
                                   args.width, count});
       }

@@ -17,9 +17,9 @@ _BACKWARD_SCHEMA = f"(Tensor grad, {_ARGUMENTS}, bool[] need, str backend) -> Te
 
 MAX_TAPS = 7
 # The gradients of the weights are summed in groups of rows, each with tables of its own.
-_GROUP_BYTES = 1 << 26
+_GROUP_BYTES = 1 << 24
 _GROUP_ROWS = 96
-_MAX_GROUPS = 16
+_FEW_GROUPS, _MAX_GROUPS = 4, 16
 
 
 def _check(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, approximate: str) -> None:
@@ -101,7 +101,8 @@ def _fake(
 def _groups(x: Tensor, w1: Tensor, w2: Tensor) -> int:
     """In how many parts weight gradients are summed: a function of the shapes alone, so that their bits are too."""
     size = (w1.numel() + w2.numel()) * (8 if x.dtype == torch.float64 else 4)
-    return max(1, min(_MAX_GROUPS, x.shape[0] * x.shape[1] // _GROUP_ROWS, _GROUP_BYTES // max(size, 1)))
+    most = max(_FEW_GROUPS, min(_MAX_GROUPS, _GROUP_BYTES // max(size, 1)))
+    return max(1, min(most, x.shape[0] * x.shape[1] // _GROUP_ROWS))
 
 
 def _run_backward(
