@@ -95,19 +95,7 @@ constexpr int64_t kWorkPerThread = 1 << 18;
 // run(first, last) for runs of tasks that together take `work` multiplications.
 template <class F>
 void for_each_run(int64_t tasks, int64_t work, int threads, F run) {
-#ifdef _OPENMP
-  const int64_t useful = std::min(tasks, work / kWorkPerThread);
-  const int team = static_cast<int>(useful < threads ? useful : threads);
-  if (team > 1) {
-#pragma omp parallel num_threads(team)
-    {
-      const int64_t id = omp_get_thread_num(), count = omp_get_num_threads();
-      run(tasks * id / count, tasks * (id + 1) / count);
-    }
-    return;
-  }
-#endif
-  run(0, tasks);
+  deal_out(tasks, std::min({tasks, work / kWorkPerThread, static_cast<int64_t>(threads)}), run);
 }
 
 // The right operand [k, n] of a product, whose rows lie at row_of(row), as panels of columns, each [k, up to

@@ -87,6 +87,22 @@ MODAFILL_INLINE void fill_normals(uint64_t seed, uint64_t row_id, uint32_t draw,
   }
 }
 
+// run(first, last) for runs of `tasks` tasks, dealt out to `team` threads.
+template <class F>
+MODAFILL_INLINE void deal_out(int64_t tasks, int64_t team, F run) {
+#ifdef _OPENMP
+  if (team > 1) {
+#pragma omp parallel num_threads(static_cast<int>(team))
+    {
+      const int64_t id = omp_get_thread_num(), count = omp_get_num_threads();
+      run(tasks * id / count, tasks * (id + 1) / count);
+    }
+    return;
+  }
+#endif
+  run(0, tasks);
+}
+
 // body(row, begin, count) for every chunk of every row of `width` elements.
 template <class F>
 MODAFILL_INLINE void for_each_chunk(int64_t batch, int64_t width, int threads, F body) {
@@ -101,19 +117,8 @@ MODAFILL_INLINE void for_each_chunk(int64_t batch, int64_t width, int threads, F
     _mm_sfence();
 #endif
   };
-#ifdef _OPENMP
   const int64_t useful = batch * width / kElementsPerThread;
-  const int team = static_cast<int>(useful < threads ? useful : threads);
-  if (team > 1) {
-#pragma omp parallel num_threads(team)
-    {
-      const int64_t id = omp_get_thread_num(), count = omp_get_num_threads();
-      run(tasks * id / count, tasks * (id + 1) / count);
-    }
-    return;
-  }
-#endif
-  run(0, tasks);
+  deal_out(tasks, useful < threads ? useful : threads, run);
 }
 
 // Where a chunk of output is computed: in place, or beside it and then written past the caches.

@@ -208,8 +208,11 @@ class _Scheduler:
         x0 = ((sample - sigma * eps) / signal).clamp(-self._clip, self._clip)
         return (signal * x0 + sigma * eps).to(sample.dtype)
 
-    def _output(self, previous: Tensor, sample: Tensor, eps: Tensor, timestep: int | Tensor) -> SchedulerOutput:
-        return SchedulerOutput(previous, (sample, eps, *self._coefficients(sample, timestep), self._clip))
+    def _output(
+        self, previous: Tensor, sample: Tensor, eps: Tensor, timestep: int | Tensor, return_dict: bool
+    ) -> SchedulerOutput | tuple[Tensor, Tensor]:
+        output = SchedulerOutput(previous, (sample, eps, *self._coefficients(sample, timestep), self._clip))
+        return output if return_dict else (output.prev_sample, output.pred_original_sample)
 
 
 class DDIMScheduler(_Scheduler):
@@ -253,8 +256,7 @@ class DDIMScheduler(_Scheduler):
             seed = self._seed(seed, generator)
         table = self._on(sample.device)[0]
         done = ops.ddim_step(x, eps, table, step, previous, eta=eta, seed=seed, row_id=row_id, clip=clip)
-        output = self._output(done, sample, eps, timestep)
-        return output if return_dict else (output.prev_sample, output.pred_original_sample)
+        return self._output(done, sample, eps, timestep, return_dict)
 
 
 class DDPMScheduler(_Scheduler):
@@ -282,8 +284,7 @@ class DDPMScheduler(_Scheduler):
         step, previous = self._strides(timestep, sample.device)
         table, seed = self._on(sample.device)[0], self._seed(seed, generator)
         done = ops.ddim_step(sample, eps, table, step, previous, eta=1.0, seed=seed, row_id=row_id, clip=self._clip)
-        output = self._output(done, sample, eps, timestep)
-        return output if return_dict else (output.prev_sample, output.pred_original_sample)
+        return self._output(done, sample, eps, timestep, return_dict)
 
 
 class RePaintScheduler(_Scheduler):
@@ -375,8 +376,7 @@ class RePaintScheduler(_Scheduler):
             else:
                 done = mask * known + (1 - mask) * unknown
             done = done.to(sample.dtype)
-        output = self._output(done, sample, model_output, timestep)
-        return output if return_dict else (output.prev_sample, output.pred_original_sample)
+        return self._output(done, sample, model_output, timestep, return_dict)
 
     def undo_step(
         self,

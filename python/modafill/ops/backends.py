@@ -364,6 +364,26 @@ def dispatch(op: Any, function: type[torch.autograd.Function], *args: Any) -> An
     return op(*args)
 
 
+def once_differentiable(name: str, backward_op: Callable[[], Any]) -> type[torch.autograd.Function]:
+    """The autograd function of the registered op that makes the gradient of ``name``: its own gradient is refused."""
+
+    class Backward(torch.autograd.Function):
+        @staticmethod
+        def forward(*args: Any) -> tuple[Tensor, ...]:
+            with torch._C._AutoDispatchBelowAutograd():
+                return tuple(backward_op()(*args))
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+            pass
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+            raise NotImplementedError(f"{name}: its gradient has no gradient (double backward)")
+
+    return Backward
+
+
 def reference_gradients(
     function: Callable[..., Tensor], inputs: Sequence[Tensor | None], need: Sequence[bool], grad: Tensor
 ) -> list[Tensor]:

@@ -325,21 +325,7 @@ def _fake_backward(
     return grads
 
 
-class _Backward(torch.autograd.Function):
-    """The gradient, whose own gradient is refused."""
-
-    @staticmethod
-    def forward(*args: Any) -> tuple[Tensor, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
-            return tuple(_backward_op(*args))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
-        raise NotImplementedError("prompt_attention: its gradient has no gradient (double backward)")
+_Backward = backends.once_differentiable("prompt_attention", lambda: _backward_op)
 
 
 class _Function(torch.autograd.Function):
