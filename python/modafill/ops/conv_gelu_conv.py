@@ -194,7 +194,7 @@ class _Eager(_Function):
 
 
 _op = backends.register("conv_gelu_conv", _SCHEMA, _run, _fake, lambda *args: _Function.apply(*args))
-_backward_op = backends.register(
+_backward_op: Any = backends.register(
     "conv_gelu_conv_backward",
     _BACKWARD_SCHEMA,
     _run_backward,

@@ -369,7 +369,7 @@ def _differentiable(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 _op = backends.register("prompt_attention", _SCHEMA, _run, _fake, _differentiable)
-_backward_op = backends.register(
+_backward_op: Any = backends.register(
     "prompt_attention_backward",
     _BACKWARD_SCHEMA,
     _run_backward,
