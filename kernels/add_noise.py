@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from modafill.kernels.philox import normals
-from modafill.kernels.rows import SIGMA, SIGNAL, coefficient, launch, part_of_row, row_id_at, value_at
+from modafill.kernels.rows import SIGMA, SIGNAL, coefficient, launch_rows, part_of_row, row_id_at, value_at
 
 
 @triton.jit(do_not_specialize=["step", "seed"])
@@ -51,7 +51,7 @@ def add_noise(
 ) -> None:
     """Write contiguous ``x [B, ...]`` at a step into ``noisy`` and its noise into ``noise``."""
     batch, width = x.shape[0], math.prod(x.shape[1:])
-    launch(
+    launch_rows(
         "add_noise",
         add_noise_kernel,
         noisy,

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from modafill.kernels.philox import normals
-from modafill.kernels.rows import SIGMA, SIGNAL, coefficient, launch, part_of_row, row_id_at, value_at
+from modafill.kernels.rows import SIGMA, SIGNAL, coefficient, launch_rows, part_of_row, row_id_at, value_at
 
 
 @triton.jit(do_not_specialize=["step", "prev_step", "seed"])
@@ -87,7 +87,7 @@ def ddim_step(
 ) -> None:
     """Write the step of contiguous ``x, eps [B, ...]`` into ``out``."""
     batch, width = x.shape[0], math.prod(x.shape[1:])
-    launch(
+    launch_rows(
         "ddim_step",
         ddim_step_kernel,
         out,

@@ -12,7 +12,7 @@ from modafill.kernels.rows import (
     SIGMA,
     SIGNAL,
     coefficient,
-    launch,
+    launch_rows,
     part_of_row,
     row_id_at,
     value_at,
@@ -78,7 +78,7 @@ def masked_reverse_step(
 ) -> None:
     """Write the step of contiguous ``x, eps, observed [B, M, D]`` into ``out``."""
     batch, modalities, width = x.shape
-    launch(
+    launch_rows(
         "masked_reverse_step",
         masked_reverse_step_kernel,
         out,

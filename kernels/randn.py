@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from modafill.kernels.philox import normals
-from modafill.kernels.rows import launch, part_of_row, row_id_at, value_at
+from modafill.kernels.rows import launch_rows, part_of_row, row_id_at, value_at
 
 
 @triton.jit(do_not_specialize=["step", "seed", "draw"])
@@ -41,7 +41,7 @@ def randn(
 ) -> None:
     """Fill contiguous ``out [B, ...]`` with noise."""
     batch, width = out.shape[0], math.prod(out.shape[1:])
-    launch(
+    launch_rows(
         "randn",
         randn_kernel,
         out,

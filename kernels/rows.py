@@ -1,15 +1,12 @@
 """What the step kernels share: a program's part of a row, the row's step and noise key, the launch configuration."""
 
-import functools
-import json
-import os
-from importlib.resources import files
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from modafill.kernels.tuned import capability_of, launch, tuned
 
 SIGNAL, SIGMA, POSTERIOR_X, POSTERIOR_EPS, POSTERIOR_STD, COLUMNS = (tl.constexpr(column) for column in range(6))
 
@@ -44,33 +41,18 @@ def coefficient(table, step, inside, COLUMN: tl.constexpr):
     return tl.load(table + step * COLUMNS + COLUMN, mask=inside, other=float("nan"))
 
 
-@functools.cache
-def _configs(op: str) -> dict[int, dict[str, int]]:
-    listed = json.loads((files(__package__) / "configs" / f"{op}.json").read_text(encoding="utf-8"))
-    return {int(capability): config for capability, config in listed.items()}
-
-
 def config(op: str, capability: int, width: int) -> dict[str, Any]:
-    """BLOCK (quads) and num_warps for ``op`` on a device, fitted to rows of ``width`` elements.
-
-    An unlisted compute capability takes the newest listed one before it, or else the oldest.
-    """
-    listed = _configs(op)
-    known = max((c for c in listed if c <= capability), default=min(listed))
-    block = min(listed[known]["BLOCK"], max(32, triton.next_power_of_2(triton.cdiv(width, 4))))
-    return {"BLOCK": block, "num_warps": max(1, min(listed[known]["num_warps"], block // 32))}
+    """BLOCK (quads) and num_warps for ``op`` on a device, fitted to rows of ``width`` elements."""
+    listed = tuned(op, capability)
+    block = min(listed["BLOCK"], max(32, triton.next_power_of_2(triton.cdiv(width, 4))))
+    return {"BLOCK": block, "num_warps": max(1, min(listed["num_warps"], block // 32))}
 
 
-def launch(op: str, kernel: Any, reference: Tensor, batch: int, width: int, *args: Any, **constants: Any) -> None:
-    """Run ``kernel`` over ``batch`` rows of ``width`` elements on the device of ``reference``."""
+def launch_rows(op: str, kernel: Any, like: Tensor, batch: int, width: int, *args: Any, **constants: Any) -> None:
+    """Run ``kernel`` over ``batch`` rows of ``width`` elements on the device of ``like``."""
     if batch == 0 or width == 0:
         return
-    if os.environ.get("TRITON_INTERPRET") == "1" and reference.is_cpu:
-        settings = config(op, 0, width)
-        kernel[(batch * triton.cdiv(width, 4 * settings["BLOCK"]),)](*args, **constants, **settings)
-        return
-    with torch.cuda.device(reference.device):
-        major, minor = torch.cuda.get_device_capability(reference.device)
-        settings = config(op, 10 * major + minor, width)
-        grid = (batch * triton.cdiv(width, 4 * settings["BLOCK"]),)
-        kernel[grid](*args, **constants, **settings, enable_fp_fusion=False)
+    settings = config(op, capability_of(like), width)
+    programs = batch * triton.cdiv(width, 4 * settings["BLOCK"])
+    # No contraction: the noise has the bits of the CPU's.
+    launch(kernel, programs, like, *args, **constants, **settings, enable_fp_fusion=False)
