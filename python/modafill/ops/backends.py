@@ -28,7 +28,7 @@ GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # The backends that each op has beside the reference.
 OPS = {
     **dict.fromkeys(("masked_reverse_step", "ddim_step", "add_noise", "randn"), ("cpu", "cuda", "triton")),
-    "prompt_attention": ("cpu",),
+    "prompt_attention": ("cpu", "triton"),
     "conv_gelu_conv": ("cpu",),
 }
 
@@ -397,9 +397,9 @@ def reference_gradients(
     return [g.to(grad.dtype) for g in grads]
 
 
-def launch_triton(op: str, *args: Any) -> None:
-    """Call ``modafill.kernels.<op>.<op>``; triton is imported here and nowhere earlier."""
-    getattr(importlib.import_module(f"modafill.kernels.{op}"), op)(*args)
+def launch_triton(op: str, *args: Any, function: str | None = None) -> None:
+    """Call ``modafill.kernels.<op>.<function or op>``; triton is imported here and nowhere earlier."""
+    getattr(importlib.import_module(f"modafill.kernels.{op}"), function or op)(*args)
 
 
 def register(name: str, schema: str, run: Callable, fake: Callable, differentiable: Callable | None = None) -> Any:

@@ -20,8 +20,8 @@ _SCHEMA = (
 )
 _BACKWARD_SCHEMA = (
     "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor? mode, bool causal, Tensor? key_lengths,"
-    " float scale, float dropout, SymInt seed, Tensor? seed_tensor, Tensor? row_id, Tensor logsumexp, bool[] need,"
-    " str backend) -> Tensor[]"
+    " float scale, float dropout, SymInt seed, Tensor? seed_tensor, Tensor? row_id, Tensor? out, Tensor logsumexp,"
+    " bool[] need, str backend) -> Tensor[]"
 )
 
 MAX_LENGTH = 2048
@@ -199,10 +199,15 @@ def _run(
     if out is None:
         out = _like_q(q)
     logsumexp = q.new_empty(q.shape[:3] if need_logsumexp else 0, dtype=_compute_dtype(q))
-    if out.numel():
-        args = _attention(q, k, v, bias, mode, causal, key_lengths, scale, dropout, seed, seed_tensor, row_id)
+    args = q, k, v, bias, mode, causal, key_lengths, scale, dropout, seed, seed_tensor, row_id
+    if out.numel() == 0:
+        pass
+    elif backend == "triton":
+        backends.launch_triton("prompt_attention", out, logsumexp if need_logsumexp else None, *args)
+    else:
         address = logsumexp.data_ptr() if need_logsumexp else 0
-        backends.launch("prompt_attention", backend, q.device, args, out.data_ptr(), out.stride()[:3], address)
+        described = _attention(*args)
+        backends.launch("prompt_attention", backend, q.device, described, out.data_ptr(), out.stride()[:3], address)
     return out, logsumexp
 
 
@@ -253,6 +258,7 @@ def _run_backward(
     seed: int,
     seed_tensor: Tensor | None,
     row_id: Tensor | None,
+    out: Tensor | None,
     logsumexp: Tensor,
     need: list[bool],
     backend: str,
@@ -274,9 +280,17 @@ def _run_backward(
         raise ValueError(f"logsumexp: got {backends.describe(logsumexp)}, expected the forward's, {list(q.shape[:3])}")
     grad, q, k, v = _dense(grad), _dense(q), _dense(k), _dense(v)
     bias, mode, key_lengths, row_id = map(backends.contiguous, (bias, mode, key_lengths, row_id))
+    args = q, k, v, bias, mode, causal, key_lengths, scale, dropout, seed, seed_tensor, row_id
     empty = q.numel() == 0 or k.numel() == 0
     make: Callable[[Tensor], Tensor] = torch.zeros_like if empty else torch.empty_like
     grads = [make(x) if n else None for x, n in zip((q, k, v), need[:3], strict=True)]
+    if backend == "triton":
+        grads.append(make(bias) if need[3] and bias is not None else None)
+        if not empty:
+            backends.launch_triton(
+                "prompt_attention", grads, grad, out, logsumexp, *args, function="prompt_attention_backward"
+            )
+        return [g for g in grads if g is not None]
     bias_grad = partial = None
     groups = 1
     if need[3] and bias is not None:
@@ -284,12 +298,11 @@ def _run_backward(
         bias_grad = torch.zeros_like(bias, dtype=_compute_dtype(q))
         partial = bias_grad.new_zeros((groups - 1, *bias.shape)) if groups > 1 else None
     if not empty:
-        args = _attention(q, k, v, bias, mode, causal, key_lengths, scale, dropout, seed, seed_tensor, row_id)
         backends.launch(
             "prompt_attention_backward",
             backend,
             q.device,
-            args,
+            _attention(*args),
             grad.data_ptr(),
             grad.stride()[:3],
             logsumexp.data_ptr(),
@@ -315,6 +328,7 @@ def _fake_backward(
     seed: int,
     seed_tensor: Tensor | None,
     row_id: Tensor | None,
+    out: Tensor | None,
     logsumexp: Tensor,
     need: list[bool],
     backend: str,
@@ -338,17 +352,19 @@ class _Function(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         q, k, v, bias, mode, causal, key_lengths, scale, dropout, seed, seed_tensor, row_id, _, backend = inputs
         ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(q, k, v, bias, mode, key_lengths, seed_tensor, row_id, output[1])
+        # The CPU makes Σ dO·O from rows that it holds anyway.
+        out = output[0] if backends.select("prompt_attention", q.device, q.dtype, backend) == "triton" else None
+        ctx.save_for_backward(q, k, v, bias, mode, key_lengths, seed_tensor, row_id, out, output[1])
         ctx.numbers = causal, scale, dropout, seed, backend
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        q, k, v, bias, mode, key_lengths, seed_tensor, row_id, logsumexp = ctx.saved_tensors
+        q, k, v, bias, mode, key_lengths, seed_tensor, row_id, out, logsumexp = ctx.saved_tensors
         causal, scale, dropout, seed, backend = ctx.numbers
         need = list(ctx.needs_input_grad[:4])
         args = (
-            grad, q, k, v, bias, mode, causal, key_lengths, scale, dropout, seed, seed_tensor, row_id, logsumexp, need,
-            backend,
+            grad, q, k, v, bias, mode, causal, key_lengths, scale, dropout, seed, seed_tensor, row_id, out, logsumexp,
+            need, backend,
         )  # fmt: skip
         if backends.runs_directly(*args):
             found = iter(_run_backward(*args))
@@ -404,9 +420,9 @@ def prompt_attention(
         q: ``[B, H, Lq, d]``, any strides with a dense last dimension; d a multiple of 4 in 4…128, lengths to 2048.
         k, v: ``[B, H, Lk, d]``, like ``q``.
         bias: ``[P, H or 1, Lq, Lk]``, like ``q``; −inf hides a key. None = no bias.
-        mode: int64 ``[B]``, 0…P−1. None where P = 1.
+        mode: int64 ``[B]``, 0…P−1; on a GPU, where it is not read back, another value gives NaN. None where P = 1.
         causal: MulT's mask: query i reads keys 0…i + |Lk − Lq|.
-        key_lengths: int64 ``[B]``, 0…Lk: how many keys exist. None = all.
+        key_lengths: int64 ``[B]``, 0…Lk: how many keys exist; on a GPU another value gives NaN. None = all.
         scale: of the products; None = d^−½.
         dropout: share of the softmax that is dropped, the rest scaled up; from the same Philox as all noise here.
         seed: 64-bit integer or int64 ``[]`` on the device; needed where ``dropout`` > 0.
