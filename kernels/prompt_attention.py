@@ -24,13 +24,17 @@ _PROGRAMS, _GROUP_SAMPLES, _GROUP_BYTES = 1024, 8, 1 << 24
 @triton.jit
 def _tile(pointer, strides, b, h, rows, columns, count, width):
     """Rows of a head of ``[B, H, L, d]``; zeros outside."""
-    at = pointer + b * strides[0] + h * strides[1] + rows.to(tl.int64)[:, None] * strides[2] + columns[None, :]
-    return tl.load(at, mask=(rows[:, None] < count) & (columns[None, :] < width), other=0.0)
+    at = rows[:, None] * strides[2] + columns[None, :]
+    return tl.load(
+        pointer + b * strides[0] + h * strides[1] + at,
+        mask=(rows[:, None] < count) & (columns[None, :] < width),
+        other=0.0,
+    )
 
 
 @triton.jit
 def _write(pointer, strides, b, h, rows, columns, count, width, value):
-    at = pointer + b * strides[0] + h * strides[1] + rows.to(tl.int64)[:, None] * strides[2] + columns[None, :]
+    at = pointer + b * strides[0] + h * strides[1] + (rows[:, None] * strides[2] + columns[None, :])
     tl.store(at, value.to(pointer.dtype.element_ty), mask=(rows[:, None] < count) & (columns[None, :] < width))
 
 
@@ -52,12 +56,27 @@ def _sample(mode, key_lengths, b, modes, keys):
 
 
 @triton.jit
-def _logits(q, k, scale, bias, i, j, queries, keys, seen, offset, CAUSAL: tl.constexpr, PRECISION: tl.constexpr):
+def _products(
+    a, a_strides, x, x_strides, b, h, rows, columns, count, seen, width,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Rows of ``a`` times rows of ``x``, contracted ``BLOCK_K`` at a time: fewer registers than all at once."""
+    result = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for c0 in tl.static_range(0, BLOCK_D, BLOCK_K):
+        c = c0 + tl.arange(0, BLOCK_K)
+        left = _tile(a, a_strides, b, h, rows, c, count, width)
+        right = _tile(x, x_strides, b, h, columns, c, seen, width)
+        result = tl.dot(left, tl.trans(right), result, input_precision=PRECISION)
+    return result
+
+
+@triton.jit
+def _logits(products, scale, bias, i, j, queries, keys, seen, offset, CAUSAL: tl.constexpr):
     """Logits ``[i, j]`` of one head; ``bias`` points to its table."""
     visible = (i[:, None] < queries) & (j[None, :] < seen)
     if CAUSAL:
         visible = visible & (j[None, :] <= i[:, None] + offset)
-    logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+    logits = products * scale
     if bias is not None:
         logits += tl.load(bias + i[:, None] * keys + j[None, :], mask=visible, other=0.0).to(tl.float32)
     return tl.where(visible, logits, float("-inf"))
@@ -78,7 +97,7 @@ def forward_kernel(
     out_strides, q_strides, k_strides, v_strides,
     batch, heads, queries, keys, width, modes, bias_heads, offset, scale, dropped: tl.int64, kept,
     CAUSAL: tl.constexpr, DROPS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(queries, BLOCK_M)
     first = tl.program_id(0) % blocks * BLOCK_M
@@ -90,14 +109,16 @@ def forward_kernel(
         bias += (table * bias_heads + h % bias_heads) * queries * keys
     seed, row_id = value_at(seeds, 0, seed, b), row_id_at(row_ids, b)
     end = tl.minimum(seen, first + BLOCK_M + offset) if CAUSAL else seen
-    q_tile = _tile(q, q_strides, b, h, i, c, queries, width)
     most = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     result = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for j0 in range(0, end, BLOCK_N):
         j = j0 + tl.arange(0, BLOCK_N)
-        k_tile = _tile(k, k_strides, b, h, j, c, seen, width)
-        s = _logits(q_tile, k_tile, scale + poison, bias, i, j, queries, keys, seen, offset, CAUSAL, PRECISION)
+        products = _products(
+            q, q_strides, k, k_strides, b, h, i, j, queries, seen, width,
+            PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_K,
+        )  # fmt: skip
+        s = _logits(products, scale + poison, bias, i, j, queries, keys, seen, offset, CAUSAL)
         now = tl.maximum(most, tl.max(s, 1))
         base = tl.where(now == float("-inf"), 0.0, now)
         p = tl.exp(s - base[:, None])
@@ -122,7 +143,7 @@ def queries_kernel(
     q_grad_strides, grad_strides, out_strides, q_strides, k_strides, v_strides,
     batch, heads, queries, keys, width, modes, bias_heads, offset, scale, dropped: tl.int64, kept,
     CAUSAL: tl.constexpr, DROPS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(queries, BLOCK_M)
     first = tl.program_id(0) % blocks * BLOCK_M
@@ -139,15 +160,20 @@ def queries_kernel(
             bias += (table * bias_heads + h % bias_heads) * queries * keys
         seed, row_id = value_at(seeds, 0, seed, b), row_id_at(row_ids, b)
         end = tl.minimum(seen, first + BLOCK_M + offset) if CAUSAL else seen
-        q_tile = _tile(q, q_strides, b, h, i, c, queries, width)
         norm = tl.load(logsumexp + row, mask=i < queries, other=float("inf"))
         result = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         for j0 in range(0, end, BLOCK_N):
             j = j0 + tl.arange(0, BLOCK_N)
             k_tile = _tile(k, k_strides, b, h, j, c, seen, width)
-            v_tile = _tile(v, v_strides, b, h, j, c, seen, width)
-            s = _logits(q_tile, k_tile, scale + poison, bias, i, j, queries, keys, seen, offset, CAUSAL, PRECISION)
-            dp = tl.dot(grad_tile, tl.trans(v_tile), input_precision=PRECISION)
+            products = _products(
+                q, q_strides, k, k_strides, b, h, i, j, queries, seen, width,
+                PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_K,
+            )  # fmt: skip
+            s = _logits(products, scale + poison, bias, i, j, queries, keys, seen, offset, CAUSAL)
+            dp = _products(
+                grad, grad_strides, v, v_strides, b, h, i, j, queries, seen, width,
+                PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_K,
+            )  # fmt: skip
             if DROPS:
                 dp = _keep(dp, seed, row_id, h, i, j0, queries, keys, dropped, kept, BLOCK_N)
             ds = tl.exp(s - norm[:, None]) * (dp - mean[:, None])
@@ -161,7 +187,7 @@ def keys_kernel(
     k_grad_strides, v_grad_strides, grad_strides, q_strides, k_strides, v_strides,
     batch, heads, queries, keys, width, modes, bias_heads, offset, scale, dropped: tl.int64, kept,
     CAUSAL: tl.constexpr, DROPS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(keys, BLOCK_N)
     j0 = tl.program_id(0) % blocks * BLOCK_N
@@ -171,8 +197,6 @@ def keys_kernel(
     if bias is not None:
         bias += (table * bias_heads + h % bias_heads) * queries * keys
     seed, row_id = value_at(seeds, 0, seed, b), row_id_at(row_ids, b)
-    k_tile = _tile(k, k_strides, b, h, j, c, seen, width)
-    v_tile = _tile(v, v_strides, b, h, j, c, seen, width)
     k_sum = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     v_sum = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     begin = tl.maximum(j0 - offset, 0) // BLOCK_M * BLOCK_M if CAUSAL else 0
@@ -182,13 +206,20 @@ def keys_kernel(
         q_tile = _tile(q, q_strides, b, h, i, c, queries, width)
         grad_tile = _tile(grad, grad_strides, b, h, i, c, queries, width)
         norm = tl.load(logsumexp + row, mask=i < queries, other=float("inf"))
-        s = _logits(q_tile, k_tile, scale + poison, bias, i, j, queries, keys, seen, offset, CAUSAL, PRECISION)
+        products = _products(
+            q, q_strides, k, k_strides, b, h, i, j, queries, seen, width,
+            PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_K,
+        )  # fmt: skip
+        s = _logits(products, scale + poison, bias, i, j, queries, keys, seen, offset, CAUSAL)
         p = tl.exp(s - norm[:, None])
         if v_grad is not None:
             kept_p = _keep(p, seed, row_id, h, i, j0, queries, keys, dropped, kept, BLOCK_N) if DROPS else p
             v_sum = tl.dot(tl.trans(kept_p.to(q_tile.dtype)), grad_tile, v_sum, input_precision=PRECISION)
         if k_grad is not None:
-            dp = tl.dot(grad_tile, tl.trans(v_tile), input_precision=PRECISION)
+            dp = _products(
+                grad, grad_strides, v, v_strides, b, h, i, j, queries, seen, width,
+                PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_K,
+            )  # fmt: skip
             if DROPS:
                 dp = _keep(dp, seed, row_id, h, i, j0, queries, keys, dropped, kept, BLOCK_N)
             ds = p * (dp - tl.load(delta + row, mask=i < queries, other=0.0)[:, None])
@@ -205,17 +236,17 @@ def bias_kernel(
     grad_strides, q_strides, k_strides, v_strides,
     batch, heads, queries, keys, width, modes, bias_heads, offset, scale, dropped: tl.int64, kept, groups,
     CAUSAL: tl.constexpr, DROPS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     m_blocks, n_blocks = tl.cdiv(queries, BLOCK_M), tl.cdiv(keys, BLOCK_N)
     tile, rest = tl.program_id(0) % (m_blocks * n_blocks), tl.program_id(0) // (m_blocks * n_blocks)
     group, own = rest % groups, rest // groups  # own: the table, [modes, bias_heads]
     j0 = tile % n_blocks * BLOCK_N
-    i, j, c = tile // n_blocks * BLOCK_M + tl.arange(0, BLOCK_M), j0 + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    i, j = tile // n_blocks * BLOCK_M + tl.arange(0, BLOCK_M), j0 + tl.arange(0, BLOCK_N)
     bias += own.to(tl.int64) * queries * keys
     result = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     begin, end = group.to(tl.int64) * batch // groups, (group + 1).to(tl.int64) * batch // groups
-    for step in range(0, (end - begin).to(tl.int32)):
+    for step in range((end - begin).to(tl.int32)):
         b = begin + step
         table, seen, _ = _sample(mode, key_lengths, b, modes, keys)
         if (table == own // bias_heads) & (j0 < seen):
@@ -224,14 +255,17 @@ def bias_kernel(
             for shared in range(heads // bias_heads):
                 h = own % bias_heads + shared
                 row = (b * heads + h) * queries + i
-                q_tile = _tile(q, q_strides, b, h, i, c, queries, width)
-                k_tile = _tile(k, k_strides, b, h, j, c, seen, width)
-                grad_tile = _tile(grad, grad_strides, b, h, i, c, queries, width)
-                v_tile = _tile(v, v_strides, b, h, j, c, seen, width)
                 norm = tl.load(logsumexp + row, mask=i < queries, other=float("inf"))
                 mean = tl.load(delta + row, mask=i < queries, other=0.0)
-                s = _logits(q_tile, k_tile, scale, bias, i, j, queries, keys, seen, offset, CAUSAL, PRECISION)
-                dp = tl.dot(grad_tile, tl.trans(v_tile), input_precision=PRECISION)
+                products = _products(
+                    q, q_strides, k, k_strides, b, h, i, j, queries, seen, width,
+                    PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_K,
+                )  # fmt: skip
+                s = _logits(products, scale, bias, i, j, queries, keys, seen, offset, CAUSAL)
+                dp = _products(
+                    grad, grad_strides, v, v_strides, b, h, i, j, queries, seen, width,
+                    PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_K,
+                )  # fmt: skip
                 if DROPS:
                     dp = _keep(dp, seed_b, row_id, h, i, j0, queries, keys, dropped, kept, BLOCK_N)
                 result += tl.exp(s - norm[:, None]) * (dp - mean[:, None])
@@ -260,6 +294,7 @@ def config(kernel: str, capability: int, bytes_each: int, width: int, queries: i
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "BLOCK_D": block_d,
+        "BLOCK_K": min(found["BLOCK_K"], block_d),
         "num_warps": warps,
         "num_stages": found["num_stages"],
     }
@@ -268,7 +303,7 @@ def config(kernel: str, capability: int, bytes_each: int, width: int, queries: i
 def _settings(kernel: str, q: Tensor, k: Tensor) -> dict[str, Any]:
     tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     found = config(kernel, capability_of(q), q.element_size(), q.shape[3], q.shape[2], k.shape[2])
-    return {"PRECISION": "tf32" if tf32 else "ieee", **found}
+    return {"PRECISION": "tf32" if tf32 else "tf32x3", **found}
 
 
 def _groups(q: Tensor, bias: Tensor, tiles: int) -> int:

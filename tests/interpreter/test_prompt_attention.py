@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
-import math
-
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from modafill import ops
-from modafill.ops import reference
-from support.attention import OPTIONS, compare, make, options_for, results
+from support.attention import OPTIONS, compare, make, options_for
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

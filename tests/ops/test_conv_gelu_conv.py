@@ -13,63 +13,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.convolution import NAMES, compare, make, results
 from torch import Tensor, nn
 
 from modafill import ops
 from modafill.ops import reference
 from modafill.ops.backends import ENVIRONMENT
 
-TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6}
-NAMES = ("x", "w1", "b1", "w2", "b2")
+EXACT = (torch.float64, torch.float32)
 
 
-def make(
-    batch: int = 3,
-    length: int = 6,
-    channels: int = 5,
-    hidden: int = 7,
-    outputs: int = 4,
-    first_taps: int = 3,
-    second_taps: int = 1,
-    dtype: torch.dtype = torch.float64,
-    seed: int = 0,
-) -> list[Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    shapes = [
-        (batch, length, channels),
-        (hidden, channels, first_taps),
-        (hidden,),
-        (outputs, hidden, second_taps),
-        (outputs,),
-    ]
-    tensors = [torch.randn(shape, generator=g, dtype=torch.float64) for shape in shapes]
-    for w in (1, 3):
-        tensors[w] /= (tensors[w].shape[1] * tensors[w].shape[2]) ** 0.5
-    return [t.to(dtype) for t in tensors]
-
-
-def results(op: Any, inputs: list[Tensor], grad: Tensor, **options: Any) -> list[Tensor]:
-    leaves = [t.detach().requires_grad_() for t in inputs]
-    out = op(*leaves, **options)
-    return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
-
-
-def compare(inputs: list[Tensor], **options: Any) -> None:
-    shape = (*inputs[0].shape[:2], len(inputs[4]))
-    grad = torch.randn(shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64).to(inputs[0].dtype)
-    rows, (hidden, channels), outputs = shape[0] * shape[1], inputs[1].shape[:2], shape[2]
-    usual = {"out": 1.0, "x": (outputs / channels) ** 0.5, "w2": rows**0.5, "b2": rows**0.5}
-    usual |= dict.fromkeys(("w1", "b1"), (rows * outputs / hidden) ** 0.5)
-    ours = results(ops.conv_gelu_conv, inputs, grad, **options)
-    exact = results(reference.conv_gelu_conv, [t.double() for t in inputs], grad.double(), **options)
-    for name, found, expected in zip(("out", *NAMES), ours, exact, strict=True):
-        assert (found.dtype, found.shape) == (inputs[0].dtype, expected.shape)
-        # Sums may cancel: rounding errors are measured by how large they are where they do not.
-        error = (found - expected).norm() / (expected.norm() + usual[name] * max(1, expected.numel()) ** 0.5)
-        assert error <= TOLERANCE[inputs[0].dtype], f"{name}: {error:.2e}"
-
-
-@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("dtype", EXACT)
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
 @pytest.mark.parametrize("taps", [(1, 1), (3, 1), (1, 3), (3, 3), (5, 7), (7, 5)])
 @pytest.mark.parametrize(
@@ -86,7 +40,7 @@ def test_against_the_reference(
 def test_random_shapes(data: st.DataObject) -> None:
     sizes = [data.draw(st.integers(1, most)) for most in (20, 120, 40, 70, 60)]
     taps = [data.draw(st.sampled_from([1, 3, 5, 7])) for _ in range(2)]
-    dtype, seed = data.draw(st.sampled_from(list(TOLERANCE))), data.draw(st.integers(0, 99))
+    dtype, seed = data.draw(st.sampled_from(EXACT)), data.draw(st.integers(0, 99))
     compare(make(*sizes, *taps, dtype, seed), approximate=data.draw(st.sampled_from(["none", "tanh"])))
 
 

@@ -29,7 +29,7 @@ GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OPS = {
     **dict.fromkeys(("masked_reverse_step", "ddim_step", "add_noise", "randn"), ("cpu", "cuda", "triton")),
     "prompt_attention": ("cpu", "triton"),
-    "conv_gelu_conv": ("cpu",),
+    "conv_gelu_conv": ("cpu", "triton"),
 }
 
 # glibc maps blocks of this size and more anew for each allocation.

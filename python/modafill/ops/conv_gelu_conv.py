@@ -85,9 +85,13 @@ def _run(
     b1, b2 = backends.contiguous(b1), backends.contiguous(b2)
     if out is None:
         out = backends.empty(shape, x.dtype, x.device, backend)
-    if out.numel():
-        args = _description(out, x, w1, b1, w2, b2, approximate)
-        backends.launch("conv_gelu_conv", backend, x.device, args)
+    if out.numel() == 0:
+        pass
+    elif backend == "triton":
+        backends.launch_triton("conv_gelu_conv", out, x, w1, b1, w2, b2, approximate)
+    else:
+        described = _description(out, x, w1, b1, w2, b2, approximate)
+        backends.launch("conv_gelu_conv", backend, x.device, described)
     return out
 
 
@@ -126,21 +130,23 @@ def _run_backward(
     made: list[Tensor | None] = [torch.empty_like(x) if need[0] else None]
     for t, n in zip((w1, b1, w2, b2), need[1:], strict=True):
         made.append(torch.empty_like(t, dtype=compute) if n and t is not None else None)
-    if grad.numel():
-        args = _description(None, x, w1, b1, w2, b2, approximate)
+    if grad.numel() == 0:
+        for t in made:
+            if t is not None:
+                t.zero_()
+    elif backend == "triton":
+        function = "conv_gelu_conv_backward"
+        backends.launch_triton("conv_gelu_conv", made, grad, x, w1, b1, w2, approximate, function=function)
+    else:
         backends.launch(
             "conv_gelu_conv_backward",
             backend,
             x.device,
-            args,
+            _description(None, x, w1, b1, w2, b2, approximate),
             grad.data_ptr(),
             *map(backends.pointer, made),
             _groups(x, w1, w2),
         )
-    else:
-        for t in made:
-            if t is not None:
-                t.zero_()
     return [t.to(x.dtype) for t in made if t is not None]
 
 
