@@ -29,6 +29,11 @@ def _listed(op: str) -> dict[int, Any]:
     return {int(capability): found for capability, found in json.loads(text).items()}
 
 
+def replace(op: str, capability: int, entry: Any) -> None:
+    """Launch ``op`` on devices of ``capability`` with another entry, in this process."""
+    _listed(op)[capability] = entry
+
+
 def tuned(op: str, capability: int) -> Any:
     """What configs/``op``.json lists for a compute capability, or else for the newest before it, or else the oldest."""
     listed = _listed(op)
