@@ -99,8 +99,11 @@ struct Pieces {
   int64_t length, rows, per_sample, per_block, count;
 
   explicit Pieces(const ConvGeluConvArgs &args)
-      : length(args.length), rows(std::min(args.length, kBlockRows)), per_sample((length + rows - 1) / rows),
-        per_block(std::max<int64_t>(1, kBlockRows / rows)), count(args.batch * per_sample) {}
+      : length(args.length), rows((length + pieces_of(length) - 1) / pieces_of(length)),
+        per_sample((length + rows - 1) / rows), per_block(std::max<int64_t>(1, kBlockRows / rows)),
+        count(args.batch * per_sample) {}
+  // Pieces of a sample, of much the same length.
+  static int64_t pieces_of(int64_t length) { return (length + kBlockRows - 1) / kBlockRows; }
   int64_t blocks() const { return (count + per_block - 1) / per_block; }
   int64_t in_block(int64_t block) const { return std::min(per_block, count - block * per_block); }
   int64_t sample(int64_t block, int64_t piece) const { return (block * per_block + piece) / per_sample; }
@@ -220,7 +223,10 @@ struct Backward {
   // biases.
   int64_t second_size() const { return args.second_taps * args.outputs * hidden; }
   int64_t first_size() const { return args.first_taps * hidden * inputs; }
-  int64_t group_size() const { return second_size() + first_size() + hidden + padded<C>(args.outputs); }
+  int64_t group_size() const {
+    const bool sums = job.first_grad || job.first_bias_grad || job.second_grad || job.second_bias_grad;
+    return sums ? second_size() + first_size() + hidden + padded<C>(args.outputs) : 0;
+  }
 
   void block(int64_t index, const Rooms &r, C *sums) const {
     const int64_t count = pieces.in_block(index);
@@ -317,12 +323,14 @@ void conv_gelu_conv_backward_of(const ConvGeluConvBackward &job, int threads) {
   const int64_t blocks = backward.pieces.blocks(), size = backward.group_size();
   const int64_t work =
       3 * args.batch * args.length * args.hidden * (args.first_taps * args.inputs + args.second_taps * args.outputs);
-  const Scratch<C> sums(job.groups * size);
-  for_each_run(job.groups, work, threads, [&](int64_t begin, int64_t end) {
+  // Without sums a block can go to any thread.
+  const int64_t groups = size ? job.groups : blocks;
+  const Scratch<C> sums(groups * size);
+  for_each_run(groups, work, threads, [&](int64_t begin, int64_t end) {
     const typename Backward<T>::Rooms rooms(backward);
     for (int64_t group = begin; group < end; ++group) {
       std::fill_n(sums.get() + group * size, size, C(0));
-      for (int64_t block = blocks * group / job.groups; block < blocks * (group + 1) / job.groups; ++block)
+      for (int64_t block = blocks * group / groups; block < blocks * (group + 1) / groups; ++block)
         backward.block(block, rooms, sums.get() + group * size);
     }
   });

@@ -20,7 +20,7 @@ _C: Any = importlib.import_module("modafill._C") if importlib.util.find_spec("mo
 
 _NOT_BUILT = "the extension was never built; see CONTRIBUTING.md"
 
-BACKENDS = ("cpu", "cuda", "triton", "reference")
+BACKENDS = ("cpu", "cuda", "triton", "torch", "reference")
 ENVIRONMENT = "MODAFILL_BACKEND"
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -29,7 +29,14 @@ GPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OPS = {
     **dict.fromkeys(("masked_reverse_step", "ddim_step", "add_noise", "randn"), ("cpu", "cuda", "triton")),
     "prompt_attention": ("cpu", "triton"),
-    "conv_gelu_conv": ("cpu", "triton"),
+    "conv_gelu_conv": ("cpu", "triton", "torch"),
+}
+# From so many channels on, keeping the hidden rows of conv_gelu_conv beats making them again for the gradient.
+TORCH_TRAINS_FROM = 256
+# What auto does by more than device and dtype.
+RULES = {
+    "conv_gelu_conv": f"torch where a gradient is wanted and no channel count is below {TORCH_TRAINS_FROM}:"
+    " it keeps the hidden rows, which cpu makes again",
 }
 
 # glibc maps blocks of this size and more anew for each allocation.
@@ -46,21 +53,24 @@ class Choice:
 
     Attributes:
         op: the op's name.
-        backend: ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``.
+        backend: ``"cpu"``, ``"cuda"``, ``"triton"``, ``"torch"`` (PyTorch's own layers) or ``"reference"``.
         reason: why this one.
         rejected: for each backend that is preferred to it but cannot run, why not.
+        rule: what else decides, call by call; empty where nothing does.
     """
 
     op: str
     backend: str
     reason: str
     rejected: dict[str, str]
+    rule: str = ""
 
     def __str__(self) -> str:
         return "\n".join(
             [
                 f"{self.op}: {self.backend} ({self.reason})",
                 *(f"  not {name}: {why}" for name, why in self.rejected.items()),
+                *([f"  but {self.rule}"] if self.rule else []),
             ]
         )
 
@@ -110,10 +120,13 @@ def _choose(op: str, device: torch.device, dtype: torch.dtype, backend: str) -> 
             raise RuntimeError(f"{op}: the {backend} backend cannot run: {why}")
         return Choice(op, backend, "asked for by name", {})
     rejected: dict[str, str] = {}
-    for name in ("cpu",) if device.type == "cpu" else ("cuda", "triton"):
+    for name in ("cpu", "torch") if device.type == "cpu" else ("cuda", "triton", "torch"):
+        if name == "torch" and name not in OPS[op]:
+            continue
         why = _why_not(op, name, device, dtype)
         if why is None:
-            return Choice(op, name, f"fastest for {_name(dtype)} on {device.type}", rejected)
+            rule = RULES.get(op, "") if name == "cpu" else ""
+            return Choice(op, name, f"preferred for {_name(dtype)} on {device.type}", rejected, rule)
         rejected[name] = why
     return Choice(op, "reference", "nothing faster can run", rejected)
 
@@ -124,6 +137,8 @@ def _why_not(op: str, backend: str, device: torch.device, dtype: torch.dtype) ->
         return None
     if backend not in OPS[op]:
         return f"{op} has no such backend"
+    if backend == "torch":
+        return None
     interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     if device.type != ("cpu" if backend == "cpu" else "cuda") and not (interpreted and device.type == "cpu"):
         return f"the tensors are on {device.type}"
@@ -384,16 +399,20 @@ def once_differentiable(name: str, backward_op: Callable[[], Any]) -> type[torch
     return Backward
 
 
-def reference_gradients(
-    function: Callable[..., Tensor], inputs: Sequence[Tensor | None], need: Sequence[bool], grad: Tensor
+def gradients(
+    function: Callable[..., Tensor],
+    inputs: Sequence[Tensor | None],
+    need: Sequence[bool],
+    grad: Tensor,
+    dtype: torch.dtype = torch.float64,
 ) -> list[Tensor]:
-    """Gradients of a reference for the inputs that need one: made in float64, in the dtype of ``grad``."""
+    """Gradients of ``function`` for the inputs that need one: made in ``dtype``, in the dtype of ``grad``."""
     with torch.enable_grad():
         leaves = [
-            None if x is None else x.detach().double().requires_grad_(n) for x, n in zip(inputs, need, strict=True)
+            None if x is None else x.detach().to(dtype).requires_grad_(n) for x, n in zip(inputs, need, strict=True)
         ]
         wanted = [x for x in leaves if x is not None and x.requires_grad]
-        grads = torch.autograd.grad(function(*leaves), wanted, grad.double(), materialize_grads=True)
+        grads = torch.autograd.grad(function(*leaves), wanted, grad.to(dtype), materialize_grads=True)
     return [g.to(grad.dtype) for g in grads]
 
 

@@ -6,6 +6,7 @@ import functools
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from modafill.ops import backends, reference
@@ -45,6 +46,21 @@ def _check(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | No
         raise ValueError(f"approximate: got {approximate!r}, expected 'none' or 'tanh'")
 
 
+def _in_torch(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, approximate: str) -> Tensor:
+    """The op in PyTorch's own layers, which keep the hidden rows for the gradient."""
+    if w1.shape[2] == w2.shape[2] == 1:
+        return F.linear(F.gelu(F.linear(x, w1[..., 0], b1), approximate=approximate), w2[..., 0], b2)
+    hidden = F.gelu(F.conv1d(x.transpose(1, 2), w1, b1, padding=w1.shape[2] // 2), approximate=approximate)
+    return F.conv1d(hidden, w2, b2, padding=w2.shape[2] // 2).transpose(1, 2).contiguous()
+
+
+def _trains_in_torch(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> bool:
+    """The rule of :data:`modafill.ops.backends.RULES`."""
+    if not x.is_cpu or min(*w1.shape[:2], w2.shape[0]) < backends.TORCH_TRAINS_FROM or not torch.is_grad_enabled():
+        return False
+    return any(t is not None and t.requires_grad for t in (x, w1, b1, w2, b2))
+
+
 def _description(
     out: Tensor | None, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, approximate: str
 ) -> Any:
@@ -78,8 +94,9 @@ def _run(
         backends.check_out(out, shape, x.dtype, x.device, *inputs)
         if any(out.data_ptr() == t.data_ptr() for t in inputs):
             raise ValueError("out: got an input, expected a tensor of its own: rows are read after others are written")
-    if backend == "reference":
-        result = reference.conv_gelu_conv(x, w1, b1, w2, b2, approximate=approximate)
+    if backend in ("torch", "reference"):
+        op = _in_torch if backend == "torch" else reference.conv_gelu_conv
+        result = op(x, w1, b1, w2, b2, approximate=approximate)
         return result.to(x.dtype) if out is None else out.copy_(result)
     x, w1, w2 = x.contiguous(), w1.contiguous(), w2.contiguous()
     b1, b2 = backends.contiguous(b1), backends.contiguous(b2)
@@ -121,9 +138,11 @@ def _run_backward(
     backend: str,
 ) -> list[Tensor]:
     backend = backends.select("conv_gelu_conv", x.device, x.dtype, backend)
-    if backend == "reference":
-        convolutions = functools.partial(reference.conv_gelu_conv, approximate=approximate)
-        return backends.reference_gradients(convolutions, (x, w1, b1, w2, b2), need, grad)
+    if backend in ("torch", "reference"):
+        op = _in_torch if backend == "torch" else reference.conv_gelu_conv
+        dtype = x.dtype if backend == "torch" else torch.float64
+        convolutions = functools.partial(op, approximate=approximate)
+        return backends.gradients(convolutions, (x, w1, b1, w2, b2), need, grad, dtype)
     grad, x, w1, w2 = grad.contiguous(), x.contiguous(), w1.contiguous(), w2.contiguous()
     b1, b2 = backends.contiguous(b1), backends.contiguous(b2)
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -223,7 +242,8 @@ def conv_gelu_conv(
     """Conv1D → GELU → Conv1D with same padding, the condition encoder of CDTP (§3.2).
 
     The hidden ``[B, L, hidden]`` tensor does not exist, forward or backward: it is made block by block, and made again
-    for the gradient. Weight gradients are summed in a fixed order.
+    for the gradient. Weight gradients are summed in a fixed order. The exception is ``"torch"``, PyTorch's own layers:
+    auto takes them where they train faster (``explain`` prints the rule), and where nothing else takes the dtype.
 
     Args:
         x: ``[B, L, C]``; float32, float64 or bfloat16 on the CPU.
@@ -243,6 +263,10 @@ def conv_gelu_conv(
         RuntimeError: ``backend`` names one that cannot run here.
     """
     backends.check_tensor("x", x)
+    backend = backends.requested(backend)
+    if backend == "auto" and out is None and _trains_in_torch(x, w1, b1, w2, b2):
+        _check(x, w1, b1, w2, b2, approximate)
+        return _in_torch(x, w1, b1, w2, b2, approximate)
     args = (x, w1, b1, w2, b2, approximate, backend)
     if backends.runs_directly(x, w1, b1, w2, b2, out):
         return backends.written(_run(*args, out), out)

@@ -275,7 +275,7 @@ def _run_backward(
             seed=seed if seed_tensor is None else seed_tensor,
             row_id=row_id,
         )
-        return backends.reference_gradients(attention, (q, k, v, bias), need, grad)
+        return backends.gradients(attention, (q, k, v, bias), need, grad)
     if logsumexp.shape != q.shape[:3] or grad.shape != q.shape or not logsumexp.is_contiguous():
         raise ValueError(f"logsumexp: got {backends.describe(logsumexp)}, expected the forward's, {list(q.shape[:3])}")
     grad, q, k, v = _dense(grad), _dense(q), _dense(k), _dense(v)
