@@ -47,7 +47,7 @@ def _run(
             seed=seed if seed_tensor is None else seed_tensor,
             row_id=row_id,
         )
-        return noisy.to(x.dtype), noise.to(x.dtype)
+        return noisy.to(x.dtype).contiguous(), noise.to(x.dtype)
     x, step_tensor, row_id = x.contiguous(), backends.contiguous(step_tensor), backends.contiguous(row_id)
     noisy, noise = (backends.empty(x.shape, x.dtype, x.device, backend) for _ in range(2))
     if backend == "triton":
@@ -88,7 +88,9 @@ def _fake(
     return noisy, torch.empty_like(noisy)
 
 
-class _Function(torch.autograd.Function):
+class _Function(backends.Function):
+    op = "add_noise"
+
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():

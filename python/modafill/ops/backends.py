@@ -1,12 +1,24 @@
-"""Which backend runs an op and why, and what the ops share: argument checks, the direct path, registration."""
+"""Which backend runs an op and why, and what the ops share: argument checks, the direct path, registration.
+
+What every op keeps to, as PyTorch's own do:
+
+- Under :class:`torch.autocast`, ``prompt_attention`` and ``conv_gelu_conv`` do as PyTorch's attention and convolutions:
+  their floating-point tensors, float64 apart, are cast to the dtype of autocast, which is that of the result; gradients
+  have the dtype of the tensors that they belong to. All other ops run in the dtype of their inputs.
+- :func:`torch.vmap` gives what a loop over the mapped dimension gives, and is one. Equal seeds and row ids are equal
+  noise there too: map one of them where noise is to differ.
+- Gradients are those of reverse mode; forward mode (``jvp``, ``jacfwd``, dual numbers) is refused.
+- Tensors on ``meta`` give shapes, dtypes and strides alone.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -202,6 +214,20 @@ def runs_eagerly(*tensors: Any) -> bool:
     return True
 
 
+def autocast(*tensors: Any) -> tuple[Any, ...]:
+    """``tensors``, the first on the op's device, as autocast wants them for an op that runs in its dtype."""
+    if not torch._C._is_any_autocast_enabled():
+        return tensors
+    device = tensors[0].device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(
+        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    )
+
+
 def describe(value: Any) -> str:
     """``value`` as an error message shows it."""
     if isinstance(value, Tensor):
@@ -379,10 +405,42 @@ def dispatch(op: Any, function: type[torch.autograd.Function], *args: Any) -> An
     return op(*args)
 
 
+def one_by_one(call: Callable[..., Any], info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    """The vmap rule of all ops: ``call`` for each element of the mapped dimension."""
+    found = [
+        call(*(a.select(dim, i) if isinstance(dim, int) else a for a, dim in zip(args, in_dims, strict=True)))
+        for i in range(info.batch_size)
+    ]
+    if not found:
+        raise ValueError("vmap: got a dimension of size 0, expected at least 1")
+    if isinstance(found[0], Tensor):
+        return torch.stack(found), 0
+    return type(found[0])(map(torch.stack, zip(*found, strict=True))), type(found[0])([0] * len(found[0]))
+
+
+class Function(torch.autograd.Function):
+    """The autograd function of an op, with what all have in common under functorch and forward mode."""
+
+    op: str
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        return one_by_one(cls.apply, info, in_dims, *args)
+
+    @classmethod
+    def jvp(cls, ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(
+            f"{cls.op}: it has no forward-mode derivative (jvp, jacfwd, dual numbers): use reverse mode"
+            " (backward, torch.func.grad, vjp, jacrev)"
+        )
+
+
 def once_differentiable(name: str, backward_op: Callable[[], Any]) -> type[torch.autograd.Function]:
     """The autograd function of the registered op that makes the gradient of ``name``: its own gradient is refused."""
 
-    class Backward(torch.autograd.Function):
+    class Backward(Function):
+        op = name
+
         @staticmethod
         def forward(*args: Any) -> tuple[Tensor, ...]:
             with torch._C._AutoDispatchBelowAutograd():
@@ -399,21 +457,32 @@ def once_differentiable(name: str, backward_op: Callable[[], Any]) -> type[torch
     return Backward
 
 
+@contextlib.contextmanager
+def _above_autograd() -> Iterator[None]:
+    """Autograd records, also inside a registered op, which the dispatcher runs below it."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradFunctionality", "AutogradOther", "ADInplaceOrView"):
+        excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded), torch.enable_grad():
+        yield
+
+
 def gradients(
     function: Callable[..., Tensor],
     inputs: Sequence[Tensor | None],
     need: Sequence[bool],
     grad: Tensor,
+    out: Sequence[Tensor],
     dtype: torch.dtype = torch.float64,
 ) -> list[Tensor]:
-    """Gradients of ``function`` for the inputs that need one: made in ``dtype``, in the dtype of ``grad``."""
-    with torch.enable_grad():
+    """Gradients of ``function`` for the inputs that need one: made in ``dtype``, written into ``out``."""
+    with _above_autograd():
         leaves = [
             None if x is None else x.detach().to(dtype).requires_grad_(n) for x, n in zip(inputs, need, strict=True)
         ]
         wanted = [x for x in leaves if x is not None and x.requires_grad]
         grads = torch.autograd.grad(function(*leaves), wanted, grad.to(dtype), materialize_grads=True)
-    return [g.to(grad.dtype) for g in grads]
+    return [o.copy_(g) for o, g in zip(out, grads, strict=True)]
 
 
 def launch_triton(op: str, *args: Any, function: str | None = None) -> None:
@@ -428,7 +497,9 @@ def register(name: str, schema: str, run: Callable, fake: Callable, differentiab
     torch.library.register_fake(f"modafill::{name}", fake, lib=library)
     if differentiable is not None:
         library.impl(name, differentiable, "Autograd")
-    return getattr(torch.ops.modafill, name).default
+    op = getattr(torch.ops.modafill, name).default
+    torch.library.register_vmap(f"modafill::{name}", functools.partial(one_by_one, op), lib=library)
+    return op
 
 
 def row_coefficients(table: Tensor, step: int, step_tensor: Tensor | None, like: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ def _run(
     if out is not None:
         inputs = [t for t in (x, w1, b1, w2, b2) if t is not None]
         backends.check_out(out, shape, x.dtype, x.device, *inputs)
-        if any(out.data_ptr() == t.data_ptr() for t in inputs):
+        if out.data_ptr() and any(out.data_ptr() == t.data_ptr() for t in inputs):
             raise ValueError("out: got an input, expected a tensor of its own: rows are read after others are written")
     if backend in ("torch", "reference"):
         op = _in_torch if backend == "torch" else reference.conv_gelu_conv
@@ -142,7 +142,8 @@ def _run_backward(
         op = _in_torch if backend == "torch" else reference.conv_gelu_conv
         dtype = x.dtype if backend == "torch" else torch.float64
         convolutions = functools.partial(op, approximate=approximate)
-        return backends.gradients(convolutions, (x, w1, b1, w2, b2), need, grad, dtype)
+        out = _fake_backward(grad, x, w1, b1, w2, b2, approximate, need, backend)
+        return backends.gradients(convolutions, (x, w1, b1, w2, b2), need, grad, out, dtype)
     grad, x, w1, w2 = grad.contiguous(), x.contiguous(), w1.contiguous(), w2.contiguous()
     b1, b2 = backends.contiguous(b1), backends.contiguous(b2)
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -190,7 +191,9 @@ def _fake_backward(
 _Backward = backends.once_differentiable("conv_gelu_conv", lambda: _backward_op)
 
 
-class _Function(torch.autograd.Function):
+class _Function(backends.Function):
+    op = "conv_gelu_conv"
+
     @staticmethod
     def forward(*args: Any) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():
@@ -255,7 +258,8 @@ def conv_gelu_conv(
         backend: ``"auto"`` or one of :data:`modafill.ops.backends.BACKENDS`; see :func:`modafill.ops.explain`.
 
     Returns:
-        ``[B, L, out]`` in the dtype of ``x``; differentiable once in every tensor.
+        ``[B, L, out]`` in the dtype of ``x``, under autocast in its dtype (:mod:`modafill.ops.backends`);
+        differentiable once in every tensor.
 
     Raises:
         ValueError: a shape, dtype or device does not fit.
@@ -263,6 +267,7 @@ def conv_gelu_conv(
         RuntimeError: ``backend`` names one that cannot run here.
     """
     backends.check_tensor("x", x)
+    x, w1, b1, w2, b2 = backends.autocast(x, w1, b1, w2, b2)
     backend = backends.requested(backend)
     if backend == "auto" and out is None and _trains_in_torch(x, w1, b1, w2, b2):
         _check(x, w1, b1, w2, b2, approximate)

@@ -91,7 +91,7 @@ def _run(
             row_id=row_id,
             clip=clip,
         )
-        return result.to(x.dtype) if out is None else out.copy_(result)
+        return result.to(x.dtype).contiguous() if out is None else out.copy_(result)
     x, eps = x.contiguous(), eps.contiguous()
     step_tensor, prev_step_tensor = backends.contiguous(step_tensor), backends.contiguous(prev_step_tensor)
     row_id = backends.contiguous(row_id)
@@ -157,7 +157,9 @@ def _fake(
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-class _Function(torch.autograd.Function):
+class _Function(backends.Function):
+    op = "ddim_step"
+
     @staticmethod
     def forward(*args: Any) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():

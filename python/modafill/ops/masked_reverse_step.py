@@ -72,7 +72,7 @@ def _run(
             seed=seed if seed_tensor is None else seed_tensor,
             row_id=row_id,
         )
-        return result.to(x.dtype) if out is None else out.copy_(result)
+        return result.to(x.dtype).contiguous() if out is None else out.copy_(result)
     x, eps, observed, available = x.contiguous(), eps.contiguous(), observed.contiguous(), available.contiguous()
     step_tensor, row_id = backends.contiguous(step_tensor), backends.contiguous(row_id)
     if out is None:
@@ -120,7 +120,9 @@ def _fake(
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-class _Function(torch.autograd.Function):
+class _Function(backends.Function):
+    op = "masked_reverse_step"
+
     @staticmethod
     def forward(*args: Any) -> Tensor:
         with torch._C._AutoDispatchBelowAutograd():

@@ -175,7 +175,7 @@ def _run(
     if out is not None:
         inputs = [x for x in (q, k, v, bias) if x is not None]
         backends.check_out(out, q.shape, q.dtype, q.device, *inputs)
-        if any(out.data_ptr() == x.data_ptr() for x in inputs):
+        if out.data_ptr() and any(out.data_ptr() == x.data_ptr() for x in inputs):
             raise ValueError("out: got an input, expected a tensor of its own: keys are read after results are written")
     if backend == "reference":
         _check_values(q, k, bias, mode, key_lengths)
@@ -192,7 +192,7 @@ def _run(
             seed=seed if seed_tensor is None else seed_tensor,
             row_id=row_id,
         )
-        result = _like_q(q).copy_(result) if out is None else out.copy_(result)
+        result = _like_q(_dense(q)).copy_(result) if out is None else out.copy_(result)
         return result, q.new_empty(0, dtype=_compute_dtype(q))
     q, k, v = _dense(q), _dense(k), _dense(v)
     bias, mode, key_lengths, row_id = map(backends.contiguous, (bias, mode, key_lengths, row_id))
@@ -275,7 +275,11 @@ def _run_backward(
             seed=seed if seed_tensor is None else seed_tensor,
             row_id=row_id,
         )
-        return backends.gradients(attention, (q, k, v, bias), need, grad)
+        like = _fake_backward(
+            grad, q, k, v, bias, mode, causal, key_lengths, scale, dropout, seed, seed_tensor, row_id, out, logsumexp,
+            need, backend,
+        )  # fmt: skip
+        return backends.gradients(attention, (q, k, v, bias), need, grad, like)
     if logsumexp.shape != q.shape[:3] or grad.shape != q.shape or not logsumexp.is_contiguous():
         raise ValueError(f"logsumexp: got {backends.describe(logsumexp)}, expected the forward's, {list(q.shape[:3])}")
     grad, q, k, v = _dense(grad), _dense(q), _dense(k), _dense(v)
@@ -342,7 +346,9 @@ def _fake_backward(
 _Backward = backends.once_differentiable("prompt_attention", lambda: _backward_op)
 
 
-class _Function(torch.autograd.Function):
+class _Function(backends.Function):
+    op = "prompt_attention"
+
     @staticmethod
     def forward(*args: Any) -> tuple[Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
@@ -431,8 +437,8 @@ def prompt_attention(
         backend: ``"auto"`` or one of :data:`modafill.ops.backends.BACKENDS`; see :func:`modafill.ops.explain`.
 
     Returns:
-        ``[B, H, Lq, d]`` in the dtype and memory layout of ``q``; differentiable once in ``q``, ``k``, ``v`` and
-        ``bias``.
+        ``[B, H, Lq, d]`` in the dtype and memory layout of ``q``, under autocast in its dtype
+        (:mod:`modafill.ops.backends`); differentiable once in ``q``, ``k``, ``v`` and ``bias``.
 
     Raises:
         ValueError: a shape, dtype, device or value does not fit, or ``seed`` is missing.
@@ -442,6 +448,7 @@ def prompt_attention(
     if dropout > 0.0 and seed is None:
         raise ValueError("seed: got None, expected an integer because dropout > 0")
     backends.check_tensor("q", q)
+    q, k, v, bias = backends.autocast(q, k, v, bias)
     args = (
         q,
         k,
@@ -462,5 +469,5 @@ def prompt_attention(
     if backends.runs_eagerly(q, k, v, bias, mode, key_lengths, seed, row_id):
         return backends.apply(_Eager, *args[:12], True, backend)[0]
     if backends.in_functorch():
-        return _differentiable(*args, backend)[0]
+        return _Function.apply(*args[:12], True, backend)[0]
     return _op(*args, backend)[0]

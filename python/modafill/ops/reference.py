@@ -96,8 +96,10 @@ def randn(
 
 def _column(table: Tensor, step: Tensor, column: int, like: Tensor) -> Tensor:
     """Coefficient of each row, shaped to broadcast against ``like [B, ...]``; NaN for a step outside the schedule."""
+    step = step.reshape(-1)
     inside = (step >= 0) & (step < len(table))
-    values = torch.where(inside, table.to(torch.float64)[:, column][torch.where(inside, step, 0)], math.nan)
+    values = table[:, column].to(torch.float64).index_select(0, torch.where(inside, step, 0))
+    values = torch.where(inside, values, math.nan)
     return values.reshape(-1, *[1] * (like.ndim - 1))
 
 
