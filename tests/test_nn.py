@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -115,14 +119,96 @@ def test_dropout_in_training_alone_and_by_torchs_seed() -> None:
     assert torch.equal(ours(*inputs())[0], ours(*inputs())[0])
 
 
+def test_dropout_by_row_is_the_same_in_any_batch() -> None:
+    ours = PromptAttention(24, 3, dropout=0.5)
+    rows = torch.tensor([70, 4])
+    whole = ours(*inputs(), seed=9, row_id=rows)[0]
+    for row in range(2):
+        part = ours(*(x[row : row + 1] for x in inputs()), seed=9, row_id=rows[row : row + 1])[0]
+        torch.testing.assert_close(part, whole[row : row + 1])
+    assert not torch.equal(ours(*inputs(), seed=9)[0], whole)
+
+
+class Network(nn.Module):
+    """Both modules, for 24 channels, two modes and lengths to 7."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.attention = PromptAttention(24, 3, dropout, n_modes=2, max_query_length=7, max_key_length=7)
+        self.encoder = ConvGeluConv(24, 8, 24)
+
+    def forward(self, x: Tensor, mode: Tensor, padding: Tensor) -> Tensor:
+        return self.encoder(x + self.attention(x, x, x, padding, mode=mode)[0])
+
+
+def network_inputs() -> tuple[Tensor, Tensor, Tensor]:
+    padding = torch.tensor([[False] * 7, [False] * 4 + [True] * 3])
+    return inputs()[1], torch.tensor([1, 0]), padding
+
+
+def gradients(network: nn.Module, *args: Tensor) -> dict[str, Tensor]:
+    parameters = dict(network.named_parameters())
+    grads = torch.autograd.grad(network(*args).float().square().mean(), list(parameters.values()))
+    return dict(zip(parameters, grads, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_under_autocast_parameters_stay_float32(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    network = Network()
+    expected, exact = network(*network_inputs()), gradients(network, *network_inputs())
+    with torch.autocast("cpu", dtype=dtype):
+        found = network(*network_inputs())
+        of_modules = [
+            module(*inputs(), need_weights=False)[0]
+            for module in (PromptAttention(24, 3), nn.MultiheadAttention(24, 3, batch_first=True))
+        ]
+        grads = gradients(network, *network_inputs())
+    assert [found.dtype, *(x.dtype for x in of_modules)] == [dtype] * 3
+    assert (found - expected).norm() < 0.02 * expected.norm()
+    for name, grad in grads.items():
+        assert grad.dtype == torch.float32
+        assert (grad - exact[name]).norm() < 0.05 * exact[name].norm() + 1e-4, name
+
+
 def test_compiles_whole() -> None:
-    _, ours = pair(n_modes=2, max_query_length=5, max_key_length=7)
-    ours.dropout = 0.1
-    mode = torch.tensor([1, 0])
-    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*inputs(), mode=mode)[0], ours(*inputs(), mode=mode)[0])
-    compiled.train()
-    assert compiled(*inputs(), mode=mode)[0].isfinite().all()
+    torch.manual_seed(0)
+    network = Network()
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*network_inputs()), network(*network_inputs()))
+    expected = gradients(network, *network_inputs())
+    for name, grad in gradients(compiled, *network_inputs()).items():
+        torch.testing.assert_close(grad, expected[name.removeprefix("_orig_mod.")])
+    x, mode, padding = network_inputs()
+    with pytest.raises(RuntimeError, match="padding before a key"):
+        compiled(x, mode, padding.flip(1))
+    dropped = torch.compile(Network(dropout=0.5), fullgraph=True, backend="aot_eager")
+    assert not torch.equal(dropped(*network_inputs()), dropped(*network_inputs()))
+
+
+def test_exports_for_any_batch() -> None:
+    network = Network().eval()
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(network, network_inputs(), dynamic_shapes=({0: batch},) * 3)
+    five = [torch.cat([t, t, t])[:5] for t in network_inputs()]
+    torch.testing.assert_close(program.module()(*five), network(*five))
+
+
+def test_copies_and_files_hold_the_same_module(tmp_path: Path) -> None:
+    network = Network(dropout=0.1).eval()
+    torch.save(network.state_dict(), tmp_path / "weights.pt")
+    loaded = Network(dropout=0.1).eval()
+    loaded.load_state_dict(torch.load(tmp_path / "weights.pt", weights_only=True))
+    expected = network(*network_inputs())
+    for other in (loaded, copy.deepcopy(network), pickle.loads(pickle.dumps(network))):
+        assert torch.equal(other(*network_inputs()), expected)
+        assert other.attention.dropout == 0.1
+        with torch.no_grad():
+            other.attention.prompt_bias.add_(1.0)
+            other.encoder[0].weight.add_(1.0)
+    assert torch.equal(network(*network_inputs()), expected)
+    on_meta = copy.deepcopy(network).to("meta")
+    assert on_meta(*(t.to("meta") for t in network_inputs()[:2]), None).shape == expected.shape
 
 
 def test_mistakes() -> None:

@@ -116,6 +116,8 @@ class PromptAttention(nn.Module):
         mode: Tensor | None = None,
         key_lengths: Tensor | None = None,
         causal: bool = False,
+        seed: int | Tensor | None = None,
+        row_id: Tensor | None = None,
     ) -> tuple[Tensor, None]:
         """Attend.
 
@@ -128,12 +130,15 @@ class PromptAttention(nn.Module):
             mode: int64 ``[B]``, which table of the prompt bias a sample gets.
             key_lengths: int64 ``[B]``, how many keys exist.
             causal: MulT's mask (:func:`modafill.ops.prompt_attention`).
+            seed: of the dropout, an integer or int64 ``[]``; None = from torch's generator.
+            row_id: int64 ``[B]``, the identity of each sample's dropout: with ``seed``, the same in any batch.
 
         Returns:
-            ``([B, Lq, E], None)``.
+            ``([B, Lq, E], None)``; under autocast in its dtype.
 
         Raises:
             ValueError: weights are asked for, padding is not on the right, sequences are longer than the prompt bias.
+            RuntimeError: padding is not on the right and the module is compiled.
         """
         if need_weights:
             raise ValueError("need_weights: got True, expected False, because the weights are never made")
@@ -142,8 +147,11 @@ class PromptAttention(nn.Module):
                 raise ValueError("key_padding_mask: got one beside key_lengths, expected one of the two")
             key_lengths = (~key_padding_mask).sum(1)
             behind = torch.arange(key.shape[1], device=key.device) >= key_lengths[:, None]
-            if not torch.equal(behind, key_padding_mask):
-                raise ValueError("key_padding_mask: got padding before a key, expected it on the right only")
+            wrong = "key_padding_mask: got padding before a key, expected it on the right only"
+            if torch.compiler.is_compiling():
+                torch._assert_async((behind == key_padding_mask).all(), wrong)
+            elif not torch.equal(behind, key_padding_mask):
+                raise ValueError(wrong)
         weights = self.in_proj_weight.chunk(3)
         biases = [None] * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         q, k, v = (
@@ -151,7 +159,8 @@ class PromptAttention(nn.Module):
             for x, w, b in zip((query, key, value), weights, biases, strict=True)
         )
         dropout = self.dropout if self.training else 0.0
-        seed = torch.randint(2**63 - 1, (), device=q.device) if dropout else None
+        if dropout and seed is None:
+            seed = torch.randint(2**63 - 1, (), device=q.device)
         out = ops.prompt_attention(
             q,
             k,
@@ -162,6 +171,7 @@ class PromptAttention(nn.Module):
             key_lengths=key_lengths,
             dropout=dropout,
             seed=seed,
+            row_id=row_id,
         )
         return self.out_proj(out.transpose(1, 2).flatten(2)), None
 
