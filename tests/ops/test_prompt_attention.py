@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -211,6 +212,41 @@ def test_threads_and_repetition_change_no_bit(batch: int, bias_heads: int) -> No
         torch.set_num_threads(before)
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no /proc")
+@pytest.mark.parametrize("bias", [(7, 8), (1, 8), (7, 1)])
+def test_memory_is_that_of_inputs_results_and_a_table(bias: tuple[int, int]) -> None:
+    """The peak of forward and backward, inputs and all, for 32 samples of 500 × 500 and P tables of H heads or one.
+
+    A bias of the shape of the logits would be 256 MB.
+    """
+    code = f"""
+import torch
+from pathlib import Path
+from modafill import ops
+
+def resident(what):
+    return 1024 * int(Path("/proc/self/status").read_text().split(what + ":")[1].split()[0])
+
+def run(batch):
+    shapes = [(batch, 8, 500, 32)] * 3 + [({bias[0]}, {bias[1]}, 500, 500)]
+    leaves = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    mode, grad = torch.arange(batch) % {bias[0]}, torch.randn(shapes[0])
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    out = ops.prompt_attention(*leaves, mode)
+    out.backward(grad)
+    inputs, table = sum(x.nbytes for x in leaves), 8 * 500 * 500 * 4
+    return inputs + resident("VmHWM") - before, inputs + out.nbytes + sum(x.grad.nbytes for x in leaves) + table
+
+torch.set_num_threads(2)
+run(1)
+print(*run(32))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    peak, counted = map(int, run.stdout.split())
+    assert peak <= 1.25 * counted, f"{peak / counted:.3f}"
 
 
 def test_against_sdpa() -> None:
