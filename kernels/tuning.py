@@ -148,11 +148,12 @@ def save(op: str, capability: int, entry: Any, folder: Path) -> Path:
     return path
 
 
-def _rendered(entry: Any) -> str:
+def _rendered(entry: Any, indent: int = 2) -> str:
     """JSON with a line for each configuration."""
     if isinstance(entry, dict) and all(isinstance(value, int) for value in entry.values()):
         return json.dumps(entry)
+    before, after = "\n" + " " * (indent + 2), "\n" + " " * indent
     if isinstance(entry, list):
-        return "[\n" + ",\n".join(f"      {_rendered(e)}" for e in entry) + "\n    ]"
-    inner = [f'    "{key}": {_rendered(value)}' for key, value in entry.items()]
-    return "{\n" + ",\n".join(inner) + "\n  }"
+        return f"[{before}" + f",{before}".join(_rendered(e) for e in entry) + f"{after}]"
+    inner = [f'"{key}": {_rendered(value, indent + 2)}' for key, value in entry.items()]
+    return f"{{{before}" + f",{before}".join(inner) + f"{after}}}"
