@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -83,6 +82,8 @@ class Case:
 
 def run_case(case: Case, *, seconds: float, notice: Callable[[str], None] = lambda _: None) -> list[dict[str, Any]]:
     """The rows of ``case``, spending about ``seconds`` of timed work on each; what is left out goes to ``notice``."""
+    # Each case compiles the same functions anew; without this the eighth would fall back to eager.
+    torch.compiler.reset()
     on_device = torch.cuda.device(case.device) if case.device.type == "cuda" else nullcontext()
     with _threads(case.threads), torch.no_grad(), on_device:
         problem = case.problem(case)
@@ -143,7 +144,7 @@ def measure(runs: Mapping[str, Callable[[int], Any]], timer: Timer, *, seconds: 
     The contenders take turns, and each round starts with the next one, so that a drift of the machine's clock or load
     meets all of them. Rounds go on until ``seconds`` have passed for each contender.
     """
-    bursts = {name: _burst(timer(run, 3)) for name, run in runs.items()}
+    bursts = {name: _burst(*timer(run, 1)) for name, run in runs.items()}
     samples: dict[str, list[int]] = {name: [] for name in runs}
     names: Sequence[str] = list(runs)
     deadline = time.perf_counter() + seconds * len(names)
@@ -156,8 +157,8 @@ def measure(runs: Mapping[str, Callable[[int], Any]], timer: Timer, *, seconds: 
     return samples
 
 
-def _burst(trial: Sequence[int]) -> int:
-    return max(1, min(_LONGEST_BURST, _SHORT_NS // max(1, int(statistics.median(trial)))))
+def _burst(trial: int) -> int:
+    return max(1, min(_LONGEST_BURST, _SHORT_NS // max(1, trial)))
 
 
 class _CpuTimer:
