@@ -51,7 +51,7 @@ def step(plan: Plan) -> list[Case]:
 def ops(plan: Plan) -> list[Case]:
     """The DDIM step, and the ops that networks are trained with, forward, backward and both, at the models' sizes."""
     if plan.quick:
-        steps, attention, convolution = [(8, 3, 32)], [(2, 2, 5, 8)], [(2, 5, 4, 8, 3)]
+        steps, attention, convolution = [(8, 3, 32)], [(2, 2, 5, 8)], [(2, 5, 4, 8, 3), (2, 5, 4, 8, 1)]
     else:
         steps = [(batch, 3, 256) for batch in (64, 1024, 16384)]
         attention = [

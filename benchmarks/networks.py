@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 
 from modafill import ops
 from modafill.benchmarks.rivals import (
@@ -23,17 +24,28 @@ from modafill.benchmarks.rivals import (
     _set_count,
     _within,
 )
-from modafill.benchmarks.runner import Case, Check, Contender
+from modafill.benchmarks.runner import Case, Check, Contender, Unavailable
 from modafill.ops import reference
 
 Network = Callable[..., Tensor]
 MODES = ("forward", "backward", "both")
 N_MODES = 7
+# The widest head of flash attention's kernels; the folded form gives up beyond it.
+WIDEST_HEAD = 256
+
+
+@dataclass(frozen=True)
+class Form:
+    """A way to write an op in PyTorch; ``compiled``: run by torch.compile; ``absent``: why it cannot run here."""
+
+    network: Network
+    compiled: bool = False
+    absent: str | None = None
 
 
 @dataclass
 class Set:
-    """One buffer set: tensors that want gradients, others, the gradient of the result, and graphs by provider."""
+    """One buffer set: tensors to differentiate by, others, the gradient of the result, and graphs by provider."""
 
     leaves: list[Tensor]
     others: tuple[Any, ...]
@@ -46,10 +58,11 @@ class Differentiable:
 
     Args:
         case: its ``mode`` is one of :data:`MODES`.
-        make: from a generator, the tensors that want gradients, other arguments, and the shape of the result.
+        make: from a generator, the tensors to differentiate by, other arguments, and the shape of the result.
         ours: called as ``ours(*leaves, *others, backend=…)``.
-        exact: the float64 reference; eager: the plain PyTorch form.
+        exact: the float64 reference; eager: the plain PyTorch form, whose error sets the tolerance.
         rivals: by provider name, further forms.
+        terms: of the longest sum within one sample, which rounding errors grow with.
     """
 
     def __init__(
@@ -59,14 +72,18 @@ class Differentiable:
         ours: Network,
         exact: Network,
         eager: Network,
-        rivals: Mapping[str, Network],
+        rivals: Mapping[str, Form],
+        terms: int,
     ) -> None:
-        self.case, self.ours, self.exact, self.eager, self.rivals = case, ours, exact, eager, rivals
+        self.case, self.ours, self.exact, self.eager, self.terms = case, ours, exact, eager, terms
+        self.rivals = {"eager": Form(eager), **rivals}
         generator = torch.Generator(case.device).manual_seed(SEED)
 
         def one_set() -> Set:
             leaves, others, shape = make(generator)
-            return Set([x.requires_grad_() for x in leaves], others, _normal(case, shape, generator))
+            # Without gradients in forward: FlexAttention refuses tensors on the CPU that ask for them, even in no_grad.
+            leaves = [x.requires_grad_(case.mode != "forward") for x in leaves]
+            return Set(leaves, others, _normal(case, shape, generator))
 
         first = one_set()
         inputs = sum(x.nbytes for x in first.leaves)
@@ -84,16 +101,18 @@ class Differentiable:
         made: dict[str, Callable[[], Contender]] = {
             name: partial(self._ours, name, backend) for name, backend in _own_providers(self.case)
         }
-        made["eager"] = partial(self._contender, "eager", self.eager)
-        made["torch.compile"] = self._compiled
-        return made | {name: partial(self._contender, name, network) for name, network in self.rivals.items()}
+        return made | {name: partial(self._rival, name, form) for name, form in self.rivals.items()}
 
     def _ours(self, name: str, backend: str) -> Contender:
         _require(self.case, backend)
         return self._contender(name, partial(self.ours, backend=backend))
 
-    def _compiled(self) -> Contender:
-        contender = self._contender("torch.compile", _compile(self.eager, self.case))
+    def _rival(self, name: str, form: Form) -> Contender:
+        if form.absent is not None:
+            raise Unavailable(form.absent)
+        if not form.compiled:
+            return self._contender(name, form.network)
+        contender = self._contender(name, _compile(form.network, self.case))
         _compile_now(lambda: contender.run(0))
         return contender
 
@@ -112,6 +131,13 @@ class Differentiable:
         return Contender(run, lambda: self._check(run(0)), self.traffic)
 
     def _check(self, result: Any) -> Check:
+        found = [result] if self.case.mode == "forward" else list(result)
+        checks = [_within(*one, terms=self.terms) for one in zip(found, *self._expected, strict=True)]
+        return Check(all(c.correct for c in checks), max(c.max_error for c in checks))
+
+    @cached_property
+    def _expected(self) -> tuple[list[Tensor], list[Tensor]]:
+        """What set 0 gives in the float64 reference and in eager."""
         b = self.buffers[0]
 
         def all_of(network: Network, dtype: torch.dtype) -> list[Tensor]:
@@ -122,10 +148,7 @@ class Differentiable:
                     return [out.detach()]
                 return list(torch.autograd.grad(out, leaves, b.grad.to(dtype)))
 
-        found = [result] if self.case.mode == "forward" else list(result)
-        exact, eager = all_of(self.exact, torch.float64), all_of(self.eager, self.case.dtype)
-        checks = [_within(*one) for one in zip(found, exact, eager, strict=True)]
-        return Check(all(c.correct for c in checks), max(c.max_error for c in checks))
+        return all_of(self.exact, torch.float64), all_of(self.eager, self.case.dtype)
 
 
 def prompt_attention(case: Case) -> Differentiable:
@@ -138,14 +161,54 @@ def prompt_attention(case: Case) -> Differentiable:
         mode = torch.randint(N_MODES, (batch,), device=case.device, generator=generator)
         return [*leaves, bias], (mode,), case.shape
 
+    # index_select, here and below: the faster of the two ways to pick a table, both forward and backward.
     def eager(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mode: Tensor) -> Tensor:
-        return (q @ k.transpose(-1, -2) * width**-0.5 + bias[mode]).softmax(-1) @ v
+        return (q @ k.transpose(-1, -2) * width**-0.5 + bias.index_select(0, mode)).softmax(-1) @ v
+
+    def baddbmm(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mode: Tensor) -> Tensor:
+        """Product, scale and bias in one call."""
+        bias = bias.index_select(0, mode).flatten(0, 1)
+        scores = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), alpha=width**-0.5)
+        return torch.bmm(scores.softmax(-1), v.flatten(0, 1)).view_as(q)
 
     def materialised(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mode: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias[mode])
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.index_select(0, mode))
 
-    rivals = {"sdpa-materialised": materialised}
-    return Differentiable(case, make, ops.prompt_attention, reference.prompt_attention, eager, rivals)
+    rank = length + -length % 4  # Kernels of GPUs want multiples of 16 bytes.
+    identity = torch.eye(length, rank, dtype=case.dtype, device=case.device)
+
+    def folded(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mode: Tensor) -> Tensor:
+        """Bias as further columns of queries and keys (FlashBias, arXiv 2505.12044), so that SDPA needs no mask.
+
+        A table of rank r is r columns. Nothing is known of a learned table but that its rank is at most its length:
+        the factors are the table and the identity, exact in values and gradients, and the [B, H, L, L] table of each
+        sample is made after all, as columns.
+        """
+        columns = F.pad(bias, (0, rank - length)).index_select(0, mode)
+        q = torch.cat([q * width**-0.5, columns], -1)
+        k = torch.cat([k, identity.expand(*k.shape[:2], -1, -1)], -1)
+        return F.scaled_dot_product_attention(q, k, v, scale=1.0)
+
+    def flex(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mode: Tensor) -> Tensor:
+        def add_bias(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return score + bias[mode[b], h, i, j]
+
+        return flex_attention(q, k, v, score_mod=add_bias)
+
+    too_wide = f"{width} + {rank} columns, more than the {WIDEST_HEAD} of flash attention"
+    forward_only = "FlexAttention has no backward on the CPU"
+    rivals = {
+        "eager-baddbmm": Form(baddbmm),
+        "torch.compile": Form(eager, compiled=True),
+        "sdpa-materialised": Form(materialised),
+        "sdpa-folded": Form(folded, absent=too_wide if width + rank > WIDEST_HEAD else None),
+        "flex-attention": Form(
+            flex,
+            compiled=True,
+            absent=forward_only if case.device.type == "cpu" and case.mode != "forward" else None,
+        ),
+    }
+    return Differentiable(case, make, ops.prompt_attention, reference.prompt_attention, eager, rivals, length)
 
 
 def conv_gelu_conv(case: Case) -> Differentiable:
@@ -163,4 +226,21 @@ def conv_gelu_conv(case: Case) -> Differentiable:
         hidden = F.gelu(F.conv1d(x.transpose(1, 2), w1, b1, padding=taps // 2))
         return F.conv1d(hidden, w2, b2, padding=taps // 2).transpose(1, 2)
 
-    return Differentiable(case, make, ops.conv_gelu_conv, reference.conv_gelu_conv, eager, {})
+    def channels_last(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+        """As images of one row: what is [B, L, C] in memory is channels-last to conv2d, which transposes nothing."""
+        image = x.transpose(1, 2).unsqueeze(2)
+        hidden = F.gelu(F.conv2d(image, w1.unsqueeze(2), b1, padding=(0, taps // 2)))
+        return F.conv2d(hidden, w2.unsqueeze(2), b2, padding=(0, taps // 2)).squeeze(2).transpose(1, 2)
+
+    def linear(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+        return F.linear(F.gelu(F.linear(x, w1[..., 0], b1)), w2[..., 0], b2)
+
+    rivals = {
+        "eager-channels-last": Form(channels_last),
+        # Of the two convolutions the one that compiles to the faster code.
+        "torch.compile": Form(channels_last, compiled=True),
+    }
+    if taps == 1:
+        rivals["eager-linear"] = Form(linear)
+    terms = taps * max(channels, hidden)
+    return Differentiable(case, make, ops.conv_gelu_conv, reference.conv_gelu_conv, eager, rivals, terms)
