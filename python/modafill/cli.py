@@ -285,12 +285,18 @@ def bench(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     quick: Annotated[bool, typer.Option(help="Tiny shapes: does it run at all? The times mean nothing.")] = False,
 ) -> None:
-    """Time the kernels beside eager PyTorch, torch.compile and diffusers, each checked before it is timed.
+    """Time the kernels beside PyTorch's own ways and diffusers, each checked before it is timed.
 
     Columns: ms, the median time of a call, with the 20th and 80th percentile; GB/s, the bytes that the op has to read
     and write over that time; roofline, GB/s over those of a plain copy or triad of the same size; × rival, how many
     times as fast as the fastest correct rival; × paper, as the formula that papers print. Modes: fresh allocates the
-    result, out writes into a given one. eager-folded is eager PyTorch with one precomputed factor per term.
+    result, out writes into a given one; ops with gradients have forward, backward (its
+    graph is kept) and both.
+
+    Rivals: eager and torch.compile; eager-folded has one precomputed factor per term, eager-baddbmm one call for
+    product, scale and bias, eager-channels-last convolves images of one row, eager-linear replaces convolutions of one
+    tap. sdpa-materialised gives PyTorch's attention the bias of each sample as its mask, sdpa-folded as further columns
+    of queries and keys (up to 256 in all), flex-attention as a score modification (on a CPU, forward alone).
     """
     try:
         counts = [int(n) for n in threads.split(",") if n] or None
