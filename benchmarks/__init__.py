@@ -15,7 +15,7 @@ from modafill.benchmarks.runner import run_case
 
 __all__ = ["run"]
 
-SECONDS_PER_ROW = 1.0
+SECONDS_PER_ROW = 0.5
 QUICK_SECONDS_PER_ROW = 0.02
 
 
