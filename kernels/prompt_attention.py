@@ -62,7 +62,7 @@ def _products(
 ):  # fmt: skip
     """Rows of ``a`` times rows of ``x``, contracted ``BLOCK_K`` at a time: fewer registers than all at once."""
     result = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for c0 in tl.static_range(0, BLOCK_D, BLOCK_K):
+    for c0 in range(0, BLOCK_D, BLOCK_K):
         c = c0 + tl.arange(0, BLOCK_K)
         left = _tile(a, a_strides, b, h, rows, c, count, width)
         right = _tile(x, x_strides, b, h, columns, c, seen, width)
