@@ -288,8 +288,9 @@ def config(kernel: str, capability: int, bytes_each: int, width: int, queries: i
     found = min((c for c in fitting if c["width"] >= block_d), key=lambda c: c["width"])
     block_m = min(found["BLOCK_M"], max(16, triton.next_power_of_2(queries)))
     block_n = min(found["BLOCK_N"], max(16, triton.next_power_of_2(keys)))
-    # A warp for every 512 elements of the logits at most.
-    warps = max(1, min(found["num_warps"], block_m * block_n // 512))
+    # Where blocks were cut, a warp for every 512 elements of the logits is enough.
+    cut = (block_m, block_n) != (found["BLOCK_M"], found["BLOCK_N"])
+    warps = max(1, min(found["num_warps"], block_m * block_n // 512)) if cut else found["num_warps"]
     return {
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -73,3 +74,28 @@ def test_unknown_names_are_refused() -> None:
         run = subprocess.run(command, capture_output=True, text=True)
         assert run.returncode == 2
         assert run.stderr.startswith(f"error: {option}: got ")
+
+
+ONES = {
+    "prompt_attention": ("batch", "heads", "queries", "keys", "modes", "bias_heads", "offset", "groups"),
+    "conv_gelu_conv": ("rows", "length", "channels", "hidden", "outputs", "lefts", "rights", "groups"),
+}
+ABSENT = {
+    "forward_kernel": [("logsumexp",), ("bias", "mode"), ("key_lengths",), ("b1", "b2")],
+    "queries_kernel": [("q_grad",), ("bias", "mode", "key_lengths")],
+    "keys_kernel": [("k_grad",), ("v_grad",), ("bias", "mode", "key_lengths")],
+    "bias_kernel": [("mode", "key_lengths")],
+    "hidden_kernel": [("value",), ("value_grad",), ("b1",)],
+}
+
+
+@pytest.mark.parametrize("op", ["prompt_attention", "conv_gelu_conv"])
+def test_what_is_1_or_not_given_is_compiled_in(op: str) -> None:
+    """An argument that is 1 or None becomes a constant of the kernel, which the interpreter does not try."""
+    chosen = []
+    for v in {v.kernel: v for v in resources.variants(op, 90)}.values():
+        names = getattr(conv_gelu_conv if op == "conv_gelu_conv" else prompt_attention, v.kernel).arg_names
+        ones = {name: 1 for name in ONES[op] if name in names}
+        for extra in ({}, ones, *(dict.fromkeys(a) for a in ABSENT.get(v.kernel, ()) if set(a) <= set(names))):
+            chosen.append(dataclasses.replace(v, constants={**v.constants, **extra}))
+    assert all(used.registers > 0 for used in resources.measure(chosen))
