@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import os
@@ -15,12 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.convolution import NAMES, compare, make, results
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from modafill import ops
 from modafill.ops import reference
 from modafill.ops.backends import ENVIRONMENT
 
 EXACT = (torch.float64, torch.float32)
+BACKENDS = ("auto", "reference")
 
 
 @pytest.mark.parametrize("dtype", EXACT)
@@ -224,39 +227,53 @@ def test_out() -> None:
         ops.conv_gelu_conv(inputs[0].requires_grad_(), *inputs[1:], out=out)
 
 
-def test_double_backward_is_refused() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_double_backward_is_refused(backend: str) -> None:
     inputs = make()
     x = inputs[0].requires_grad_()
-    (first,) = torch.autograd.grad(ops.conv_gelu_conv(*inputs).sum(), x, create_graph=True)
+    (first,) = torch.autograd.grad(ops.conv_gelu_conv(*inputs, backend=backend).sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match="double backward"):
         torch.autograd.grad(first.sum(), x)
 
 
-def test_opcheck() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(backend: str) -> None:
     inputs = make(dtype=torch.float32)
     grad = [t.clone().requires_grad_() for t in inputs]
     x, w1, _, w2, _ = grad
     for args in ((*inputs, "none"), (*grad, "tanh"), (x, w1, None, w2, None, "none")):
-        torch.library.opcheck(torch.ops.modafill.conv_gelu_conv, (*args, "auto"))
+        torch.library.opcheck(torch.ops.modafill.conv_gelu_conv, (*args, backend))
     for need in ([True] * 5, [False, True, False, False, True]):
-        args = (torch.ones(3, 6, 4), *inputs, "none", need, "auto")
+        args = (torch.ones(3, 6, 4), *inputs, "none", need, backend)
         torch.library.opcheck(torch.ops.modafill.conv_gelu_conv_backward, args)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_whole(dynamic: bool) -> None:
+def test_compiles_whole(dynamic: bool, backend: str) -> None:
     torch._dynamo.reset()
-    compiled = torch.compile(ops.conv_gelu_conv, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    op = functools.partial(ops.conv_gelu_conv, backend=backend)
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for batch in (3, 5):
         inputs, grad = make(batch, dtype=torch.float32), torch.ones(batch, 6, 4)
-        found, expected = results(compiled, inputs, grad), results(ops.conv_gelu_conv, inputs, grad)
+        found, expected = results(compiled, inputs, grad), results(op, inputs, grad)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-def test_functorch_and_fakes() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_functorch_modes_and_profilers(backend: str) -> None:
+    inputs, grad = make(), torch.ones(3, 6, 4, dtype=torch.float64)
+    op = functools.partial(ops.conv_gelu_conv, backend=backend)
+    expected = results(op, inputs, grad)
+    assert torch.equal(torch.func.grad(lambda x: op(x, *inputs[1:]).sum())(inputs[0]), expected[1])
+    for context in (torch.autograd.profiler.profile(), FlopCounterMode(display=False)):
+        with context:
+            found = results(op, inputs, grad)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_fakes() -> None:
     inputs = make()
-    expected = results(ops.conv_gelu_conv, inputs, torch.ones(3, 6, 4, dtype=torch.float64))[1]
-    assert torch.equal(torch.func.grad(lambda x: ops.conv_gelu_conv(x, *inputs[1:]).sum())(inputs[0]), expected)
     with torch._subclasses.FakeTensorMode() as fake:
         assert ops.conv_gelu_conv(*(fake.from_tensor(t) for t in inputs)).shape == (3, 6, 4)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import os
@@ -18,12 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.attention import OPTIONS, compare, make, options_for, results
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from modafill import ops
 from modafill.ops import reference
 from modafill.ops.backends import ENVIRONMENT
 
 EXACT = (torch.float64, torch.float32)
+BACKENDS = ("auto", "reference")
 
 
 @pytest.mark.parametrize("dtype", EXACT)
@@ -321,43 +324,51 @@ def test_out() -> None:
         ops.prompt_attention(inputs[0].requires_grad_(), *inputs[1:], mode, out=out)
 
 
-def test_double_backward_is_refused() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_double_backward_is_refused(backend: str) -> None:
     inputs, mode = make()
     q = inputs[0].requires_grad_()
-    (first,) = torch.autograd.grad(ops.prompt_attention(*inputs, mode).sum(), q, create_graph=True)
+    out = ops.prompt_attention(*inputs, mode, backend=backend)
+    (first,) = torch.autograd.grad(out.sum(), q, create_graph=True)
     with pytest.raises(NotImplementedError, match="double backward"):
         torch.autograd.grad(first.sum(), q)
 
 
-def cases() -> list[tuple[Any, ...]]:
+def cases(backend: str) -> list[tuple[Any, ...]]:
     inputs, mode = make(dtype=torch.float32)
     grad = [x.clone().requires_grad_() for x in inputs]
     lengths, rows, seed = torch.tensor([7, 2, 5]), torch.arange(3), torch.tensor(3)
     return [
-        (*x, mode, causal, lengths, 0.4, dropout, 5, given, rows, False, "auto")
+        (*x, mode, causal, lengths, 0.4, dropout, 5, given, rows, False, backend)
         for x in (inputs, grad)
         for causal, dropout, given in ((False, 0.0, None), (True, 0.2, seed))
     ]
 
 
-def test_opcheck() -> None:
-    for args in cases():
+# What the registered ops take between mode and the last arguments.
+TAIL = (False, None, 0.4, 0.0, 0, None, None)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(backend: str) -> None:
+    for args in cases(backend):
         torch.library.opcheck(torch.ops.modafill.prompt_attention, args)
     inputs, mode = make(dtype=torch.float32)
-    tail = (False, None, 0.4, 0.0, 0, None, None)
-    out, logsumexp = torch.ops.modafill.prompt_attention(*inputs, mode, *tail, True, "auto")
+    out, logsumexp = torch.ops.modafill.prompt_attention(*inputs, mode, *TAIL, True, backend)
     for need in ([True] * 4, [False, True, False, False]):
-        args = (torch.ones_like(out), *inputs, mode, *tail, None, logsumexp, need, "auto")
+        args = (torch.ones_like(out), *inputs, mode, *TAIL, None, logsumexp, need, backend)
         torch.library.opcheck(torch.ops.modafill.prompt_attention_backward, args)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_whole(dynamic: bool) -> None:
+def test_compiles_whole(dynamic: bool, backend: str) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(ops.prompt_attention, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for batch in (3, 5):
         inputs, mode = make(batch, dtype=torch.float32)
         options = {"causal": True, "dropout": 0.1, "seed": 3, "key_lengths": torch.tensor([7, 2, 5, 0, 1][:batch])}
+        options["backend"] = backend
         grad = torch.ones_like(inputs[0])
         found = results(compiled, inputs, grad, mode, **options)
         expected = results(ops.prompt_attention, inputs, grad, mode, **options)
@@ -374,10 +385,17 @@ def test_exports() -> None:
     assert torch.equal(program.module()(*inputs, mode), ops.prompt_attention(*inputs, mode))
 
 
-def test_functorch() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_functorch_modes_and_profilers(backend: str) -> None:
     inputs, mode = make()
-    expected = results(ops.prompt_attention, inputs, torch.ones_like(inputs[0]), mode)[1]
-    assert torch.equal(torch.func.grad(lambda q: ops.prompt_attention(q, *inputs[1:], mode).sum())(inputs[0]), expected)
+    attention = functools.partial(ops.prompt_attention, backend=backend)
+    grad = torch.ones_like(inputs[0])
+    expected = results(attention, inputs, grad, mode)
+    assert torch.equal(torch.func.grad(lambda q: attention(q, *inputs[1:], mode).sum())(inputs[0]), expected[1])
+    for context in (torch.autograd.profiler.profile(), FlopCounterMode(display=False)):
+        with context:
+            found = results(attention, inputs, grad, mode)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_meta_and_fake_tensors() -> None:
