@@ -249,6 +249,15 @@ def test_opcheck(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_fakes_have_the_strides_of_results(backend: str) -> None:
+    inputs = [t.transpose(0, 1).contiguous().transpose(0, 1) if t.ndim > 1 else t for t in make(dtype=torch.float32)]
+    utils = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.modafill.conv_gelu_conv, (*inputs, "none", backend), test_utils=utils)
+    args = (torch.ones(3, 6, 4), *inputs, "none", [True] * 5, backend)
+    torch.library.opcheck(torch.ops.modafill.conv_gelu_conv_backward, args, test_utils=utils)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_whole(dynamic: bool, backend: str) -> None:
     torch._dynamo.reset()

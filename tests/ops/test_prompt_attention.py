@@ -8,7 +8,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -358,6 +358,27 @@ def test_opcheck(backend: str) -> None:
     for need in ([True] * 4, [False, True, False, False]):
         args = (torch.ones_like(out), *inputs, mode, *TAIL, None, logsumexp, need, backend)
         torch.library.opcheck(torch.ops.modafill.prompt_attention_backward, args)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "projected": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "expanded": lambda x: x[:1].expand(x.shape),
+    "sliced": lambda x: F.pad(x, (2, 2))[..., 2:-2],
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fakes_have_the_strides_of_results(layout: str, backend: str) -> None:
+    inputs, mode = make(dtype=torch.float32)
+    inputs = [LAYOUTS[layout](x) for x in inputs]
+    op, backward = torch.ops.modafill.prompt_attention, torch.ops.modafill.prompt_attention_backward
+    utils = ("test_schema", "test_faketensor")
+    torch.library.opcheck(op, (*inputs, mode, *TAIL, True, backend), test_utils=utils)
+    out, logsumexp = op(*inputs, mode, *TAIL, True, backend)
+    args = (torch.ones_like(out), *inputs, mode, *TAIL, None, logsumexp, [True] * 4, backend)
+    torch.library.opcheck(backward, args, test_utils=utils)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

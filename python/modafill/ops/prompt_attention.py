@@ -193,12 +193,12 @@ def _run(
             seed=seed if seed_tensor is None else seed_tensor,
             row_id=row_id,
         )
-        result = _like_q(_dense(q)).copy_(result) if out is None else out.copy_(result)
+        result = _like(q).copy_(result) if out is None else out.copy_(result)
         return result, q.new_empty(0, dtype=_compute_dtype(q))
     q, k, v = _dense(q), _dense(k), _dense(v)
     bias, mode, key_lengths, row_id = map(backends.contiguous, (bias, mode, key_lengths, row_id))
     if out is None:
-        out = _like_q(q)
+        out = _like(q)
     logsumexp = q.new_empty(q.shape[:3] if need_logsumexp else 0, dtype=_compute_dtype(q))
     args = q, k, v, bias, mode, causal, key_lengths, scale, dropout, seed, seed_tensor, row_id
     if out.numel() == 0:
@@ -212,9 +212,9 @@ def _run(
     return out, logsumexp
 
 
-def _like_q(q: Tensor) -> Tensor:
-    """The result: laid out as q is, ``[B, L, H, d]`` in memory where that is what was projected."""
-    return torch.empty_like(q)
+def _like(x: Tensor) -> Tensor:
+    """A result or gradient: laid out as ``x`` is, ``[B, L, H, d]`` in memory where that is what was projected."""
+    return torch.empty_like(_dense(x))
 
 
 def _fake(
@@ -236,7 +236,7 @@ def _fake(
     _check(q, k, v, bias, mode, causal, key_lengths, scale, dropout, seed, seed_tensor, row_id)
     chosen = backends.select("prompt_attention", q.device, q.dtype, backend)
     kept = need_logsumexp and chosen != "reference"
-    return _like_q(_dense(q)), q.new_empty(q.shape[:3] if kept else 0, dtype=_compute_dtype(q))
+    return _like(q), q.new_empty(q.shape[:3] if kept else 0, dtype=_compute_dtype(q))
 
 
 def _groups(q: Tensor, bias: Tensor) -> int:
@@ -338,7 +338,7 @@ def _fake_backward(
     need: list[bool],
     backend: str,
 ) -> list[Tensor]:
-    grads = [torch.empty_like(_dense(x)) for x, n in zip((q, k, v), need[:3], strict=True) if n]
+    grads = [_like(x) for x, n in zip((q, k, v), need[:3], strict=True) if n]
     if need[3] and bias is not None:
         grads.append(torch.empty_like(bias, memory_format=torch.contiguous_format))
     return grads
