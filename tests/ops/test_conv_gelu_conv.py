@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.convolution import NAMES, compare, make, results
+from support.memory import neighbours
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -225,6 +226,34 @@ def test_out() -> None:
             ops.conv_gelu_conv(*inputs, out=bad)
     with pytest.raises(ValueError, match=r"^out: "):
         ops.conv_gelu_conv(inputs[0].requires_grad_(), *inputs[1:], out=out)
+
+
+def test_out_overlaps_no_input() -> None:
+    inputs = make(dtype=torch.float32)
+    expected = ops.conv_gelu_conv(*inputs)
+    for i, t in enumerate(inputs):
+        for copy, out, shared in neighbours(t, expected.shape):
+            args = [copy if j == i else other for j, other in enumerate(inputs)]
+            if shared:
+                with pytest.raises(ValueError, match=r"^out: got a tensor that overlaps an input"):
+                    ops.conv_gelu_conv(*args, out=out)
+            else:
+                assert torch.equal(ops.conv_gelu_conv(*args, out=out), expected)
+
+
+@pytest.mark.parametrize("shape", [(0, 6, 4), (3, 0, 4)])
+def test_out_of_an_empty_call(shape: tuple[int, ...]) -> None:
+    inputs, out = make(*shape[:2], dtype=torch.float32), torch.empty(shape)
+    assert ops.conv_gelu_conv(*inputs, out=out) is out
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autograd_knows_that_out_was_written(backend: str) -> None:
+    inputs, out = make(dtype=torch.float32), torch.ones(3, 6, 4)
+    loss = (out * torch.ones_like(out, requires_grad=True)).sum()
+    ops.conv_gelu_conv(*inputs, out=out, backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.attention import OPTIONS, compare, make, options_for, results
+from support.memory import neighbours
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -322,6 +323,45 @@ def test_out() -> None:
             ops.prompt_attention(*inputs, mode, out=bad)
     with pytest.raises(ValueError, match=r"^out: "):
         ops.prompt_attention(inputs[0].requires_grad_(), *inputs[1:], mode, out=out)
+
+
+def test_out_overlaps_no_input() -> None:
+    inputs, mode = make(dtype=torch.float32)
+    expected = ops.prompt_attention(*inputs, mode)
+    for i, x in enumerate(inputs):
+        for copy, out, shared in neighbours(x, expected.shape):
+            args = [copy if j == i else y for j, y in enumerate(inputs)]
+            if shared:
+                with pytest.raises(ValueError, match=r"^out: got a tensor that overlaps an input"):
+                    ops.prompt_attention(*args, mode, out=out)
+            else:
+                assert torch.equal(ops.prompt_attention(*args, mode, out=out), expected)
+
+
+def test_out_lies_in_no_part_of_packed_projections() -> None:
+    packed = torch.randn(2, 64, 3, 2, 16)
+    q, k, v = (packed[:, :, i].transpose(1, 2) for i in range(3))
+    for out in (packed.view(-1)[-q.numel() :], packed.view(-1)[: q.numel()]):
+        with pytest.raises(ValueError, match=r"^out: "):
+            ops.prompt_attention(q, k, v, None, out=out.view(q.shape))
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 5, 7, 8), (3, 2, 0, 7, 8), (3, 2, 5, 0, 8)])
+def test_out_of_an_empty_call(shape: tuple[int, ...]) -> None:
+    (q, k, v, bias), mode = make(*shape, dtype=torch.float32)
+    out = torch.full_like(q, math.nan)
+    assert ops.prompt_attention(q, k, v, bias, mode, out=out) is out
+    assert not out.any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autograd_knows_that_out_was_written(backend: str) -> None:
+    inputs, mode = make(dtype=torch.float32)
+    out = torch.ones_like(inputs[0])
+    loss = (out * torch.ones_like(out, requires_grad=True)).sum()
+    ops.prompt_attention(*inputs, mode, out=out, backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.memory import neighbours
 from torch import Tensor
 
 from modafill import ops
@@ -166,6 +167,39 @@ def test_out_may_be_an_input(schedule: Schedule, generator: torch.Generator) -> 
             assert torch.equal(out, expected)
         expected = ops.ddim_step(x, eps, schedule.table, 9, 3)
         assert torch.equal(ops.ddim_step(x, eps, schedule.table, 9, 3, out=x), expected)
+
+
+def test_out_overlaps_no_part_of_an_input(schedule: Schedule, generator: torch.Generator) -> None:
+    x, eps, observed, available = _inputs((3, 2, 7), torch.float32, generator)
+
+    def step(inputs: list[Tensor], out: Tensor | None) -> list[Tensor]:
+        reverse = ops.masked_reverse_step(*inputs, available, schedule.table, 9, seed=4, out=out).clone()
+        return [reverse, ops.ddim_step(*inputs[:2], schedule.table, 9, 3, out=out)]
+
+    inputs = [x, eps, observed]
+    expected = step(inputs, None)
+    for i, value in enumerate(inputs):
+        for copy, out, shared in neighbours(value, x.shape):
+            args = [copy if j == i else other for j, other in enumerate(inputs)]
+            if not shared:
+                assert all(torch.equal(a, b) for a, b in zip(step(args, out), expected, strict=True))
+                continue
+            with pytest.raises(ValueError, match=r"^out: got a tensor that overlaps an input"):
+                ops.masked_reverse_step(*args, available, schedule.table, 9, seed=4, out=out)
+            if i < 2:
+                with pytest.raises(ValueError, match=r"^out: got a tensor that overlaps an input"):
+                    ops.ddim_step(*args[:2], schedule.table, 9, 3, out=out)
+
+
+def test_out_lies_in_no_gap_of_a_strided_input(schedule: Schedule) -> None:
+    room = torch.randn(4, 50)
+    x = room[:, :10]
+    for begin in (0, 11, 120):
+        with pytest.raises(ValueError, match=r"^out: "):
+            ops.ddim_step(x, x, schedule.table, 9, 3, out=room.view(-1)[begin : begin + 40].view(4, 10))
+    # Behind the last element that x has.
+    expected = ops.ddim_step(x, x, schedule.table, 9, 3)
+    assert torch.equal(ops.ddim_step(x, x, schedule.table, 9, 3, out=room.view(-1)[160:].view(4, 10)), expected)
 
 
 def test_out_that_does_not_fit_is_refused(schedule: Schedule, generator: torch.Generator) -> None:

@@ -308,20 +308,41 @@ def check_noise(seed_tensor: Tensor | None, row_id: Tensor | None, batch: int, d
             raise ValueError(f"row_id: got {describe(row_id)}, expected int64 [{batch}] on {device}")
 
 
-def check_out(out: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device, *inputs: Tensor) -> None:
-    """``out`` is contiguous, has these properties, and is one of the ``inputs`` or overlaps none of them."""
+def check_out(
+    out: Tensor,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    *inputs: Tensor | None,
+    may_be_input: bool = False,
+) -> None:
+    """``out`` is contiguous, has these properties, and overlaps no input, unless it ``may_be_input`` and is one."""
     check_tensor("out", out)
     if tuple(out.shape) != tuple(shape) or out.dtype != dtype or out.device != device or not out.is_contiguous():
         stride = "" if out.is_contiguous() else f" with strides {out.stride()}"
         raise ValueError(
             f"out: got {describe(out)}{stride}, expected contiguous {_name(dtype)} {list(shape)} on {device}"
         )
-    begin, size = out.data_ptr(), out.numel() * out.element_size()
+    begin = out.data_ptr()
+    end = begin + out.nbytes
     for value in inputs:
-        if begin != value.data_ptr() and begin < value.data_ptr() + size and value.data_ptr() < begin + size:
-            raise ValueError(
-                "out: got a tensor that overlaps a part of an input, expected one of its own or exactly an input"
-            )
+        if value is None:
+            continue
+        first = value.data_ptr()
+        # Tensors without elements have no address: they overlap nothing.
+        if first < end and begin < first + _extent(value):
+            if may_be_input and first == begin and value.is_contiguous():
+                continue
+            expected = "one of its own or exactly an input" if may_be_input else "one of its own"
+            raise ValueError(f"out: got a tensor that overlaps an input, expected {expected}")
+
+
+def _extent(value: Tensor) -> int:
+    """How many bytes there are from the first element in memory to the end of the last one."""
+    if value.is_contiguous():
+        return value.nbytes
+    last = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
+    return (last + 1) * value.element_size()
 
 
 def split_step(name: str, step: int | Tensor) -> tuple[int, Tensor | None]:

@@ -77,7 +77,7 @@ def _run(
     _check(x, eps, table, step, step_tensor, prev_step, prev_step_tensor, eta, seed_tensor, row_id, clip)
     backend = backends.select("ddim_step", x.device, x.dtype, backend)
     if out is not None:
-        backends.check_out(out, x.shape, x.dtype, x.device, x, eps)
+        backends.check_out(out, x.shape, x.dtype, x.device, x, eps, may_be_input=True)
     if backend == "reference":
         _check_step_values(step, step_tensor, prev_step, prev_step_tensor, table.shape[0] - 1)
         result = reference.ddim_step(

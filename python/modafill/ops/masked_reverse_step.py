@@ -58,7 +58,7 @@ def _run(
     _check(x, eps, observed, available, table, step, step_tensor, seed_tensor, row_id)
     backend = backends.select("masked_reverse_step", x.device, x.dtype, backend)
     if out is not None:
-        backends.check_out(out, x.shape, x.dtype, x.device, x, eps, observed)
+        backends.check_out(out, x.shape, x.dtype, x.device, x, eps, observed, may_be_input=True)
     steps = table.shape[0] - 1
     if backend == "reference":
         backends.check_step_values("step", step_tensor, 1, steps)
