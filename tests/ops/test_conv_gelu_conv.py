@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from support.convolution import NAMES, compare, make, results
 from support.memory import neighbours
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from modafill import ops
@@ -284,6 +285,24 @@ def test_fakes_have_the_strides_of_results(backend: str) -> None:
     torch.library.opcheck(torch.ops.modafill.conv_gelu_conv, (*inputs, "none", backend), test_utils=utils)
     args = (torch.ones(3, 6, 4), *inputs, "none", [True] * 5, backend)
     torch.library.opcheck(torch.ops.modafill.conv_gelu_conv_backward, args, test_utils=utils)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_registered_backward_checks_its_arguments(backend: str) -> None:
+    good = {"grad": torch.ones(3, 6, 4), **GOOD}
+    bad = [
+        ("grad", torch.ones(1, 1, 1)),
+        ("grad", torch.ones(3, 6, 4, dtype=torch.float64)),
+        ("x", torch.zeros(3, 6)),
+        ("w1", torch.zeros(7, 4, 3)),
+        ("b2", torch.zeros(5)),
+    ]
+    for named, value in bad:
+        args = {**good, named: value}.values()
+        with pytest.raises(ValueError, match=f"^{named}: "):
+            torch.ops.modafill.conv_gelu_conv_backward(*args, "none", [True] * 5, backend)
+        with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(ValueError, match=f"^{named}: "):
+            torch.ops.modafill.conv_gelu_conv_backward(*args, "none", [True] * 5, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from support.attention import OPTIONS, compare, make, options_for, results
 from support.memory import neighbours
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from modafill import ops
@@ -419,6 +420,41 @@ def test_fakes_have_the_strides_of_results(layout: str, backend: str) -> None:
     out, logsumexp = op(*inputs, mode, *TAIL, True, backend)
     args = (torch.ones_like(out), *inputs, mode, *TAIL, None, logsumexp, [True] * 4, backend)
     torch.library.opcheck(backward, args, test_utils=utils)
+
+
+def test_the_registered_backward_checks_its_arguments() -> None:
+    (q, k, v, bias), mode = make(dtype=torch.float32)
+    names = ("grad", "q", "k", "v", "bias", "mode", "out", "logsumexp")
+    good = dict(zip(names, (torch.ones_like(q), q, k, v, bias, mode, None, torch.zeros(3, 2, 5)), strict=True))
+    bad: list[tuple[str, str, Any]] = [
+        ("grad", "auto", torch.ones(1, 1, 1, 1)),
+        ("grad", "reference", torch.ones(3, 2, 1, 8)),
+        ("grad", "auto", torch.ones(3, 2, 5, 8, dtype=torch.float64)),
+        ("logsumexp", "auto", torch.zeros(3, 2, 4)),
+        ("logsumexp", "auto", torch.zeros(3, 2, 5, dtype=torch.float64)),
+        ("v", "auto", torch.zeros(3, 2, 6, 8)),
+        ("bias", "auto", torch.zeros(3, 2, 5, 6)),
+        ("mode", "reference", torch.tensor([0, 1, -1])),
+    ]
+    for named, backend, value in bad:
+        args = {**good, named: value}
+        first, last = [args[n] for n in names[:6]], [args[n] for n in names[6:]]
+        with pytest.raises(ValueError, match=f"^{named}: "):
+            torch.ops.modafill.prompt_attention_backward(*first, *TAIL, *last, [True] * 4, backend)
+        # Of a fake, values are not known.
+        if named != "mode":
+            with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(ValueError, match=f"^{named}: "):
+                torch.ops.modafill.prompt_attention_backward(*first, *TAIL, *last, [True] * 4, backend)
+
+
+def test_the_registered_backward_reads_strided_arguments() -> None:
+    inputs, mode = make(dtype=torch.float32)
+    out, logsumexp = torch.ops.modafill.prompt_attention(*inputs, mode, *TAIL, True, "auto")
+    expected, found = (
+        torch.ops.modafill.prompt_attention_backward(grad, *inputs, mode, *TAIL, None, kept, [True] * 4, "auto")
+        for grad, kept in ((out, logsumexp), (out.mT.contiguous().mT, logsumexp.mT.contiguous().mT))
+    )
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

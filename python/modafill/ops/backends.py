@@ -308,6 +308,12 @@ def check_noise(seed_tensor: Tensor | None, row_id: Tensor | None, batch: int, d
             raise ValueError(f"row_id: got {describe(row_id)}, expected int64 [{batch}] on {device}")
 
 
+def check_described(name: str, value: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+    """``value`` has these properties."""
+    if value.shape != tuple(shape) or value.dtype != dtype or value.device != device:
+        raise ValueError(f"{name}: got {describe(value)}, expected {_name(dtype)} {list(shape)} on {device}")
+
+
 def check_out(
     out: Tensor,
     shape: Sequence[int],

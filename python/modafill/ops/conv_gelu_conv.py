@@ -124,6 +124,13 @@ def _groups(x: Tensor, w1: Tensor, w2: Tensor) -> int:
     return max(1, min(most, x.shape[0] * x.shape[1] // _GROUP_ROWS))
 
 
+def _check_backward(
+    grad: Tensor, x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, approximate: str
+) -> None:
+    _check(x, w1, b1, w2, b2, approximate)
+    backends.check_described("grad", grad, (*x.shape[:2], w2.shape[0]), x.dtype, x.device)
+
+
 def _run_backward(
     grad: Tensor,
     x: Tensor,
@@ -135,6 +142,7 @@ def _run_backward(
     need: list[bool],
     backend: str,
 ) -> list[Tensor]:
+    _check_backward(grad, x, w1, b1, w2, b2, approximate)
     backend = backends.select("conv_gelu_conv", x.device, x.dtype, backend)
     if backend in ("torch", "reference"):
         op = _in_torch if backend == "torch" else reference.conv_gelu_conv
@@ -179,6 +187,7 @@ def _fake_backward(
     need: list[bool],
     backend: str,
 ) -> list[Tensor]:
+    _check_backward(grad, x, w1, b1, w2, b2, approximate)
     return [
         torch.empty_like(t, memory_format=torch.contiguous_format)
         for t, n in zip((x, w1, b1, w2, b2), need, strict=True)

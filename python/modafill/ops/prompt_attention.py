@@ -243,6 +243,19 @@ def _groups(q: Tensor, bias: Tensor) -> int:
     return max(1, min(_GROUP_TASKS // bias.shape[1], len(q) // _GROUP_SAMPLES, _GROUP_BYTES // max(size, 1)))
 
 
+def _check_backward(grad: Tensor, q: Tensor, out: Tensor | None, logsumexp: Tensor, backend: str) -> str:
+    """The backend that makes the gradients; what it needs beside the forward's inputs is there."""
+    backends.check_described("grad", grad, q.shape, q.dtype, q.device)
+    backend = backends.select("prompt_attention", q.device, q.dtype, backend)
+    if backend != "reference":
+        backends.check_described("logsumexp", logsumexp, q.shape[:3], _compute_dtype(q), q.device)
+    if backend == "triton":
+        if out is None:
+            raise ValueError("out: got None, expected the forward's")
+        backends.check_described("out", out, q.shape, q.dtype, q.device)
+    return backend
+
+
 def _run_backward(
     grad: Tensor,
     q: Tensor,
@@ -262,8 +275,10 @@ def _run_backward(
     need: list[bool],
     backend: str,
 ) -> list[Tensor]:
-    backend = backends.select("prompt_attention", q.device, q.dtype, backend)
+    _check(q, k, v, bias, mode, causal, key_lengths, scale, dropout, seed, seed_tensor, row_id)
+    backend = _check_backward(grad, q, out, logsumexp, backend)
     if backend == "reference":
+        _check_values(q, k, bias, mode, key_lengths)
         attention = functools.partial(
             reference.prompt_attention,
             mode=mode,
@@ -279,9 +294,8 @@ def _run_backward(
             need, backend,
         )  # fmt: skip
         return backends.gradients(attention, (q, k, v, bias), need, grad, like)
-    if logsumexp.shape != q.shape[:3] or grad.shape != q.shape or not logsumexp.is_contiguous():
-        raise ValueError(f"logsumexp: got {backends.describe(logsumexp)}, expected the forward's, {list(q.shape[:3])}")
-    grad, q, k, v = _dense(grad), _dense(q), _dense(k), _dense(v)
+    grad, q, k, v, logsumexp = _dense(grad), _dense(q), _dense(k), _dense(v), logsumexp.contiguous()
+    out = None if out is None else _dense(out)
     bias, mode, key_lengths, row_id = map(backends.contiguous, (bias, mode, key_lengths, row_id))
     args = q, k, v, bias, mode, causal, key_lengths, scale, dropout, seed, seed_tensor, row_id
     empty = q.numel() == 0 or k.numel() == 0
@@ -336,6 +350,8 @@ def _fake_backward(
     need: list[bool],
     backend: str,
 ) -> list[Tensor]:
+    _check(q, k, v, bias, mode, causal, key_lengths, scale, dropout, seed, seed_tensor, row_id)
+    _check_backward(grad, q, out, logsumexp, backend)
     grads = [_like(x) for x, n in zip((q, k, v), need[:3], strict=True) if n]
     if need[3] and bias is not None:
         grads.append(torch.empty_like(bias, memory_format=torch.contiguous_format))
