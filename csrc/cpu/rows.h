@@ -1,6 +1,8 @@
 // What the CPU ops share: element types, noise by the chunk, loops over rows and threads.
 #pragma once
 
+#include <exception>
+
 #ifdef _OPENMP
 #include <omp.h>
 #endif
@@ -87,16 +89,24 @@ MODAFILL_INLINE void fill_normals(uint64_t seed, uint64_t row_id, uint32_t draw,
   }
 }
 
-// run(first, last) for runs of `tasks` tasks, dealt out to `team` threads.
+// run(first, last) for runs of `tasks` tasks, dealt out to `team` threads; what one of them throws comes to the caller.
 template <class F>
 MODAFILL_INLINE void deal_out(int64_t tasks, int64_t team, F run) {
 #ifdef _OPENMP
   if (team > 1) {
+    std::exception_ptr thrown; // an exception that leaves a parallel region ends the process
 #pragma omp parallel num_threads(static_cast<int>(team))
     {
       const int64_t id = omp_get_thread_num(), count = omp_get_num_threads();
-      run(tasks * id / count, tasks * (id + 1) / count);
+      try {
+        run(tasks * id / count, tasks * (id + 1) / count);
+      } catch (...) {
+#pragma omp critical(modafill_thrown)
+        thrown = std::current_exception();
+      }
     }
+    if (thrown)
+      std::rethrow_exception(thrown);
     return;
   }
 #endif

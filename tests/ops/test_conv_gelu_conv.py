@@ -257,6 +257,28 @@ def test_autograd_knows_that_out_was_written(backend: str) -> None:
         loss.backward()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux bounds the address space of a process")
+def test_memory_that_a_thread_does_not_get_is_an_error_of_the_call() -> None:
+    """300 MiB, where the hidden rows of each of two threads take 576 MiB."""
+    code = """
+import resource, torch
+from modafill import ops
+torch.set_num_threads(2)
+x, w1, w2 = torch.ones(1, 192, 1), torch.ones(1_500_000, 1, 1), torch.ones(1, 1_500_000, 1)
+small = x, torch.ones(10_000, 1, 1), None, torch.ones(1, 10_000, 1), None
+expected = ops.conv_gelu_conv(*small)  # the threads are there
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 300 * 2**20,) * 2)
+try:
+    ops.conv_gelu_conv(x, w1, None, w2, None)
+except MemoryError:
+    print(torch.equal(ops.conv_gelu_conv(*small), expected))
+"""
+    environment = {**os.environ, ENVIRONMENT: "cpu"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (run.returncode, run.stdout.strip()) == (0, "True"), run.stderr
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_double_backward_is_refused(backend: str) -> None:
     inputs = make()
