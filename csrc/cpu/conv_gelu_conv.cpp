@@ -30,7 +30,8 @@ MODAFILL_INLINE Gelu<float> gelu_exact(Vector<float> x) {
     p = p * t + kErfcx[i];
   const Vector<float> density = exponential(size * size * -0.5f);
   const Vector<float> tail = 0.5f * p * density;
-  return {x < 0.0f ? x * tail : x - x * tail, (x < 0.0f ? tail : 1.0f - tail) + x * density * 0.39894228f};
+  const Vector<float> below = x < 0.0f ? tail : 1.0f - tail; // x - x * tail would be NaN at infinity
+  return {x * below, below + x * density * 0.39894228f};
 }
 
 MODAFILL_INLINE Gelu<double> gelu_exact(Vector<double> x) {
@@ -55,6 +56,14 @@ MODAFILL_INLINE Gelu<C> gelu_tanh(Vector<C> x) {
 template <class C>
 MODAFILL_INLINE Gelu<C> gelu(Vector<C> x, bool tanh) {
   return tanh ? gelu_tanh<C>(x) : gelu_exact(x);
+}
+
+// Zeros behind the `count` real columns of a row: what infinity or NaN left there would survive the zero weights that
+// it meets next.
+template <class C>
+MODAFILL_INLINE void clear_padding(C *row, int64_t count) {
+  C *const last = row + padded<C>(count) - kWidth<C>;
+  store(last, first_lanes<C>(count - (last - row)) ? load(last) : Vector<C>{});
 }
 
 // Weights [out, in, taps] as the right operand of a product: rows tap * stride + input, columns output.
@@ -162,6 +171,7 @@ void conv_gelu_conv_of(const ConvGeluConvArgs &args, int threads) {
             const Vector<C> sum = load(to + i) + load(first_bias.get() + i);
             store(to + i, gelu<C>(sum, args.tanh).value);
           }
+          clear_padding(to, args.hidden);
         }
       multiply<false>(Product<C>{y.get(), outputs, h.get(), hidden, 1, second.get(), rows, args.outputs, second_depth,
                                  args.outputs, second_depth, count, rows * outputs, hidden_rows * hidden});
@@ -257,6 +267,8 @@ struct Backward {
           if (need_delta)
             store(delta + i, load(delta + i) * g.slope);
         }
+        if (need_delta)
+          clear_padding(delta, args.hidden);
       }
     if (job.second_grad || job.second_bias_grad)
       own_rows(r.own.get(), r.grad.get(), index, args.outputs, args.outputs, halo + second_halo, grad_rows);

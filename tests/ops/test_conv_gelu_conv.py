@@ -121,6 +121,42 @@ def test_samples_do_not_touch() -> None:
     assert dirty[4].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", EXACT)
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("hidden", [1, 7, 16, 19, 50])
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_nonfinite_values_go_where_the_reference_sends_them(
+    bad: float, hidden: int, approximate: str, dtype: torch.dtype
+) -> None:
+    x, w1, b1, w2, b2 = make(3, 9, 5, hidden, 4, 3, 3, dtype)
+    x[1, 4, 2] = bad
+    for first, second in ((w1, w2), (w1.abs(), w2.abs())):
+        inputs = [x, first, b1, second, b2]
+        found = ops.conv_gelu_conv(*inputs, approximate=approximate, backend="cpu")
+        expected = reference.conv_gelu_conv(*(t.double() for t in inputs), approximate=approximate)
+        torch.testing.assert_close(found, expected.to(dtype), equal_nan=True)
+    # Infinities of one sign never meet their opposites.
+    assert bad != math.inf or (found[1, 2:7] == math.inf).all()
+
+
+@pytest.mark.parametrize("dtype", EXACT)
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("hidden", [1, 7, 16, 19, 50])
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+def test_nonfinite_gradients_go_where_the_reference_sends_them(
+    bad: float, hidden: int, approximate: str, dtype: torch.dtype
+) -> None:
+    # Hidden values above 0, where GELU has a positive slope, but not so far that it is 1.
+    *inputs, b2 = (t.abs() / 2 for t in make(3, 9, 5, hidden, 4, 3, 3, dtype))
+    grad = torch.ones(3, 9, 4, dtype=dtype)
+    grad[1, 4, 2] = bad
+    found = results(ops.conv_gelu_conv, [*inputs, b2], grad, approximate=approximate, backend="cpu")
+    exact = [t.double() for t in (*inputs, b2)]
+    expected = results(reference.conv_gelu_conv, exact, grad.double(), approximate=approximate)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b.to(dtype), rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
 @pytest.mark.parametrize("biases", [(True, False), (False, True), (False, False)])
 def test_without_biases(biases: tuple[bool, bool]) -> None:
     x, w1, b1, w2, b2 = make()
@@ -191,7 +227,7 @@ def test_bfloat16_is_at_least_as_exact_as_torch() -> None:
 @pytest.mark.parametrize("isa", ["baseline", "v3"])
 def test_other_instruction_sets(isa: str) -> None:
     """The same tests, in a process that is told to use another instruction set."""
-    tests = ["against_the_reference and float32", "gradcheck", "range", "bfloat16", "touch"]
+    tests = ["against_the_reference and float32", "gradcheck", "range", "bfloat16", "touch", "nonfinite"]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", " or ".join(tests)]
     environment = {**os.environ, "MODAFILL_CPU_ISA": isa, ENVIRONMENT: "cpu"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
