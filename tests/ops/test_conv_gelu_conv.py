@@ -403,7 +403,7 @@ def test_the_reference_backend_is_the_reference() -> None:
 
 GOOD = dict(zip(NAMES, make(dtype=torch.float32), strict=True))
 BAD: list[tuple[str, dict[str, Any], type[Exception]]] = [
-    ("x", {"x": [1.0]}, TypeError),
+    *((name, {name: [1.0]}, TypeError) for name in NAMES),
     ("x", {"x": torch.zeros(3, 6)}, ValueError),
     ("x", {"x": torch.zeros(3, 6, 5, dtype=torch.int64)}, ValueError),
     ("w1", {"x": torch.zeros(3, 6, 4)}, ValueError),

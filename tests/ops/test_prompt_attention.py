@@ -523,7 +523,7 @@ def test_the_references_own_law() -> None:
 
 GOOD: dict[str, Any] = dict(zip(("q", "k", "v", "bias"), make(dtype=torch.float32)[0], strict=True))
 BAD: list[tuple[str, dict[str, Any], type[Exception]]] = [
-    ("q", {"q": [1.0]}, TypeError),
+    *((name, {name: [1.0]}, TypeError) for name in ("q", "k", "v", "bias", "mode", "key_lengths", "row_id")),
     ("q", {"q": torch.zeros(3, 2, 8)}, ValueError),
     ("q", {"q": torch.zeros(3, 2, 5, 8, dtype=torch.int64)}, ValueError),
     ("q", {"q": torch.zeros(3, 2, 5, 6), "k": torch.zeros(3, 2, 7, 6), "v": torch.zeros(3, 2, 7, 6)}, ValueError),

@@ -48,7 +48,8 @@ def _check(
 ) -> None:
     dtype, device = q.dtype, q.device
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor) or x.ndim != 4 or not dtype.is_floating_point:
+        backends.check_tensor(name, x)
+        if x.ndim != 4 or not dtype.is_floating_point:
             raise ValueError(f"{name}: got {backends.describe(x)}, expected a floating-point tensor [B, H, L, d]")
         if x.dtype != dtype or x.device != device:
             raise ValueError(f"{name}: got {backends.describe(x)}, expected {dtype} on {device}, as q")
@@ -63,9 +64,9 @@ def _check(
     if max(queries, keys) > MAX_LENGTH:
         raise ValueError(f"q, k: got lengths {queries} and {keys}, expected at most {MAX_LENGTH}")
     if bias is not None:
+        backends.check_tensor("bias", bias)
         if (
-            not isinstance(bias, Tensor)
-            or bias.ndim != 4
+            bias.ndim != 4
             or bias.shape[0] < 1
             or bias.shape[1] not in (1, heads)
             or bias.shape[2:] != (queries, keys)
@@ -79,12 +80,10 @@ def _check(
     elif mode is not None:
         raise ValueError(f"mode: got {backends.describe(mode)}, expected None without a bias")
     for name, value in (("mode", mode), ("key_lengths", key_lengths), ("row_id", row_id)):
-        if value is not None and (
-            not isinstance(value, Tensor)
-            or value.dtype != torch.int64
-            or value.shape != (batch,)
-            or value.device != device
-        ):
+        if value is None:
+            continue
+        backends.check_tensor(name, value)
+        if value.dtype != torch.int64 or value.shape != (batch,) or value.device != device:
             raise ValueError(f"{name}: got {backends.describe(value)}, expected int64 [{batch}] on {device}")
     if not math.isfinite(scale):
         raise ValueError(f"scale: got {scale}, expected a finite number")
@@ -435,7 +434,8 @@ def prompt_attention(
 
     Each sample picks its table of the bias by its mode; no ``[B, H, Lq, Lk]`` tensor exists, forward or backward. The
     gradient of the bias is summed over samples in a fixed order. A query with nothing to attend to gives 0. Keys and
-    values behind ``key_lengths`` are never read.
+    values behind ``key_lengths`` are never read; NaN in one that exists may come through to every query of its sample
+    and head, those that ``causal`` or the bias hide it from included.
 
     Args:
         q: ``[B, H, Lq, d]``, any strides with a dense last dimension; d a multiple of 4 in 4…128, lengths to 2048.
@@ -445,7 +445,9 @@ def prompt_attention(
         causal: MulT's mask: query i reads keys 0…i + |Lk − Lq|.
         key_lengths: int64 ``[B]``, 0…Lk: how many keys exist; on a GPU another value gives NaN. None = all.
         scale: of the products; None = d^−½.
-        dropout: share of the softmax that is dropped, the rest scaled up; from the same Philox as all noise here.
+        dropout: share of the softmax that is dropped, the rest scaled up; from the same Philox as all noise here. The
+            counter of (head h, query i, key j) is (h·Lq + i)·⌈Lk/4⌉ + ⌊j/4⌋: a row keeps its dropout in any batch, but
+            not when it is padded to another Lq or Lk.
         seed: 64-bit integer or int64 ``[]`` on the device; needed where ``dropout`` > 0.
         row_id: int64 ``[B]``, the identity of each sample's dropout; None = 0…B−1.
         out: like ``q``, contiguous; no input may overlap it. Only where no gradient is needed.
