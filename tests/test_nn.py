@@ -38,8 +38,10 @@ def test_conv_gelu_conv(kernels: tuple[int, int], bias: bool, approximate: str) 
 
 @pytest.mark.parametrize("size", [2, 9, 0])
 def test_kernels_that_do_not_fit(size: int) -> None:
-    with pytest.raises(ValueError, match=f"kernel_size: got {size}, expected an odd number"):
+    with pytest.raises(ValueError, match=f"^kernel_size: got {size}, expected an odd number"):
         ConvGeluConv(2, 2, 2, size)
+    with pytest.raises(ValueError, match=f"^second_kernel_size: got {size}, expected an odd number"):
+        ConvGeluConv(2, 2, 2, 3, size)
 
 
 def pair(bias: bool = True, **options: object) -> tuple[nn.MultiheadAttention, PromptAttention]:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -76,6 +77,42 @@ def test_an_instruction_set_that_does_not_exist_is_refused() -> None:
     )
     assert run.returncode != 0, "not a reason to run the reference instead"
     assert "MODAFILL_CPU_ISA: got v9" in run.stderr
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted in /proc")
+@pytest.mark.skipif(not backends.native_build()["openmp"], reason="built without OpenMP")
+def test_large_calls_use_every_thread() -> None:
+    """Teams of 2, 3, … threads in turn: each large call starts the thread that none before it had."""
+    code = """
+import os, torch
+from modafill import ops
+from modafill.diffusion import Schedule
+torch.set_num_threads(1)
+x, table = torch.ones(64, 4, 512), Schedule.linear(50).table
+q, rows, w = (torch.ones(shape, requires_grad=True) for shape in ((8, 4, 64, 32), (16, 64, 64), (64, 64, 3)))
+attention, convolution = ops.prompt_attention(q, q, q, None), ops.conv_gelu_conv(rows, w, None, w, None)
+plain = [t.detach() for t in (q, rows, w)]
+calls = {
+    "randn": lambda: ops.randn(x.shape, seed=1),
+    "add_noise": lambda: ops.add_noise(x, table, 3, seed=1),
+    "ddim_step": lambda: ops.ddim_step(x, x, table, 3, 2),
+    "masked_reverse_step": lambda: ops.masked_reverse_step(x, x, x, x[..., 0] > 0, table, 3, seed=1),
+    "prompt_attention": lambda: ops.prompt_attention(*plain[:1] * 3, None),
+    "prompt_attention_backward": lambda: torch.autograd.grad(attention, q, plain[0]),
+    "conv_gelu_conv": lambda: ops.conv_gelu_conv(plain[1], plain[2], None, plain[2], None),
+    "conv_gelu_conv_backward": lambda: torch.autograd.grad(convolution, w, plain[1]),
+}
+for threads, (name, call) in enumerate(calls.items(), 2):
+    torch.set_num_threads(threads)
+    before = len(os.listdir("/proc/self/task"))
+    call()
+    print(name, len(os.listdir("/proc/self/task")) - before)
+"""
+    environment = {**os.environ, backends.ENVIRONMENT: "cpu"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    names = [*backends.OPS, *(f"{op}_backward" for op in ("prompt_attention", "conv_gelu_conv"))]
+    assert dict(line.split() for line in run.stdout.splitlines()) == dict.fromkeys(names, "1")
 
 
 def test_info_is_plain_and_covers_every_op() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import itertools
 import math
 import os
@@ -143,6 +144,19 @@ def test_nan_comes_through_where_it_is_read() -> None:
     assert torch.equal(out.isnan().any(-1).nonzero(), torch.tensor([[1, 0, 2]]))
 
 
+@pytest.mark.parametrize("rest", ["hidden", "finite"])
+@pytest.mark.parametrize("at", [0, 1, 15, 16, 17, 33, 36])
+def test_one_nan_among_the_logits_comes_through(at: int, rest: str) -> None:
+    inputs, mode = make(keys=37, dtype=torch.float32)
+    bias = inputs[3][1, 0, 3]
+    if rest == "hidden":
+        bias.fill_(-math.inf)
+    bias[at] = math.nan
+    out = ops.prompt_attention(*inputs, torch.ones_like(mode))
+    assert torch.equal(out.isnan().all(-1).nonzero(), torch.tensor([[b, 0, 3] for b in range(3)]))
+    assert torch.equal(out.isnan().any(-1), out.isnan().all(-1))
+
+
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fresh memory is full of NaN."""
@@ -195,7 +209,7 @@ def test_bfloat16_is_at_least_as_exact_as_torch() -> None:
 @pytest.mark.parametrize("isa", ["baseline", "v3"])
 def test_other_instruction_sets(isa: str) -> None:
     """The same tests, in a process that is told to use another instruction set."""
-    tests = ["against_the_reference and float32 and everything", "long", "gradcheck", "behind", "bfloat16"]
+    tests = ["against_the_reference and float32 and everything", "long", "gradcheck", "behind", "bfloat16", "nan"]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", " or ".join(tests)]
     environment = {**os.environ, "MODAFILL_CPU_ISA": isa, ENVIRONMENT: "cpu"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -455,6 +469,31 @@ def test_the_registered_backward_reads_strided_arguments() -> None:
         for grad, kept in ((out, logsumexp), (out.mT.contiguous().mT, logsumexp.mT.contiguous().mT))
     )
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_logsumexp_has_no_gradient(backend: str) -> None:
+    inputs, mode = make(dtype=torch.float32)
+    out, logsumexp = torch.ops.modafill.prompt_attention(
+        inputs[0].requires_grad_(), *inputs[1:], mode, *TAIL, True, backend
+    )
+    assert out.requires_grad
+    assert not logsumexp.requires_grad
+
+
+def test_partial_bias_gradients_take_little_memory() -> None:
+    module = importlib.import_module("modafill.ops.prompt_attention")
+
+    def groups(samples: int, heads: int, size: int) -> int:
+        q, bias = (torch.empty(shape, device="meta") for shape in ((samples, heads, 1, 4), (1, heads, size, size)))
+        return module._groups(q, bias)
+
+    assert groups(256, 1, 64) == 32
+    assert groups(256, 8, 64) == 4
+    assert groups(16, 1, 64) == 2
+    # Tables of 4 MiB each, and one that is larger than all partial sums may be.
+    assert groups(256, 1, 1024) == 4
+    assert groups(256, 2, 2048) == 1
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
