@@ -280,6 +280,26 @@ def test_mistakes(call: Callable[[], Any], message: str) -> None:
         call()
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize(
+    ("timestep", "message"),
+    [
+        (1000, "got 1000, expected 0…999"),
+        (-1, "got -1, expected 0…999"),
+        (torch.tensor(1000), "got 1000, expected 0…999"),
+        (torch.tensor([0, 1000]), "got 1000, expected a diffusion step in 0…999"),
+        (torch.tensor([-1, 3]), "got -1, expected a diffusion step in 0…999"),
+        (torch.tensor([1, 2, 3]), r"got int64 \[3\] on cpu, expected an integer or int64 \[\] or \[2\]"),
+    ],
+)
+@pytest.mark.parametrize("make", [DDIMScheduler, DDPMScheduler])
+def test_timesteps_outside_the_schedule(
+    make: Callable[..., Any], timestep: int | Tensor, message: str, prediction: str
+) -> None:
+    with pytest.raises(ValueError, match=f"timestep: {message}"):
+        make(prediction_type=prediction).step(ZEROS, timestep, ZEROS)
+
+
 @pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler", "RePaintScheduler"])
 def test_calls_have_diffusers_names(name: str) -> None:
     """What we take by position is what diffusers takes by position."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from modafill import ops
 from modafill.diffusion.schedule import Schedule
+from modafill.ops import backends
 from modafill.ops.reference import SQRT_ALPHA_BAR, SQRT_ONE_MINUS_ALPHA_BAR, Draw
 
 # Odd, so that every visit of a step has another seed (the golden ratio of 64 bits, as in splitmix64).
@@ -171,14 +172,17 @@ class _Scheduler:
         rows = rows.reshape(-1, *[1] * (x.ndim - 1), rows.shape[-1])
         return rows[..., SQRT_ALPHA_BAR], rows[..., SQRT_ONE_MINUS_ALPHA_BAR]
 
-    def _strides(self, timestep: int | Tensor, device: torch.device) -> tuple[int | Tensor, int | Tensor]:
+    def _strides(self, timestep: int | Tensor, sample: Tensor) -> tuple[int | Tensor, int | Tensor]:
         """Diffusion steps (t + 1, t' + 1); a timestep on a GPU stays there."""
+        last = self.schedule.steps - 1
         if isinstance(timestep, Tensor) and (timestep.ndim or timestep.device.type != "cpu"):
-            timestep = timestep.to(device)
-            return timestep + 1, self._on(device)[1][timestep] + 1
+            timestep = timestep.to(sample.device)
+            backends.check_step("timestep", 0, timestep, len(sample), sample.device, 0, last)
+            backends.check_step_values("timestep", timestep, 0, last)
+            return timestep + 1, self._on(sample.device)[1][timestep] + 1
         t = int(timestep)
-        if not 0 <= t < self.schedule.steps:
-            raise ValueError(f"timestep: got {t}, expected 0…{self.schedule.steps - 1}")
+        if not 0 <= t <= last:
+            raise ValueError(f"timestep: got {t}, expected 0…{last}")
         return t + 1, self._previous[t] + 1
 
     def _seed(self, seed: int | Tensor | None, generator: torch.Generator | None) -> int | Tensor:
@@ -248,8 +252,8 @@ class DDIMScheduler(_Scheduler):
             seed, row_id: as in :func:`modafill.ops.ddim_step`.
             return_dict: False gives ``(prev_sample, pred_original_sample)``.
         """
+        step, previous = self._strides(timestep, sample)
         eps = self._epsilon(model_output, sample, timestep)
-        step, previous = self._strides(timestep, sample.device)
         clip = self._clip if use_clipped_model_output else None
         x = sample if use_clipped_model_output else self._clipped(sample, eps, timestep)
         if eta > 0:
@@ -280,8 +284,8 @@ class DDPMScheduler(_Scheduler):
         return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor, Tensor]:
         """The sample one timestep earlier; arguments as in :meth:`DDIMScheduler.step`."""
+        step, previous = self._strides(timestep, sample)
         eps = self._epsilon(model_output, sample, timestep)
-        step, previous = self._strides(timestep, sample.device)
         table, seed = self._on(sample.device)[0], self._seed(seed, generator)
         done = ops.ddim_step(sample, eps, table, step, previous, eta=1.0, seed=seed, row_id=row_id, clip=self._clip)
         return self._output(done, sample, eps, timestep, return_dict)
@@ -354,7 +358,7 @@ class RePaintScheduler(_Scheduler):
             model_output, timestep, sample, generator, seed, row_id, return_dict: as in :meth:`DDIMScheduler.step`. A
                 timestep that is visited again gets other noise under the same seed.
         """
-        step, previous = self._strides(timestep, sample.device)
+        step, previous = self._strides(timestep, sample)
         table, seed = self._on(sample.device)[0], self._visited(self._seed(seed, generator))
         by_token = mask.dtype == torch.bool and mask.ndim == 2 and sample.ndim == 3
         single = isinstance(step, int) and isinstance(previous, int) and step - previous == 1
@@ -393,7 +397,7 @@ class RePaintScheduler(_Scheduler):
         the stride is 1.
         """
         seed = self._visited(self._seed(seed, generator))
-        step, previous = self._strides(timestep, sample.device)
+        step, previous = self._strides(timestep, sample)
         ratio = self._coefficients(sample, timestep)[0] / self._coefficients(sample, previous - 1)[0]
         noise = ops.randn(
             tuple(sample.shape), seed=seed, row_id=row_id, step=step, draw=Draw.RESAMPLE, device=sample.device
