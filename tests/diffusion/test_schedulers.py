@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import diffusers
@@ -20,6 +20,7 @@ from modafill.ops.reference import Draw
 SHAPE = (4, 3, 10)
 SEED = 11
 ZEROS = torch.zeros(2, 3)
+ROWS = torch.tensor([[1, 0, 1], [0, 1, 0], [1, 1, 1], [0, 0, 0]], dtype=torch.bool)
 
 
 def network(x: Tensor, t: int) -> Tensor:
@@ -113,6 +114,69 @@ def compare_loops(fed: Fed, ours: Any, theirs: Any, steps: int, **options: Any) 
     assert distance(x, y) < 1e-5
 
 
+def compare_first_steps(
+    fed: Fed, ours: Any, theirs: Any, dtype: torch.dtype, given: Sequence[Tensor] = (), **options: Any
+) -> None:
+    """From t = N − 1, where 1/√ᾱ is largest: ours may be wrong by twice what diffusers is in the same dtype.
+
+    The float32 table of coefficients adds a rounding of the largest value.
+    """
+    t, steps = ours.timesteps[0], []
+    assert int(t) == len(ours) - 1
+    inputs = [ops.randn(SHAPE, seed=seed).to(dtype) for seed in (1, 2)]
+    inputs[0] = inputs[0].clamp(-1, 1)
+    seed = {"seed": SEED}
+    for scheduler, kind, extra in ((theirs, torch.float64, {}), (theirs, dtype, {}), (ours, dtype, seed)):
+        fed.draws = iter([noise_of(int(t)).to(kind)])
+        output, sample = (x.to(kind) for x in inputs)
+        more = [x.to(kind) if x.is_floating_point() or scheduler is theirs else x for x in given]
+        more = [x[..., None] if x.ndim == 2 and scheduler is theirs else x for x in more]
+        steps.append(scheduler.step(output, t, sample, *more, **options, **extra, return_dict=False))
+    for exact, other, mine in zip(*steps, strict=True):
+        assert mine.dtype == dtype
+        allowed = 2 * (other - exact).abs().max() + torch.finfo(torch.float32).eps * exact.abs().max()
+        assert (mine - exact).abs().max() <= allowed
+
+
+DDIM = [{"eta": eta, "use_clipped_model_output": again} for eta in (0.0, 0.7) for again in (False, True)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("schedule", ["linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
+@pytest.mark.parametrize(
+    ("name", "options"), [*(("DDIMScheduler", options) for options in DDIM), ("DDPMScheduler", {})]
+)
+def test_steps_are_exact_where_the_signal_is_least(
+    fed: Fed, name: str, options: dict[str, Any], prediction: str, schedule: str, clip: bool, dtype: torch.dtype
+) -> None:
+    config = {"beta_schedule": schedule, "clip_sample": clip, "prediction_type": prediction}
+    config["timestep_spacing"] = "trailing"
+    ours = getattr(schedulers, name)(**config)
+    theirs = rival(name, ours, **config)
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(2)
+    compare_first_steps(fed, ours, theirs, dtype, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("schedule", ["linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize("eta", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("mask", ["rows", "mixed"])
+def test_repaint_is_exact_where_the_signal_is_least(
+    fed: Fed, mask: str, eta: float, schedule: str, clip: bool, dtype: torch.dtype
+) -> None:
+    config = {"beta_schedule": schedule, "clip_sample": clip, "eta": eta}
+    ours = RePaintScheduler(**config)
+    theirs = rival("RePaintScheduler", ours, **config)
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(1000, jump_n_sample=1)
+    given = ROWS if mask == "rows" else torch.sigmoid(ops.randn(SHAPE, seed=5)).to(dtype)
+    compare_first_steps(fed, ours, theirs, dtype, [ops.randn(SHAPE, seed=3).to(dtype), given])
+
+
 @pytest.mark.parametrize("mask", ["rows", "elements", "mixed"])
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("steps", [20, 100])
@@ -126,7 +190,7 @@ def test_repaint_loops(fed: Fed, mask: str, eta: float, steps: int, clip: bool) 
     assert ours.timesteps.tolist() == theirs.timesteps.tolist()
     known = ops.randn(SHAPE, seed=3, dtype=torch.float64)
     masks = {
-        "rows": torch.tensor([[1, 0, 1], [0, 1, 0], [1, 1, 1], [0, 0, 0]], dtype=torch.bool),
+        "rows": ROWS,
         "elements": ops.randn(SHAPE, seed=4) > 0,
         "mixed": torch.sigmoid(ops.randn(SHAPE, seed=5, dtype=torch.float64)),
     }
@@ -230,14 +294,16 @@ def test_noise_with_a_seed_belongs_to_the_row() -> None:
     torch.testing.assert_close(partial([2, 0]), partial([0, 1, 2, 3])[[2, 0]], rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("settings", ["no clip", "defaults", "sample", "v and clip"])
 @pytest.mark.parametrize("make", [DDIMScheduler, DDPMScheduler])
-def test_timesteps_per_row(make: Callable[..., Any]) -> None:
-    scheduler = make(clip_sample=False)
+def test_timesteps_per_row(make: Callable[..., Any], settings: str) -> None:
+    scheduler = make(**SETTINGS[settings])
     scheduler.set_timesteps(10)
     x, t = ops.randn(SHAPE, seed=0), torch.tensor([900, 0, 300, 300])
-    together = scheduler.step(0.3 * x, t, x, seed=SEED)
+    options = {"eta": 0.7} if make is DDIMScheduler else {}
+    together = scheduler.step(0.3 * x, t, x, **options, seed=SEED)
     for row, at in enumerate(t.tolist()):
-        alone = scheduler.step(0.3 * x, at, x, seed=SEED)
+        alone = scheduler.step(0.3 * x, at, x, **options, seed=SEED)
         torch.testing.assert_close(together.prev_sample[row], alone.prev_sample[row], rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(
             together.pred_original_sample[row], alone.pred_original_sample[row], rtol=1e-6, atol=1e-6
@@ -270,6 +336,12 @@ def test_dtypes_are_kept(dtype: torch.dtype, settings: str) -> None:
             lambda: DDPMScheduler().step(torch.zeros(2, 3), 1000, torch.zeros(2, 3)),
             "timestep: got 1000, expected 0…999",
         ),
+        (
+            lambda: DDIMScheduler(prediction_type="sample").step(torch.zeros(2, 1), 5, ZEROS),
+            r"model_output: got shape \[2, 1\], expected \[2, 3\], as sample",
+        ),
+        (lambda: DDIMScheduler().step(ZEROS.long(), 5, ZEROS.long()), r"sample: got int64 \[2, 3\]"),
+        (lambda: DDIMScheduler().step(ZEROS, 5, ZEROS, eta=1.5), r"eta: got 1.5, expected a value in \[0, 1\]"),
         (lambda: RePaintScheduler(prediction_type="sample"), "prediction_type: got 'sample', expected 'epsilon'"),
         (lambda: RePaintScheduler(timestep_spacing="trailing"), "timestep_spacing: got 'trailing', expected 'leading'"),
         (lambda: RePaintScheduler().set_timesteps(9, jump_length=0), "jump_length, jump_n_sample: got 0, 10"),

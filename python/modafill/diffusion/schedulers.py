@@ -17,7 +17,7 @@ from torch import Tensor
 from modafill import ops
 from modafill.diffusion.schedule import Schedule
 from modafill.ops import backends
-from modafill.ops.reference import SQRT_ALPHA_BAR, SQRT_ONE_MINUS_ALPHA_BAR, Draw
+from modafill.ops.reference import SQRT_ALPHA_BAR, SQRT_ONE_MINUS_ALPHA_BAR, Draw, ddim_deviations
 
 # Odd, so that every visit of a step has another seed (the golden ratio of 64 bits, as in splitmix64).
 _VISIT = 0x9E3779B97F4A7C15
@@ -81,14 +81,13 @@ class SchedulerOutput:
     """
 
     prev_sample: Tensor
-    _inputs: tuple[Tensor, Tensor, Tensor, Tensor, float | None]
+    _inputs: tuple[Tensor | None, _Scheduler, Tensor, Tensor, int | Tensor]
 
     @property
     def pred_original_sample(self) -> Tensor:
         """x̂₀, clipped where the scheduler clips; computed when it is asked for."""
-        sample, eps, signal, sigma, clip = self._inputs
-        x0 = (sample - sigma * eps) / signal
-        return (x0 if clip is None else x0.clamp(-clip, clip)).to(sample.dtype)
+        x0, scheduler, model_output, sample, step = self._inputs
+        return (scheduler._estimate(model_output, sample, step)[0] if x0 is None else x0).to(sample.dtype)
 
 
 class _Scheduler:
@@ -152,13 +151,13 @@ class _Scheduler:
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """The forward process √ᾱ_t x₀ + √(1−ᾱ_t) ε for given noise and timesteps, ints ``[B]``."""
-        signal, sigma = self._coefficients(original_samples, timesteps)
-        return (signal * original_samples + sigma * noise).to(original_samples.dtype)
+        signal, sigma = self._coefficients(original_samples, timesteps + 1)
+        return (signal * _wide(original_samples) + sigma * _wide(noise)).to(original_samples.dtype)
 
     def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """The target of v-prediction, √ᾱ_t ε − √(1−ᾱ_t) x₀."""
-        signal, sigma = self._coefficients(sample, timesteps)
-        return (signal * noise - sigma * sample).to(sample.dtype)
+        signal, sigma = self._coefficients(sample, timesteps + 1)
+        return (signal * _wide(noise) - sigma * _wide(sample)).to(sample.dtype)
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """The schedule's table and the previous timestep of each, on ``device``."""
@@ -166,11 +165,15 @@ class _Scheduler:
             self._tables[device] = self.schedule.table.to(device), torch.tensor(self._previous, device=device)
         return self._tables[device]
 
-    def _coefficients(self, x: Tensor, timestep: int | Tensor) -> tuple[Tensor, Tensor]:
-        """√ᾱ_t and √(1−ᾱ_t), shaped to broadcast against ``x [B, …]``, in float32 or more."""
-        rows = self._on(x.device)[0][timestep + 1].to(torch.promote_types(x.dtype, torch.float32))
-        rows = rows.reshape(-1, *[1] * (x.ndim - 1), rows.shape[-1])
-        return rows[..., SQRT_ALPHA_BAR], rows[..., SQRT_ONE_MINUS_ALPHA_BAR]
+    def _coefficients(self, x: Tensor, step: int | Tensor) -> tuple[Tensor, Tensor]:
+        """√ᾱ and √(1−ᾱ) of a diffusion step, to be broadcast against ``x [B, …]`` in float32 or more."""
+        if isinstance(step, int):
+            # Scalars on the CPU, which any device takes without waiting.
+            row = self.schedule.table[step].to(torch.float64)
+        else:
+            rows = _wide(self._on(x.device)[0][step], x.dtype)
+            row = rows.reshape(-1, *[1] * (x.ndim - 1), rows.shape[-1])
+        return row[..., SQRT_ALPHA_BAR], row[..., SQRT_ONE_MINUS_ALPHA_BAR]
 
     def _strides(self, timestep: int | Tensor, sample: Tensor) -> tuple[int | Tensor, int | Tensor]:
         """Diffusion steps (t + 1, t' + 1); a timestep on a GPU stays there."""
@@ -192,31 +195,87 @@ class _Scheduler:
             seed = drawn if drawn.is_cuda else int(drawn)
         return seed
 
-    def _epsilon(self, model_output: Tensor, sample: Tensor, timestep: int | Tensor) -> Tensor:
-        if self.config.prediction_type == "epsilon":
-            return model_output
-        signal, sigma = self._coefficients(sample, timestep)
-        velocity = self.config.prediction_type == "v_prediction"
-        eps = signal * model_output + sigma * sample if velocity else (sample - signal * model_output) / sigma
-        return eps.to(sample.dtype)
-
     @property
     def _clip(self) -> float | None:
         return self.config.clip_sample_range if self.config.clip_sample else None
 
-    def _clipped(self, sample: Tensor, eps: Tensor, timestep: int | Tensor) -> Tensor:
-        """The sample √ᾱ x̂₀ + √(1−ᾱ) ε̂ with x̂₀ clipped: a step from it has the clipped x̂₀ beside the same ε̂."""
-        if self._clip is None:
-            return sample
-        signal, sigma = self._coefficients(sample, timestep)
-        x0 = ((sample - sigma * eps) / signal).clamp(-self._clip, self._clip)
-        return (signal * x0 + sigma * eps).to(sample.dtype)
+    def _estimate(self, model_output: Tensor, sample: Tensor, step: int | Tensor) -> tuple[Tensor, Tensor]:
+        """x̂₀, clipped where the scheduler clips, and the network's ε̂, in float32 or more."""
+        signal, sigma = self._coefficients(sample, step)
+        x, output = _wide(sample), _wide(model_output, sample.dtype)
+        if self.config.prediction_type == "epsilon":
+            x0, eps = (x - sigma * output) / signal, output
+        elif self.config.prediction_type == "sample":
+            x0, eps = output, (x - signal * output) / sigma
+        else:
+            x0, eps = signal * x - sigma * output, signal * output + sigma * x
+        return x0 if self._clip is None else x0.clamp(-self._clip, self._clip), eps
+
+    def _advance(
+        self,
+        model_output: Tensor,
+        sample: Tensor,
+        step: int | Tensor,
+        previous: int | Tensor,
+        eta: float,
+        recompute: bool,
+        seed: int | Tensor,
+        row_id: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The sample at ``previous``, in its dtype or a wider one, and x̂₀ where it was made on the way.
+
+        ``recompute``: whether ε̂ is made again from the clipped x̂₀. The op takes ε̂ alone and divides by √ᾱ for x̂₀,
+        5e-5 at the end of a cosine schedule; so only the network's own ε̂ and sample go there, and what is computed
+        here is never rounded before that division.
+        """
+        backends.check_rows("sample", sample)
+        if model_output.shape != sample.shape:
+            got, expected = list(model_output.shape), list(sample.shape)
+            raise ValueError(f"model_output: got shape {got}, expected {expected}, as sample")
+        clip = self._clip
+        if self.config.prediction_type == "epsilon" and (recompute or clip is None):
+            table = self._on(sample.device)[0]
+            done = ops.ddim_step(
+                sample, model_output, table, step, previous, eta=eta, seed=seed, row_id=row_id, clip=clip
+            )
+            return done, None
+        if not 0.0 <= eta <= 1.0:
+            raise ValueError(f"eta: got {eta}, expected a value in [0, 1]")
+        x0, eps = self._estimate(model_output, sample, step)
+        signal, sigma = self._coefficients(sample, step)
+        prev_signal, prev_sigma = self._coefficients(sample, previous)
+        if recompute and clip is not None:
+            eps = (_wide(sample) - signal * x0) / sigma
+        if eta == 0.0:
+            return prev_signal * x0 + prev_sigma * eps, x0
+        std, direction = ddim_deviations(signal, sigma, prev_signal, prev_sigma, eta)
+        done = prev_signal * x0 + direction * eps
+        done = done + std * self._noise(sample, step, Draw.REVERSE, seed, row_id)
+        return done, x0
+
+    def _noise(
+        self, sample: Tensor, step: int | Tensor, draw: Draw, seed: int | Tensor, row_id: Tensor | None
+    ) -> Tensor:
+        """Normals in the shape of ``sample``, in float32 or more."""
+        dtype, device = torch.promote_types(sample.dtype, torch.float32), sample.device
+        return ops.randn(sample.shape, seed=seed, row_id=row_id, step=step, draw=draw, dtype=dtype, device=device)
 
     def _output(
-        self, previous: Tensor, sample: Tensor, eps: Tensor, timestep: int | Tensor, return_dict: bool
+        self,
+        previous: Tensor,
+        x0: Tensor | None,
+        model_output: Tensor,
+        sample: Tensor,
+        step: int | Tensor,
+        return_dict: bool,
     ) -> SchedulerOutput | tuple[Tensor, Tensor]:
-        output = SchedulerOutput(previous, (sample, eps, *self._coefficients(sample, timestep), self._clip))
+        output = SchedulerOutput(previous.to(sample.dtype), (x0, self, model_output, sample, step))
         return output if return_dict else (output.prev_sample, output.pred_original_sample)
+
+
+def _wide(x: Tensor, like: torch.dtype | None = None) -> Tensor:
+    """``x`` in float32, or in its own dtype or ``like`` where that is wider."""
+    return x.to(torch.promote_types(torch.promote_types(x.dtype, like or x.dtype), torch.float32))
 
 
 class DDIMScheduler(_Scheduler):
@@ -246,21 +305,16 @@ class DDIMScheduler(_Scheduler):
             timestep: 0…N−1, an integer or int64 ``[]`` or ``[B]``.
             sample: ``[B, …]``.
             eta: 0 deterministic, 1 ancestral.
-            use_clipped_model_output: whether ε̂ is recomputed from the clipped x̂₀. Without it, a scheduler that clips
-                takes three passes more.
+            use_clipped_model_output: whether ε̂ is recomputed from the clipped x̂₀. The fused op does that; without it, a
+                scheduler that clips takes several passes.
             generator: draws the seed where ``seed`` is None and ``eta`` > 0.
             seed, row_id: as in :func:`modafill.ops.ddim_step`.
             return_dict: False gives ``(prev_sample, pred_original_sample)``.
         """
         step, previous = self._strides(timestep, sample)
-        eps = self._epsilon(model_output, sample, timestep)
-        clip = self._clip if use_clipped_model_output else None
-        x = sample if use_clipped_model_output else self._clipped(sample, eps, timestep)
-        if eta > 0:
-            seed = self._seed(seed, generator)
-        table = self._on(sample.device)[0]
-        done = ops.ddim_step(x, eps, table, step, previous, eta=eta, seed=seed, row_id=row_id, clip=clip)
-        return self._output(done, sample, eps, timestep, return_dict)
+        key = self._seed(seed, generator) if eta > 0 else 0
+        done, x0 = self._advance(model_output, sample, step, previous, eta, use_clipped_model_output, key, row_id)
+        return self._output(done, x0, model_output, sample, step, return_dict)
 
 
 class DDPMScheduler(_Scheduler):
@@ -285,10 +339,9 @@ class DDPMScheduler(_Scheduler):
     ) -> SchedulerOutput | tuple[Tensor, Tensor]:
         """The sample one timestep earlier; arguments as in :meth:`DDIMScheduler.step`."""
         step, previous = self._strides(timestep, sample)
-        eps = self._epsilon(model_output, sample, timestep)
-        table, seed = self._on(sample.device)[0], self._seed(seed, generator)
-        done = ops.ddim_step(sample, eps, table, step, previous, eta=1.0, seed=seed, row_id=row_id, clip=self._clip)
-        return self._output(done, sample, eps, timestep, return_dict)
+        seed = self._seed(seed, generator)
+        done, x0 = self._advance(model_output, sample, step, previous, 1.0, True, seed, row_id)
+        return self._output(done, x0, model_output, sample, step, return_dict)
 
 
 class RePaintScheduler(_Scheduler):
@@ -359,28 +412,25 @@ class RePaintScheduler(_Scheduler):
                 timestep that is visited again gets other noise under the same seed.
         """
         step, previous = self._strides(timestep, sample)
-        table, seed = self._on(sample.device)[0], self._visited(self._seed(seed, generator))
+        seed = self._visited(self._seed(seed, generator))
         by_token = mask.dtype == torch.bool and mask.ndim == 2 and sample.ndim == 3
         single = isinstance(step, int) and isinstance(previous, int) and step - previous == 1
+        x0 = None
         if by_token and single and self._clip is None and self.config.eta == 1.0:
+            table = self._on(sample.device)[0]
             done = ops.masked_reverse_step(
                 sample, model_output, original_image, mask, table, step, seed=seed, row_id=row_id
             )
         else:
-            x = self._clipped(sample, model_output, timestep)
-            unknown = ops.ddim_step(
-                x, model_output, table, step, previous, eta=self.config.eta, seed=seed, row_id=row_id
-            )
-            shape, device = tuple(sample.shape), sample.device
-            noise = ops.randn(shape, seed=seed, row_id=row_id, step=step, draw=Draw.REVERSE, device=device)
-            signal, sigma = self._coefficients(sample, previous - 1)
-            known = signal * original_image + sigma * noise
+            unknown, x0 = self._advance(model_output, sample, step, previous, self.config.eta, False, seed, row_id)
+            signal, sigma = self._coefficients(sample, previous)
+            known = signal * _wide(original_image) + sigma * self._noise(sample, step, Draw.REVERSE, seed, row_id)
             if mask.dtype == torch.bool:
                 done = torch.where(mask[..., None] if by_token else mask, known, unknown.to(known.dtype))
             else:
-                done = mask * known + (1 - mask) * unknown
-            done = done.to(sample.dtype)
-        return self._output(done, sample, model_output, timestep, return_dict)
+                share = _wide(mask)
+                done = share * known + (1 - share) * unknown
+        return self._output(done, x0, model_output, sample, step, return_dict)
 
     def undo_step(
         self,
@@ -398,11 +448,9 @@ class RePaintScheduler(_Scheduler):
         """
         seed = self._visited(self._seed(seed, generator))
         step, previous = self._strides(timestep, sample)
-        ratio = self._coefficients(sample, timestep)[0] / self._coefficients(sample, previous - 1)[0]
-        noise = ops.randn(
-            tuple(sample.shape), seed=seed, row_id=row_id, step=step, draw=Draw.RESAMPLE, device=sample.device
-        )
-        return (ratio * sample + (1 - ratio**2).sqrt() * noise).to(sample.dtype)
+        ratio = self._coefficients(sample, step)[0] / self._coefficients(sample, previous)[0]
+        noise = self._noise(sample, step, Draw.RESAMPLE, seed, row_id)
+        return (ratio * _wide(sample) + (1 - ratio**2).sqrt() * noise).to(sample.dtype)
 
     def _visited(self, seed: int | Tensor) -> int | Tensor:
         """Another seed for each call since :meth:`set_timesteps`."""
