@@ -322,6 +322,80 @@ def test_dtypes_are_kept(dtype: torch.dtype, settings: str) -> None:
     torch.testing.assert_close(previous.double(), exact.prev_sample, rtol=tolerance, atol=tolerance)
 
 
+def one_step(scheduler: Any, output: Tensor, sample: Tensor, **options: Any) -> Any:
+    more = (torch.zeros_like(sample), ROWS) if isinstance(scheduler, RePaintScheduler) else ()
+    return scheduler.step(output, 500, sample, *more, seed=SEED, **options)
+
+
+UNCLIPPED = {"clip_sample": False}
+STEPS_WITHOUT_X0 = [(DDIMScheduler, UNCLIPPED), (DDPMScheduler, {}), (RePaintScheduler, {**UNCLIPPED, "eta": 1.0})]
+STEPS_WITH_X0 = [(DDIMScheduler, {}), (DDPMScheduler, SETTINGS["v"]), (DDIMScheduler, SETTINGS["v and clip"])]
+
+
+@pytest.mark.parametrize(("make", "config"), STEPS_WITHOUT_X0)
+def test_a_loop_that_reads_prev_sample_alone_makes_no_x0(
+    make: Callable[..., Any], config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    real = make._estimate
+    monkeypatch.setattr(make, "_estimate", lambda *a: calls.append(a) or real(*a))
+    x = ops.randn(SHAPE, seed=0)
+    done = one_step(make(**config), 0.3 * x, x)
+    assert not calls
+    assert torch.equal(done.pred_original_sample, one_step(make(**config), 0.3 * x, x, return_dict=False)[1])
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("changed", ["sample", "model_output"])
+@pytest.mark.parametrize(("make", "config"), [*STEPS_WITHOUT_X0, (DDIMScheduler, SETTINGS["sample"])])
+def test_x0_of_changed_inputs_is_refused(make: Callable[..., Any], config: dict[str, Any], changed: str) -> None:
+    x = ops.randn(SHAPE, seed=0)
+    inputs = {"sample": x, "model_output": 0.3 * x}
+    done = one_step(make(**config), inputs["model_output"], x)
+    inputs[changed].copy_(done.prev_sample)
+    with pytest.raises(RuntimeError, match="pred_original_sample: the sample or the model's output was changed"):
+        _ = done.pred_original_sample
+
+
+@pytest.mark.parametrize(("make", "config"), STEPS_WITH_X0)
+def test_x0_that_a_step_made_stays(make: Callable[..., Any], config: dict[str, Any]) -> None:
+    x, scheduler = ops.randn(SHAPE, seed=0), make(**config)
+    output = 0.3 * x
+    done, expected = one_step(scheduler, output, x), one_step(scheduler, output, x, return_dict=False)[1]
+    for changed in (x, output):
+        changed.zero_()
+    assert torch.equal(done.pred_original_sample, expected)
+
+
+@pytest.mark.parametrize(("make", "config"), STEPS_WITHOUT_X0)
+def test_x0_in_inference_mode(make: Callable[..., Any], config: dict[str, Any]) -> None:
+    """Tensors of this mode do not show that they were changed."""
+    with torch.inference_mode():
+        x = ops.randn(SHAPE, seed=0)
+        output = 0.3 * x
+        done, expected = (one_step(make(**config), output, x, return_dict=kind) for kind in (True, False))
+        x.copy_(done.prev_sample)
+        assert torch.equal(done.pred_original_sample, expected[1])
+
+
+def test_x0_of_a_sample_prediction_is_the_models_output() -> None:
+    x = ops.randn(SHAPE, seed=0)
+    for dtype in (torch.float32, torch.bfloat16):
+        output = (3 * x).to(dtype)
+        for config in (SETTINGS["sample"], {"prediction_type": "sample"}):
+            found = DDIMScheduler(**config).step(output, 999, x.to(dtype)).pred_original_sample
+            assert torch.equal(found, output.clamp(-1, 1) if len(config) == 1 else output)
+
+
+@pytest.mark.parametrize("settings", ["no clip", "defaults", "v", "sample"])
+def test_a_step_compiles_whole(settings: str) -> None:
+    scheduler, x = DDIMScheduler(**SETTINGS[settings]), ops.randn(SHAPE, seed=0)
+    compiled = torch.compile(lambda e, x: scheduler.step(e, 500, x), fullgraph=True, backend="aot_eager")
+    found, expected = compiled(0.3 * x, x), scheduler.step(0.3 * x, 500, x)
+    torch.testing.assert_close(found.prev_sample, expected.prev_sample)
+    torch.testing.assert_close(found.pred_original_sample, expected.pred_original_sample)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -81,13 +81,35 @@ class SchedulerOutput:
     """
 
     prev_sample: Tensor
-    _inputs: tuple[Tensor | None, _Scheduler, Tensor, Tensor, int | Tensor]
+    _original: Tensor | _Pending
 
     @property
     def pred_original_sample(self) -> Tensor:
-        """x̂₀, clipped where the scheduler clips; computed when it is asked for."""
-        x0, scheduler, model_output, sample, step = self._inputs
-        return (scheduler._estimate(model_output, sample, step)[0] if x0 is None else x0).to(sample.dtype)
+        """x̂₀, clipped where the scheduler clips.
+
+        A step that does not need it makes it here, of the sample and the model's output, which it keeps alive for that.
+
+        Raises:
+            RuntimeError: one of them was changed in place since the step.
+        """
+        x0 = self._original.make() if isinstance(self._original, _Pending) else self._original
+        return x0.to(self.prev_sample.dtype)
+
+
+class _Pending:
+    """x̂₀ of a step that did not make it."""
+
+    def __init__(self, scheduler: _Scheduler, model_output: Tensor, sample: Tensor, step: int | Tensor) -> None:
+        self._scheduler, self._inputs, self._step = scheduler, (model_output, sample), step
+        self._versions = [x._version for x in self._inputs]
+
+    def make(self) -> Tensor:
+        if [x._version for x in self._inputs] != self._versions:
+            raise RuntimeError(
+                "pred_original_sample: the sample or the model's output was changed in place since the step; read it"
+                " before that, or step with return_dict=False"
+            )
+        return self._scheduler._estimate(*self._inputs, self._step)[0]
 
 
 class _Scheduler:
@@ -269,8 +291,14 @@ class _Scheduler:
         step: int | Tensor,
         return_dict: bool,
     ) -> SchedulerOutput | tuple[Tensor, Tensor]:
-        output = SchedulerOutput(previous.to(sample.dtype), (x0, self, model_output, sample, step))
-        return output if return_dict else (output.prev_sample, output.pred_original_sample)
+        previous = previous.to(sample.dtype)
+        if x0 is None or x0 is model_output:
+            # A loop that reads prev_sample alone does not pay for x̂₀; a compiler drops it by itself.
+            watched = not (torch.compiler.is_compiling() or model_output.is_inference() or sample.is_inference())
+            if return_dict and watched:
+                return SchedulerOutput(previous, _Pending(self, model_output, sample, step))
+            x0 = self._estimate(model_output, sample, step)[0]
+        return SchedulerOutput(previous, x0) if return_dict else (previous, x0.to(sample.dtype))
 
 
 def _wide(x: Tensor, like: torch.dtype | None = None) -> Tensor:
