@@ -416,8 +416,9 @@ def test_a_step_compiles_whole(settings: str) -> None:
         ),
         (lambda: DDIMScheduler().step(ZEROS.long(), 5, ZEROS.long()), r"sample: got int64 \[2, 3\]"),
         (lambda: DDIMScheduler().step(ZEROS, 5, ZEROS, eta=1.5), r"eta: got 1.5, expected a value in \[0, 1\]"),
-        (lambda: RePaintScheduler(prediction_type="sample"), "prediction_type: got 'sample', expected 'epsilon'"),
-        (lambda: RePaintScheduler(timestep_spacing="trailing"), "timestep_spacing: got 'trailing', expected 'leading'"),
+        (lambda: RePaintScheduler(eta=1.5), r"eta: got 1.5, expected a value in \[0, 1\]"),
+        (lambda: DDPMScheduler(clip_sample_range=0.0), "clip_sample_range: got 0.0, expected a positive bound"),
+        (lambda: DDIMScheduler(trained_betas=[0.1, 0.2]), "num_train_timesteps: got 1000, expected 2, the length of"),
         (lambda: RePaintScheduler().set_timesteps(9, jump_length=0), "jump_length, jump_n_sample: got 0, 10"),
     ],
 )
@@ -444,6 +445,23 @@ def test_timesteps_outside_the_schedule(
 ) -> None:
     with pytest.raises(ValueError, match=f"timestep: {message}"):
         make(prediction_type=prediction).step(ZEROS, timestep, ZEROS)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "value"),
+    [
+        ("DDIMScheduler", "eta", 1.0),
+        ("DDPMScheduler", "eta", 1.0),
+        ("RePaintScheduler", "steps_offset", 1),
+        ("RePaintScheduler", "prediction_type", "sample"),
+        ("RePaintScheduler", "timestep_spacing", "trailing"),
+        ("RePaintScheduler", "thresholding", True),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(name: str, setting: str, value: object) -> None:
+    for module in (schedulers, diffusers):
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{setting}'"):
+            getattr(module, name)(**{setting: value})
 
 
 @pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler", "RePaintScheduler"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,20 +24,8 @@ _VISIT = 0x9E3779B97F4A7C15
 
 
 @dataclass(frozen=True)
-class SchedulerConfig:
-    """Settings of a scheduler, under diffusers' names and with its defaults.
-
-    Attributes:
-        num_train_timesteps: N.
-        beta_start, beta_end: ends of the schedule.
-        beta_schedule: ``"linear"``, ``"scaled_linear"`` (linear in √β) or ``"squaredcos_cap_v2"`` (cosine).
-        trained_betas: β_1…β_N instead of a schedule.
-        clip_sample: whether x̂₀ is clipped to ± ``clip_sample_range``.
-        prediction_type: what the network gives: ``"epsilon"``, ``"sample"`` (x₀) or ``"v_prediction"``.
-        timestep_spacing: ``"leading"``, ``"trailing"`` or ``"linspace"``.
-        steps_offset: added to the timesteps of ``"leading"``.
-        eta: RePaint's share of ancestral noise.
-    """
+class _ScheduleConfig:
+    """What every scheduler is told: its noise schedule and the bound of x̂₀."""
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.0001
@@ -46,19 +34,16 @@ class SchedulerConfig:
     trained_betas: Sequence[float] | Tensor | None = None
     clip_sample: bool = True
     clip_sample_range: float = 1.0
-    prediction_type: str = "epsilon"
-    timestep_spacing: str = "leading"
-    steps_offset: int = 0
-    eta: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, known in (
-            ("beta_schedule", ("linear", "scaled_linear", "squaredcos_cap_v2")),
-            ("prediction_type", ("epsilon", "sample", "v_prediction")),
-            ("timestep_spacing", ("leading", "trailing", "linspace")),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(known)}")
+        _check_choice("beta_schedule", self.beta_schedule, ("linear", "scaled_linear", "squaredcos_cap_v2"))
+        n = self.num_train_timesteps if self.trained_betas is None else len(self.trained_betas)
+        if n != self.num_train_timesteps:
+            raise ValueError(
+                f"num_train_timesteps: got {self.num_train_timesteps}, expected {n}, the length of trained_betas"
+            )
+        if not self.clip_sample_range > 0:
+            raise ValueError(f"clip_sample_range: got {self.clip_sample_range}, expected a positive bound")
 
     def schedule(self) -> Schedule:
         """The noise schedule; ValueError if a β is outside (0, 1)."""
@@ -70,6 +55,57 @@ class SchedulerConfig:
             return Schedule.cosine(self.num_train_timesteps)
         ends = self.beta_start**0.5, self.beta_end**0.5
         return Schedule(torch.linspace(*ends, self.num_train_timesteps, dtype=torch.float64) ** 2)
+
+
+@dataclass(frozen=True)
+class SchedulerConfig(_ScheduleConfig):
+    """Settings of DDIM and DDPM, under diffusers' names and with its defaults; another name is a TypeError.
+
+    Attributes:
+        num_train_timesteps: N.
+        beta_start, beta_end: ends of the schedule.
+        beta_schedule: ``"linear"``, ``"scaled_linear"`` (linear in √β) or ``"squaredcos_cap_v2"`` (cosine).
+        trained_betas: β_1…β_N instead of a schedule.
+        clip_sample: whether x̂₀ is clipped to ± ``clip_sample_range``.
+        prediction_type: what the network gives: ``"epsilon"``, ``"sample"`` (x₀) or ``"v_prediction"``.
+        timestep_spacing: ``"leading"``, ``"trailing"`` or ``"linspace"``.
+        steps_offset: added to the timesteps of ``"leading"``.
+    """
+
+    prediction_type: str = "epsilon"
+    timestep_spacing: str = "leading"
+    steps_offset: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_choice("prediction_type", self.prediction_type, ("epsilon", "sample", "v_prediction"))
+        _check_choice("timestep_spacing", self.timestep_spacing, ("leading", "trailing", "linspace"))
+
+
+@dataclass(frozen=True)
+class RePaintConfig(_ScheduleConfig):
+    """Settings of RePaint, under diffusers' names and with its defaults; another name is a TypeError.
+
+    Attributes:
+        num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, clip_sample, clip_sample_range: as in
+            :class:`SchedulerConfig`.
+        eta: share of ancestral noise, 0…1.
+    """
+
+    eta: float = 0.0
+    prediction_type: ClassVar[str] = "epsilon"
+    timestep_spacing: ClassVar[str] = "leading"
+    steps_offset: ClassVar[int] = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 <= self.eta <= 1.0:
+            raise ValueError(f"eta: got {self.eta}, expected a value in [0, 1]")
+
+
+def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(known)}")
 
 
 @dataclass(frozen=True)
@@ -117,9 +153,10 @@ class _Scheduler:
 
     order = 1
     init_noise_sigma = 1.0
+    _settings: type[SchedulerConfig | RePaintConfig] = SchedulerConfig
 
     def __init__(self, **config: Any) -> None:
-        self.config = SchedulerConfig(**config)
+        self.config = self._settings(**config)
         self.schedule = self.config.schedule()
         self.num_inference_steps = self.schedule.steps
         self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
@@ -379,14 +416,11 @@ class RePaintScheduler(_Scheduler):
     :func:`modafill.ops.masked_reverse_step`, one pass; everything else is a DDIM step and the mix.
 
     Args:
-        config: fields of :class:`SchedulerConfig`; timesteps are always ``"leading"``, predictions always ε.
+        config: fields of :class:`RePaintConfig`; timesteps are always ``"leading"``, predictions always ε.
     """
 
-    def __init__(self, **config: Any) -> None:
-        super().__init__(**config)
-        for name, only in (("prediction_type", "epsilon"), ("timestep_spacing", "leading")):
-            if getattr(self.config, name) != only:
-                raise ValueError(f"{name}: got {getattr(self.config, name)!r}, expected {only!r}")
+    config: RePaintConfig
+    _settings = RePaintConfig
 
     def set_timesteps(
         self,
