@@ -322,6 +322,78 @@ def test_dtypes_are_kept(dtype: torch.dtype, settings: str) -> None:
     torch.testing.assert_close(previous.double(), exact.prev_sample, rtol=tolerance, atol=tolerance)
 
 
+def test_timesteps_per_row_follow_the_last_plan() -> None:
+    """The strides of a plan are cached on the device; another plan has others."""
+    x, t, scheduler = ops.randn(SHAPE, seed=0), torch.tensor([900, 0, 300, 500]), DDIMScheduler(clip_sample=False)
+    for steps in (10, 100, 10):
+        scheduler.set_timesteps(steps)
+        fresh = DDIMScheduler(clip_sample=False)
+        fresh.set_timesteps(steps)
+        assert torch.equal(scheduler.step(0.3 * x, t, x).prev_sample, fresh.step(0.3 * x, t, x).prev_sample)
+
+
+@pytest.mark.parametrize("make", [DDIMScheduler, DDPMScheduler, RePaintScheduler])
+def test_timesteps_lie_on_the_device_asked_for(make: Callable[..., Any]) -> None:
+    scheduler = make()
+    scheduler.set_timesteps(10, device="meta")
+    assert scheduler.timesteps.device.type == "meta"
+    scheduler.set_timesteps(10)
+    assert scheduler.timesteps.device.type == "cpu"
+
+
+def test_ddim_without_eta_draws_nothing() -> None:
+    torch.manual_seed(3)
+    generator = torch.Generator().manual_seed(3)
+    before = torch.get_rng_state(), generator.get_state()
+    loop(DDIMScheduler())
+    loop(DDIMScheduler(), generator=generator)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert torch.equal(generator.get_state(), before[1])
+    loop(DDIMScheduler(), eta=0.1, generator=generator)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert not torch.equal(generator.get_state(), before[1])
+    loop(DDIMScheduler(), eta=0.1)
+    assert not torch.equal(torch.get_rng_state(), before[0])
+
+
+def test_a_seed_in_a_tensor_gives_other_noise_on_every_visit() -> None:
+    x = ops.randn(SHAPE, seed=0)
+    seen = []
+    for seed in (SEED, torch.tensor(SEED)):
+        scheduler = RePaintScheduler(eta=1.0, clip_sample=False)
+        steps = [scheduler.step(0.3 * x, 500, x, x, ROWS, seed=seed).prev_sample for _ in range(3)]
+        undone = [scheduler.undo_step(x, 500, seed=seed) for _ in range(3)]
+        seen.append(torch.stack([*steps, *undone]))
+        assert len({float(one[3, 2, 0]) for one in seen[-1]}) == 6
+    assert torch.equal(*seen)
+
+
+@pytest.mark.parametrize(
+    ("config", "t", "mask", "fused"),
+    [
+        ({"eta": 1.0, "clip_sample": False}, 500, ROWS, True),
+        ({"eta": 1.0, "clip_sample": False}, 0, ROWS, True),
+        ({"eta": 0.5, "clip_sample": False}, 500, ROWS, False),
+        ({"eta": 1.0}, 500, ROWS, False),
+        ({"eta": 1.0, "clip_sample": False}, 500, ROWS.float()[..., None], False),
+        ({"eta": 1.0, "clip_sample": False}, torch.tensor([500, 1, 2, 3]), ROWS, False),
+    ],
+)
+def test_repaint_is_one_pass_where_it_can_be(
+    config: dict[str, Any], t: int | Tensor, mask: Tensor, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called = []
+    real = ops.masked_reverse_step
+    monkeypatch.setattr(ops, "masked_reverse_step", lambda *a, **o: called.append(a) or real(*a, **o))
+    x = ops.randn(SHAPE, seed=0)
+    RePaintScheduler(**config).step(0.3 * x, t, x, x, mask, seed=SEED)
+    assert len(called) == fused
+    scheduler = RePaintScheduler(**config)
+    scheduler.set_timesteps(10)
+    scheduler.step(0.3 * x, 900, x, x, ROWS, seed=SEED)
+    assert len(called) == fused, "a stride of more than one step is not its formula"
+
+
 def one_step(scheduler: Any, output: Tensor, sample: Tensor, **options: Any) -> Any:
     more = (torch.zeros_like(sample), ROWS) if isinstance(scheduler, RePaintScheduler) else ()
     return scheduler.step(output, 500, sample, *more, seed=SEED, **options)
