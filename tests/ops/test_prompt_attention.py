@@ -45,6 +45,14 @@ def test_against_the_reference(
     compare(inputs, mode, **options_for(name, 4, keys))
 
 
+def test_the_reference_gives_nan_for_key_lengths_out_of_range() -> None:
+    """What the op on a GPU promises, where nothing is read back."""
+    q, k, v = (torch.randn(4, 2, n, 8) for n in (5, 7, 7))
+    found = reference.prompt_attention(q, k, v, None, key_lengths=torch.tensor([-1, 0, 7, 8]))
+    assert found.isnan().flatten(1).all(1).tolist() == [True, False, False, True]
+    assert not found[1:3].isnan().any()
+
+
 @settings(max_examples=200)
 @given(st.data())
 def test_random_shapes(data: st.DataObject) -> None:

@@ -14,7 +14,7 @@ column value
 
 Randomness is counter-based (Philox4x32-10, then Box–Muller): key = seed, counter = (quad of elements within the row,
 row id low, row id high, step | draw << 24). Each function here returns float64 on the device of its input; a step
-outside the schedule gives NaN.
+outside the schedule gives NaN, as does a number of keys outside 0…Lk.
 """
 
 from __future__ import annotations
@@ -257,7 +257,10 @@ def prompt_attention(
             raise ValueError("seed: got None, expected an integer because dropout > 0")
         kept = dropout_mask(logits.shape, dropout, seed=seed, row_id=row_id, device=q.device)
         weights = torch.where(kept, weights / (1.0 - dropout), 0.0)
-    return weights @ v
+    out = weights @ v
+    if key_lengths is not None:
+        out = torch.where(((key_lengths >= 0) & (key_lengths <= keys))[:, None, None, None], out, math.nan)
+    return out
 
 
 def conv_gelu_conv(
