@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
 from pathlib import Path
 
@@ -62,7 +63,7 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
 def test_as_multihead_attention(bias: bool, mask: str | None) -> None:
     theirs, ours = pair(bias)
     given = {"float": torch.randn(5, 7), "bool": torch.ones(5, 7, dtype=torch.bool).triu(4), None: None}[mask]
-    padding = torch.tensor([[False] * 7, [False] * 4 + [True] * 3])
+    padding = PADDING
     # Both masks of one kind, as PyTorch wants them.
     wanted = padding if mask == "bool" else torch.zeros(2, 7).masked_fill(padding, -torch.inf)
     expected = theirs(*inputs(), key_padding_mask=wanted, attn_mask=given, need_weights=False)[0]
@@ -75,6 +76,80 @@ def test_as_multihead_attention(bias: bool, mask: str | None) -> None:
     found.square().sum().backward()
     for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def encoder_layers(**options: object) -> tuple[nn.TransformerEncoderLayer, nn.TransformerEncoderLayer]:
+    """PyTorch's layer and one with our attention, of the same weights."""
+    torch.manual_seed(0)
+    theirs = nn.TransformerEncoderLayer(24, 2, 32, dropout=0.0, batch_first=True, **options)
+    ours = copy.deepcopy(theirs)
+    ours.self_attn = PromptAttention(24, 2)
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+PADDING = torch.tensor([[False] * 7, [False] * 4 + [True] * 3])
+CAUSAL = nn.Transformer.generate_square_subsequent_mask(7)
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("padding", [None, PADDING, torch.zeros(2, 7).masked_fill(PADDING, -torch.inf)])
+@pytest.mark.parametrize("mask", [None, torch.linspace(-1, 1, 49).reshape(7, 7), CAUSAL, CAUSAL < 0])
+def test_in_place_of_an_encoder_layers_attention(mask: Tensor | None, padding: Tensor | None, norm_first: bool) -> None:
+    theirs, ours = encoder_layers(norm_first=norm_first)
+    if mask is not None and padding is not None and mask.dtype != padding.dtype:
+        padding = PADDING if mask.dtype == torch.bool else torch.zeros(2, 7).masked_fill(PADDING, -torch.inf)
+    real = ~PADDING if padding is not None else torch.ones_like(PADDING)
+    x, causal = inputs()[1], mask is not None and not mask.is_floating_point()
+    options = {"src_key_padding_mask": padding, "is_causal": causal}
+    # In training PyTorch calls its attention as it calls ours; its fused path would take any float mask for a bool one.
+    expected = theirs(x, mask, **options)[real]
+    with torch.no_grad():
+        torch.testing.assert_close(ours.eval()(x, mask, **options)[real], expected, rtol=1e-4, atol=1e-5)
+    found = ours.train()(x, mask, **options)[real]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    found, expected = found.square().sum(), expected.square().sum()
+    found.backward()
+    expected.backward()
+    for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_in_an_encoder_and_a_decoder() -> None:
+    theirs, ours = encoder_layers()
+    x, memory = inputs()[1], inputs()[0]
+    both = [nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval() for layer in (ours, theirs)]
+    with torch.no_grad():
+        # The causal mask is detected, and the layers are called with is_causal=True.
+        found, expected = (encoder(x, CAUSAL) for encoder in both)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        theirs = nn.TransformerDecoderLayer(24, 2, 32, batch_first=True).eval()
+        ours = copy.deepcopy(theirs)
+        ours.self_attn, ours.multihead_attn = PromptAttention(24, 2), PromptAttention(24, 2)
+        ours.load_state_dict(theirs.state_dict())
+        found, expected = (layer.eval()(x, memory, CAUSAL, tgt_is_causal=True) for layer in (ours, theirs))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_pytorchs_fused_layer_does_not_leave_out_the_prompt_bias() -> None:
+    _, ours = encoder_layers()
+    ours.self_attn = PromptAttention(24, 2, n_modes=1, max_query_length=7, max_key_length=7, init_std=2.0)
+    x = inputs()[1]
+    ours.eval()
+    expected = ours(x)
+    with torch.no_grad():
+        assert torch.equal(ours(x), expected)
+        ours.self_attn.prompt_bias.zero_()
+        assert not torch.allclose(ours(x), expected, atol=1e-2)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_refused() -> None:
+    theirs, ours = encoder_layers()
+    encoder = nn.TransformerEncoder(theirs, 1).eval()
+    encoder.layers[0].self_attn = ours.self_attn
+    with torch.no_grad(), pytest.raises(ValueError, match=r"query: got a nested tensor, .*enable_nested_tensor=False"):
+        encoder(inputs()[1], src_key_padding_mask=PADDING)
 
 
 def test_a_sample_gets_the_table_of_its_mode() -> None:
@@ -144,8 +219,7 @@ class Network(nn.Module):
 
 
 def network_inputs() -> tuple[Tensor, Tensor, Tensor]:
-    padding = torch.tensor([[False] * 7, [False] * 4 + [True] * 3])
-    return inputs()[1], torch.tensor([1, 0]), padding
+    return inputs()[1], torch.tensor([1, 0]), PADDING
 
 
 def gradients(network: nn.Module, *args: Tensor) -> dict[str, Tensor]:
@@ -222,16 +296,66 @@ def test_mistakes() -> None:
     with pytest.raises(ValueError, match="need_weights: got True, expected False"):
         ours(q, k, v, need_weights=True)
     _, ours = pair()
-    with pytest.raises(ValueError, match="padding before a key"):
-        ours(q, k, v, torch.tensor([[True] + [False] * 6] * 2))
+    with pytest.raises(ValueError, match="is_causal: got True without attn_mask"):
+        ours(q, k, v, is_causal=True)
     with pytest.raises(ValueError, match="beside key_lengths"):
         ours(q, k, v, torch.zeros(2, 7, dtype=torch.bool), key_lengths=torch.tensor([7, 7]))
     with pytest.raises(ValueError, match=r"attn_mask: got shape \[7, 5\]"):
         ours(q, k, v, attn_mask=torch.zeros(7, 5))
     with pytest.raises(ValueError, match="num_heads: got 5, expected a divisor of embed_dim, 24"):
         PromptAttention(24, 5)
+    for embed_dim, heads, width in ((30, 5, 6), (264, 2, 132), (6, 3, 2)):
+        with pytest.raises(ValueError, match=f"embed_dim, num_heads: got heads of width {width}, expected a multiple"):
+            PromptAttention(embed_dim, heads)
+    for dropout in (1.0, -0.1):
+        with pytest.raises(ValueError, match=rf"dropout: got {dropout}, expected a value in \[0, 1\)"):
+            PromptAttention(24, 3, dropout=dropout)
     with pytest.raises(ValueError, match="max_query_length, max_key_length: got 0 and 3"):
         PromptAttention(24, 3, n_modes=1, max_key_length=3)
+
+
+@pytest.mark.parametrize(
+    ("padding", "message"),
+    [
+        (torch.zeros(2, 6, dtype=torch.bool), r"got bool \[2, 6\] on cpu, expected bool or floating-point \[2, 7\]"),
+        (torch.zeros(7, dtype=torch.bool), r"got bool \[7\] on cpu"),
+        (torch.zeros(2, 7, dtype=torch.int64), r"got int64 \[2, 7\] on cpu"),
+        (torch.tensor([[True] + [False] * 6] * 2), "got padding before a key"),
+        (torch.full((2, 7), 0.5), "a number other than 0 and -inf"),
+        (torch.full((2, 7), torch.nan), "a number other than 0 and -inf"),
+    ],
+)
+def test_padding_that_does_not_fit(padding: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=f"key_padding_mask: .*{message}"):
+        PromptAttention(24, 3)(*inputs(), padding)
+
+
+def test_padding_compiles_whole() -> None:
+    _, ours = pair()
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+    given = torch.zeros(2, 7).masked_fill(PADDING, -torch.inf)
+    torch.testing.assert_close(compiled(*inputs(), given)[0], ours(*inputs(), PADDING)[0])
+    with pytest.raises(RuntimeError, match="padding before a key"):
+        compiled(*inputs(), given.flip(1))
+
+
+def test_padding_outside_the_cpu_is_not_read_back() -> None:
+    """On meta nothing can be read."""
+    x = torch.empty(2, 7, 24, device="meta")
+    for padding in (PADDING, torch.zeros(2, 7)):
+        assert PromptAttention(24, 3).to("meta")(x, x, x, padding.to("meta"))[0].shape == x.shape
+
+
+def test_arguments_are_those_of_multihead_attention() -> None:
+    ours, theirs = (
+        [p.name for p in inspect.signature(m.forward).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+        for m in (PromptAttention, nn.MultiheadAttention)
+    )
+    assert ours == theirs
+    theirs, ours = pair()
+    mask = torch.ones(5, 7, dtype=torch.bool).triu(1)
+    found, expected = (m(*inputs(), None, False, mask, False, True)[0] for m in (ours, theirs))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_they_run_the_ops(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from modafill import ops
+from modafill.ops import backends
+from modafill.ops.prompt_attention import MAX_WIDTH
 
 
 class ConvGeluConv(nn.Sequential):
@@ -54,21 +56,30 @@ class ConvGeluConv(nn.Sequential):
 class PromptAttention(nn.Module):
     """Multi-head attention whose logits get a learned bias by missing mode, on :func:`modafill.ops.prompt_attention`.
 
-    In place of ``nn.MultiheadAttention(embed_dim, num_heads, dropout, bias, batch_first=True)``: it has its parameters,
-    loads its state dict, and is called as it is. Attention weights are never made, so ``need_weights`` must be False,
-    its default here.
+    In place of ``nn.MultiheadAttention(embed_dim, num_heads, dropout, bias, batch_first=True)``, also within PyTorch's
+    transformer layers: it has its parameters, loads its state dict and takes its arguments, in batches. Three things
+    differ: attention weights are never made, so ``need_weights`` must be False, its default here; padding is on the
+    right; a query with nothing to attend to gives ``out_proj.bias`` instead of NaN.
 
     Args:
         embed_dim: width of queries, keys and values.
         num_heads: a divisor of ``embed_dim``; heads must be a multiple of 4 wide, up to 128.
-        dropout: of the attention weights, in training.
+        dropout: of the attention weights, in training, 0 or more and less than 1.
         bias: whether the projections have biases.
         n_modes: P, how many tables of the prompt bias; 0 for none.
         max_query_length, max_key_length: their size ``[P, H or 1, Lq, Lk]``; shorter sequences use a corner.
         shared_heads: whether all heads share a table.
         init_std: of the tables' normal initialisation. Zeros would do here, but a prompt that multiplies another one
             would then never learn.
+
+    Raises:
+        ValueError: an argument is outside its range.
     """
+
+    # PyTorch's transformer layers read both: with the second one False they call the module, where their own fused path
+    # for inference would take its weights and leave out the prompt bias.
+    batch_first = True
+    _qkv_same_embed_dim = False
 
     def __init__(
         self,
@@ -86,6 +97,13 @@ class PromptAttention(nn.Module):
         super().__init__()
         if num_heads < 1 or embed_dim % num_heads:
             raise ValueError(f"num_heads: got {num_heads}, expected a divisor of embed_dim, {embed_dim}")
+        width = embed_dim // num_heads
+        if width % 4 or not 4 <= width <= MAX_WIDTH:
+            raise ValueError(
+                f"embed_dim, num_heads: got heads of width {width}, expected a multiple of 4 in 4…{MAX_WIDTH}"
+            )
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout: got {dropout}, expected a value in [0, 1)")
         if n_modes and min(max_query_length, max_key_length) < 1:
             got = f"{max_query_length} and {max_key_length}"
             raise ValueError(f"max_query_length, max_key_length: got {got}, expected at least 1 with n_modes > 0")
@@ -112,6 +130,8 @@ class PromptAttention(nn.Module):
         key_padding_mask: Tensor | None = None,
         need_weights: bool = False,
         attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
         *,
         mode: Tensor | None = None,
         key_lengths: Tensor | None = None,
@@ -123,10 +143,12 @@ class PromptAttention(nn.Module):
 
         Args:
             query: ``[B, Lq, E]``; key, value: ``[B, Lk, E]``.
-            key_padding_mask: bool ``[B, Lk]``, True = padding, which must be on the right. Reading it back from a GPU
-                waits for the GPU; ``key_lengths`` does not.
+            key_padding_mask: ``[B, Lk]``, padding on the right: bool, True = padding, or float, −inf = padding, else 0.
+                On a GPU it is not read back, and a sample whose mask does not fit gives NaN.
             need_weights: False.
             attn_mask: ``[Lq, Lk]`` for all samples and heads: bool, True = hidden, or float, added to the logits.
+            average_attn_weights: without effect, as there are no weights.
+            is_causal: nn.MultiheadAttention's hint that ``attn_mask`` is causal. The mask is what counts.
             mode: int64 ``[B]``, which table of the prompt bias a sample gets.
             key_lengths: int64 ``[B]``, how many keys exist.
             causal: MulT's mask (:func:`modafill.ops.prompt_attention`).
@@ -137,21 +159,23 @@ class PromptAttention(nn.Module):
             ``([B, Lq, E], None)``; under autocast in its dtype.
 
         Raises:
-            ValueError: weights are asked for, padding is not on the right, sequences are longer than the prompt bias.
-            RuntimeError: padding is not on the right and the module is compiled.
+            ValueError: weights are asked for, ``is_causal`` comes without a mask, a mask does not fit, sequences are
+                longer than the prompt bias.
+            RuntimeError: padding on the CPU does not fit and the module is compiled.
         """
         if need_weights:
             raise ValueError("need_weights: got True, expected False, because the weights are never made")
+        if is_causal and attn_mask is None:
+            raise ValueError("is_causal: got True without attn_mask, expected the mask that it is a hint about")
+        if query.is_nested:
+            raise ValueError(
+                "query: got a nested tensor, expected [B, Lq, E]; nn.TransformerEncoder makes none with"
+                " enable_nested_tensor=False"
+            )
         if key_padding_mask is not None:
             if key_lengths is not None:
                 raise ValueError("key_padding_mask: got one beside key_lengths, expected one of the two")
-            key_lengths = (~key_padding_mask).sum(1)
-            behind = torch.arange(key.shape[1], device=key.device) >= key_lengths[:, None]
-            wrong = "key_padding_mask: got padding before a key, expected it on the right only"
-            if torch.compiler.is_compiling():
-                torch._assert_async((behind == key_padding_mask).all(), wrong)
-            elif not torch.equal(behind, key_padding_mask):
-                raise ValueError(wrong)
+            key_lengths = _key_lengths(key_padding_mask, key)
         weights = self.in_proj_weight.chunk(3)
         biases = [None] * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         q, k, v = (
@@ -192,3 +216,22 @@ class PromptAttention(nn.Module):
             mask = torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, -torch.inf)
         mask = mask.to(like.dtype)
         return mask[None, None] if bias is None else bias + mask
+
+
+def _key_lengths(padding: Tensor, key: Tensor) -> Tensor:
+    """How many keys stand before the padding, int64 ``[B]``; −1, which the op makes NaN, for a misfit on a GPU."""
+    batch, keys = key.shape[:2]
+    if padding.shape != (batch, keys) or not (padding.dtype == torch.bool or padding.is_floating_point()):
+        expected = f"bool or floating-point [{batch}, {keys}]"
+        raise ValueError(f"key_padding_mask: got {backends.describe(padding)}, expected {expected}")
+    hidden = padding if padding.dtype == torch.bool else padding == -torch.inf
+    lengths = keys - hidden.sum(1)
+    behind = torch.arange(keys, device=padding.device) >= lengths[:, None]
+    fits = ((hidden == behind) & (hidden | (padding == 0))).all(1)
+    if fits.is_cpu:
+        wrong = "got padding before a key, or a number other than 0 and -inf, expected padding on the right only"
+        if torch.compiler.is_compiling():
+            torch._assert_async(fits.all(), f"key_padding_mask: {wrong}")
+        elif not bool(fits.all()):
+            raise ValueError(f"key_padding_mask: {wrong}")
+    return torch.where(fits, lengths, -1)
