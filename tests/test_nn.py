@@ -185,6 +185,26 @@ def test_state_dicts_of_its_own_are_strict() -> None:
         other.load_state_dict({"in_proj_weight": ours.in_proj_weight, "in_proj_bias": ours.in_proj_bias})
 
 
+def test_only_a_state_dict_of_multihead_attention_may_lack_the_prompts() -> None:
+    options = {"n_modes": 2, "max_query_length": 5, "max_key_length": 7}
+    theirs, ours = pair(**options)
+    initial = ours.prompt_bias.detach().clone()
+    layers = [nn.Sequential(m) for m in (theirs, ours)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    assert torch.equal(ours.prompt_bias, initial)
+    assert torch.equal(ours.in_proj_weight, theirs.in_proj_weight)
+    # PyTorch's notes on a state dict say whose it is; without them it could be our own that lost its prompts.
+    bare = dict(theirs.state_dict())
+    lost = ours.state_dict()
+    del lost["prompt_bias"]
+    renamed = {name.replace("prompt_bias", "prompts"): value for name, value in ours.state_dict().items()}
+    for given in (bare, lost, renamed, pair()[1].state_dict()):
+        with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "prompt_bias"'):
+            ours.load_state_dict(given)
+    assert ours.load_state_dict(bare, strict=False).missing_keys == ["prompt_bias"]
+    assert torch.equal(ours.prompt_bias, initial)
+
+
 def test_dropout_in_training_alone_and_by_torchs_seed() -> None:
     ours = PromptAttention(24, 3, dropout=0.5)
     torch.manual_seed(3)

@@ -61,6 +61,11 @@ class PromptAttention(nn.Module):
     differ: attention weights are never made, so ``need_weights`` must be False, its default here; padding is on the
     right; a query with nothing to attend to gives ``out_proj.bias`` instead of NaN.
 
+    After a state dict that nn.MultiheadAttention made, the tables of the prompt bias are those that they were: as
+    initialised. Any other one has to hold them. PyTorch notes in a state dict what made it, but a file of bare tensors,
+    like safetensors, has no notes: load nn.MultiheadAttention's weights from there with ``strict=False``, which names
+    ``prompt_bias`` as missing.
+
     Args:
         embed_dim: width of queries, keys and values.
         num_heads: a divisor of ``embed_dim``; heads must be a multiple of 4 wide, up to 128.
@@ -80,6 +85,8 @@ class PromptAttention(nn.Module):
     # for inference would take its weights and leave out the prompt bias.
     batch_first = True
     _qkv_same_embed_dim = False
+    # What PyTorch notes in a state dict: another number than nn.MultiheadAttention's.
+    _version = 1001
 
     def __init__(
         self,
@@ -116,11 +123,12 @@ class PromptAttention(nn.Module):
             shape = (n_modes, 1 if shared_heads else num_heads, max_query_length, max_key_length)
             self.prompt_bias = nn.Parameter(torch.randn(shape) * init_std)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # The state dict of nn.MultiheadAttention has no prompts: ours stay as they are.
-        if self.prompt_bias is not None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        if self.prompt_bias is not None and local_metadata.get("version") == nn.MultiheadAttention._version:
             state_dict.setdefault(f"{prefix}prompt_bias", self.prompt_bias.detach())
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def forward(
         self,
