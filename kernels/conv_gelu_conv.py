@@ -204,7 +204,8 @@ class _Launcher:
 
     def __init__(self, x: Tensor) -> None:
         self.like, self.capability = x, capability_of(x)
-        tf32 = x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
+        allowed = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+        tf32 = allowed and x.dtype == torch.float32
         self.precision = "tf32" if tf32 else "tf32x3"
 
     def config(self, kernel: str, **sizes: int) -> dict[str, int]:
@@ -310,9 +311,9 @@ def conv_gelu_conv_backward(
                 b1_grad.copy_(found) if first == 0 else b1_grad.add_(found)
         if sums[1] is not None and value_part is not None:
             _sum_weights(run, sums[1], grad_part, value_part, length, first > 0)
-    for g, found in zip((w1_grad, w2_grad), sums, strict=True):
-        if g is not None and found is not None and len(found) > 1:
-            torch.sum(found, 0, out=g)
+    for g, parts in zip((w1_grad, w2_grad), sums, strict=True):
+        if g is not None and parts is not None and len(parts) > 1:
+            torch.sum(parts, 0, out=g)
 
 
 def _group_sums(run: _Launcher, weight_grad: Tensor, rows: int) -> Tensor:
