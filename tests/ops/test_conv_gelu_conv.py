@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import itertools
 import math
 import os
@@ -38,6 +39,71 @@ def test_against_the_reference(
     shape: tuple[int, ...], taps: tuple[int, int], approximate: str, dtype: torch.dtype
 ) -> None:
     compare(make(*shape, *taps, dtype), approximate=approximate)
+
+
+@pytest.mark.parametrize("dtype", EXACT)
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("taps", [(1, 1), (3, 1), (5, 7)])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1), (3, 6, 5, 7, 4), (2, 97, 64, 50, 49)])
+def test_pytorchs_own_layers(
+    shape: tuple[int, ...], taps: tuple[int, int], approximate: str, dtype: torch.dtype
+) -> None:
+    compare(make(*shape, *taps, dtype), "torch", approximate=approximate)
+
+
+def test_pytorchs_own_layers_as_the_registered_op() -> None:
+    inputs = make(first_taps=3, second_taps=5, dtype=torch.float32)
+    for approximate in ("none", "tanh"):
+        torch.library.opcheck(torch.ops.modafill.conv_gelu_conv, (*inputs, approximate, "torch"))
+    args = (torch.ones(3, 6, 4), *inputs, "none", [True] * 5, "torch")
+    torch.library.opcheck(torch.ops.modafill.conv_gelu_conv_backward, args)
+    out = torch.empty(3, 6, 4)
+    assert torch.equal(
+        ops.conv_gelu_conv(*inputs, out=out, backend="torch"), ops.conv_gelu_conv(*inputs, backend="torch")
+    )
+
+
+@pytest.mark.parametrize(
+    "rows, channels, taps, dtype, grad, in_torch",
+    [
+        (1600, 128, 3, torch.float32, True, True),
+        (1600, 128, 3, torch.float32, False, False),
+        (640, 128, 3, torch.float32, True, False),
+        (50, 256, 3, torch.float32, True, False),
+        (1600, 256, 1, torch.float32, True, True),
+        (8, 128, 1, torch.float32, True, True),
+        (8, 128, 1, torch.float32, False, False),
+        (8, 512, 1, torch.float32, False, True),
+        (17, 128, 1, torch.float32, True, False),
+        (256, 512, 3, torch.float32, False, True),
+        (250, 512, 3, torch.float32, False, False),
+        (1600, 256, 3, torch.float64, True, False),
+        (0, 512, 3, torch.float32, True, False),
+        (8, 64, 3, torch.bfloat16, False, False),
+        (1600, 64, 3, torch.bfloat16, False, True),
+    ],
+)
+def test_auto_takes_torch_where_it_was_measured_to_be_faster(
+    rows: int,
+    channels: int,
+    taps: int,
+    dtype: torch.dtype,
+    grad: bool,
+    in_torch: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = importlib.import_module("modafill.ops.conv_gelu_conv")
+    monkeypatch.setattr(module, "_HAS_BFLOAT16", True)
+    taken: list[None] = []
+    real = module._in_torch
+    monkeypatch.setattr(module, "_in_torch", lambda *args: taken.append(None) or real(*args))
+    batch = 2 - rows % 2
+    inputs = make(batch, rows // batch, channels, channels, channels, taps, taps, dtype)
+    ops.conv_gelu_conv(*(t.requires_grad_(grad) for t in inputs))
+    assert bool(taken) == in_torch
+    taken.clear()
+    ops.conv_gelu_conv(*inputs, backend="cpu")
+    assert not taken
 
 
 @settings(max_examples=200)
@@ -244,9 +310,9 @@ x = torch.randn(64, 512, 16, requires_grad=True)
 w1, w2 = (torch.randn(s, requires_grad=True) for s in ((2048, 16, 1), (16, 2048, 1)))
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-ops.conv_gelu_conv(x[:1], w1, None, w2, None).sum().backward()
+ops.conv_gelu_conv(x[:1], w1, None, w2, None, backend="cpu").sum().backward()
 before = peak()
-ops.conv_gelu_conv(x, w1, None, w2, None).sum().backward()
+ops.conv_gelu_conv(x, w1, None, w2, None, backend="cpu").sum().backward()
 print(peak() - before)
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -410,6 +476,7 @@ BAD: list[tuple[str, dict[str, Any], type[Exception]]] = [
     ("w1", {"w1": torch.zeros(7, 5, 2)}, ValueError),
     ("w1", {"w1": torch.zeros(7, 5, 9)}, ValueError),
     ("w1", {"w1": torch.zeros(7, 5)}, ValueError),
+    ("w1", {"w1": torch.zeros(())}, ValueError),
     ("w1", {"w1": torch.zeros(7, 5, 3, dtype=torch.float64)}, ValueError),
     ("b1", {"b1": torch.zeros(6)}, ValueError),
     ("w2", {"w2": torch.zeros(4, 6, 1)}, ValueError),

@@ -70,7 +70,8 @@ def test_random_shapes(data: st.DataObject) -> None:
         draw(st.sampled_from(EXACT)),
         draw(st.integers(0, 99)),
     )
-    compare(inputs, mode, **options_for(draw(st.sampled_from(list(OPTIONS))), batch, keys))
+    # Where few keys are left, gradients of the logits all but cancel.
+    compare(inputs, mode, floor=0.1, **options_for(draw(st.sampled_from(list(OPTIONS))), batch, keys))
 
 
 @pytest.mark.parametrize("missing", list(itertools.product([False, True], repeat=4))[1:])

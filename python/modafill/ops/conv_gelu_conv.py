@@ -17,6 +17,7 @@ _SCHEMA = f"({_ARGUMENTS}, str backend) -> Tensor"
 _BACKWARD_SCHEMA = f"(Tensor grad, {_ARGUMENTS}, bool[] need, str backend) -> Tensor[]"
 
 MAX_TAPS = 7
+_HAS_BFLOAT16 = torch.cpu._is_avx512_bf16_supported()
 # The gradients of the weights are summed in groups of rows, each with tables of its own.
 _GROUP_BYTES = 1 << 24
 _GROUP_ROWS = 96
@@ -48,17 +49,28 @@ def _check(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | No
 
 def _in_torch(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, approximate: str) -> Tensor:
     """The op in PyTorch's own layers, which keep the hidden rows for the gradient."""
-    if w1.shape[2] == w2.shape[2] == 1:
+    if w1.shape[2] == w2.shape[2] == 1 and x.dtype != torch.float32:
         return F.linear(F.gelu(F.linear(x, w1[..., 0], b1), approximate=approximate), w2[..., 0], b2)
-    hidden = F.gelu(F.conv1d(x.transpose(1, 2), w1, b1, padding=w1.shape[2] // 2), approximate=approximate)
-    return F.conv1d(hidden, w2, b2, padding=w2.shape[2] // 2).transpose(1, 2).contiguous()
+    # As images of one row, [B, L, C] in memory is channels-last, which nothing has to transpose.
+    image = x.transpose(1, 2).unsqueeze(2)
+    hidden = F.gelu(F.conv2d(image, w1.unsqueeze(2), b1, padding=(0, w1.shape[2] // 2)), approximate=approximate)
+    return F.conv2d(hidden, w2.unsqueeze(2), b2, padding=(0, w2.shape[2] // 2)).squeeze(2).transpose(1, 2)
 
 
-def _trains_in_torch(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> bool:
-    """The rule of :data:`modafill.ops.backends.RULES`."""
-    if not x.is_cpu or min(*w1.shape[:2], w2.shape[0]) < backends.TORCH_TRAINS_FROM or not torch.is_grad_enabled():
+def _torch_is_faster(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> bool:
+    """The rule of :data:`modafill.ops.backends.RULES`: the gradient makes hidden rows again, which costs a sixth."""
+    if not x.is_cpu or x.ndim != 3 or x.dtype not in (torch.float32, torch.bfloat16):
         return False
-    return any(t is not None and t.requires_grad for t in (x, w1, b1, w2, b2))
+    if torch.compiler.is_exporting():
+        return False  # a program for any batch
+    if not isinstance(w1, Tensor) or not isinstance(w2, Tensor):
+        return False  # and is refused later
+    rows, weights = x.shape[0] * x.shape[1], max(w1.numel(), w2.numel())
+    if x.dtype == torch.bfloat16 and _HAS_BFLOAT16:
+        return rows * weights >= 1_000_000
+    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (x, w1, b1, w2, b2)):
+        return rows * weights >= 50_000_000 or (0 < rows <= 16 and weights >= 16_384)
+    return (rows >= 256 and weights >= 786_432) or (0 < rows <= 16 and weights >= 262_144)
 
 
 def _description(
@@ -95,7 +107,7 @@ def _run(
     if backend in ("torch", "reference"):
         op = _in_torch if backend == "torch" else reference.conv_gelu_conv
         result = op(x, w1, b1, w2, b2, approximate=approximate)
-        return result.to(x.dtype) if out is None else out.copy_(result)
+        return result.to(x.dtype).contiguous() if out is None else out.copy_(result)
     x, w1, w2 = x.contiguous(), w1.contiguous(), w2.contiguous()
     b1, b2 = backends.contiguous(b1), backends.contiguous(b2)
     if out is None:
@@ -276,7 +288,8 @@ def conv_gelu_conv(
     backends.check_tensor("x", x)
     x, w1, b1, w2, b2 = backends.autocast(x, w1, b1, w2, b2)
     backend = backends.requested(backend)
-    if backend == "auto" and out is None and _trains_in_torch(x, w1, b1, w2, b2):
+    chosen = backends.select("conv_gelu_conv", x.device, x.dtype, backend)
+    if out is None and (chosen == "torch" or (backend == "auto" and _torch_is_faster(x, w1, b1, w2, b2))):
         _check(x, w1, b1, w2, b2, approximate)
         return _in_torch(x, w1, b1, w2, b2, approximate)
     args = (x, w1, b1, w2, b2, approximate, backend)
