@@ -270,8 +270,9 @@ MODAFILL_INLINE void multiply(const Product<C> &p) {
 }
 
 // e^x for x that is not large: 0 below the range of normal numbers, within 2 units in the last place above it.
+// Its integers are unsigned: those of a NaN overflow.
 MODAFILL_INLINE Vector<float> exponential(Vector<float> x) {
-  typedef int32_t Integers __attribute__((vector_size(kVectorBytes)));
+  typedef uint32_t Integers __attribute__((vector_size(kVectorBytes)));
   const Vector<float> low = Vector<float>{} - 87.33654f;
   const Vector<float> bounded = x < low ? low : x;
   const Vector<float> shifted = bounded * 1.44269504f + 12582912.0f; // 1.5 * 2^23: the integer lands in the low bits
@@ -283,13 +284,13 @@ MODAFILL_INLINE Vector<float> exponential(Vector<float> x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  const Integers power = (reinterpret_cast<Integers>(shifted) + 127) << 23;
+  const Integers power = (reinterpret_cast<Integers>(shifted) + 127u) << 23;
   const Vector<float> result = p * reinterpret_cast<Vector<float>>(power);
   return x < low ? Vector<float>{} : result;
 }
 
 MODAFILL_INLINE Vector<double> exponential(Vector<double> x) {
-  typedef int64_t Integers __attribute__((vector_size(kVectorBytes)));
+  typedef uint64_t Integers __attribute__((vector_size(kVectorBytes)));
   const Vector<double> low = Vector<double>{} - 708.39641853226408;
   const Vector<double> bounded = x < low ? low : x;
   const Vector<double> shifted = bounded * 1.4426950408889634 + 6755399441055744.0; // 1.5 * 2^52
@@ -313,7 +314,7 @@ MODAFILL_INLINE Vector<double> exponential(Vector<double> x) {
 #pragma GCC unroll 13
   for (int i = 0; i < 13; ++i)
     p = p * r + kFactors[i];
-  const Integers power = (reinterpret_cast<Integers>(shifted) + 1023) << 52;
+  const Integers power = (reinterpret_cast<Integers>(shifted) + 1023u) << 52;
   const Vector<double> result = p * reinterpret_cast<Vector<double>>(power);
   return x < low ? Vector<double>{} : result;
 }

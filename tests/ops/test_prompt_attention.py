@@ -146,9 +146,16 @@ def test_what_lies_behind_the_last_key_is_never_read(bad: float) -> None:
         assert not x.masked_select(behind[:, None, :, None]).any()
 
 
-def test_nan_comes_through_where_it_is_read() -> None:
-    inputs, mode = make(dtype=torch.float32)
-    inputs[0][1, 0, 2, 3] = math.nan
+LARGEST_NANS = [
+    torch.tensor(2**31 - 1, dtype=torch.int32).view(torch.float32),
+    torch.tensor(2**63 - 1).view(torch.float64),
+]
+
+
+@pytest.mark.parametrize("nan", [torch.tensor(math.nan), *LARGEST_NANS])
+def test_nan_comes_through_where_it_is_read(nan: Tensor) -> None:
+    inputs, mode = make(dtype=nan.dtype)
+    inputs[0][1, 0, 2, 3] = nan
     out = ops.prompt_attention(*inputs, mode)
     assert torch.equal(out.isnan().any(-1).nonzero(), torch.tensor([[1, 0, 2]]))
 
