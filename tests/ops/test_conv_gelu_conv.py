@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.convolution import NAMES, compare, make, results
+from support.convolution import NAMES, TOLERANCE, compare, make, results
 from support.memory import neighbours
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
@@ -288,6 +288,18 @@ def test_bfloat16_is_at_least_as_exact_as_torch() -> None:
     for found, other, expected in zip(ours, theirs, exact, strict=True):
         assert found.dtype == torch.bfloat16
         assert (found - expected).norm() <= 1.05 * (other - expected).norm()
+
+
+@pytest.mark.parametrize("taps", [(1, 3), (7, 5)])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1), (40, 8, 20, 33, 17), (2, 97, 13, 50, 49)])
+def test_bfloat16_is_float32_rounded(shape: tuple[int, ...], taps: tuple[int, int]) -> None:
+    inputs = make(*shape, *taps, torch.bfloat16)
+    grad = torch.randn(*shape[:2], shape[4], generator=torch.Generator().manual_seed(1)).bfloat16()
+    narrow = results(ops.conv_gelu_conv, inputs, grad, backend="cpu")
+    wide = results(ops.conv_gelu_conv, [t.float() for t in inputs], grad.float(), backend="cpu")
+    for found, expected in zip(narrow, wide, strict=True):
+        atol = TOLERANCE[torch.float32] * expected.abs().max()
+        torch.testing.assert_close(found.float(), expected, rtol=2**-8, atol=float(atol))
 
 
 @pytest.mark.parametrize("isa", ["baseline", "v3"])

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.attention import OPTIONS, compare, make, options_for, results
+from support.attention import OPTIONS, TOLERANCE, compare, make, options_for, results
 from support.memory import neighbours
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
@@ -220,6 +220,16 @@ def test_bfloat16_is_at_least_as_exact_as_torch() -> None:
     for found, other, expected in zip(ours, torchs, exact, strict=True):
         assert found.dtype == torch.bfloat16
         assert (found - expected).norm() <= 1.05 * (other - expected).norm()
+
+
+@pytest.mark.parametrize("name", list(OPTIONS))
+@pytest.mark.parametrize("queries, keys, width", [(5, 7, 12), (33, 65, 20), (70, 31, 32)])
+def test_bfloat16_is_float32_rounded(queries: int, keys: int, width: int, name: str) -> None:
+    inputs, mode = make(4, 2, queries, keys, width, dtype=torch.bfloat16)
+    grad, options = torch.ones_like(inputs[0]), options_for(name, 4, keys)
+    wide = results(ops.prompt_attention, [x.float() for x in inputs], grad.float(), mode, **options)
+    for found, expected in zip(results(ops.prompt_attention, inputs, grad, mode, **options), wide, strict=True):
+        torch.testing.assert_close(found.float(), expected, rtol=2**-8, atol=TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize("isa", ["baseline", "v3"])
