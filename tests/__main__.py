@@ -23,19 +23,22 @@ class Group:
         paths: relative to the root; a directory takes what lies below it.
         without: directories that belong to other groups.
         environment: variables that the process needs; the interpreter's has to be there before Triton is imported.
+        when_named: it repeats what other groups test, and runs only where the command line asks for it.
     """
 
     paths: tuple[str, ...]
     without: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
+    when_named: bool = False
 
 
-APART = ("tests/interpreter", "tests/aot", "tests/gpu")
+APART = ("tests/interpreter", "tests/aot", "tests/gpu", "tests/sanitize")
 GROUPS = {
     "main": Group(("tests",), without=APART),
     "interpreter": Group(("tests/interpreter",), environment={"TRITON_INTERPRET": "1"}),
     "aot": Group(("tests/aot",)),
     "gpu": Group(("tests/gpu",)),
+    "sanitize": Group(("tests/sanitize",), when_named=True),
 }
 
 
@@ -92,14 +95,14 @@ def run_group(name: str, *, fast: bool) -> Totals:
 def main() -> int:
     """Run the groups that the command line names; exit status 1 if anything failed."""
     parser = argparse.ArgumentParser(prog="python tests", description=__doc__)
-    parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"{', '.join(GROUPS)} (default: all of them)")
+    parser.add_argument("groups", nargs="*", metavar="GROUP", help=f"{', '.join(GROUPS)} (default: all but sanitize)")
     parser.add_argument("--fast", action="store_true", help="leave out the tests marked slow")
     given = parser.parse_args()
     unknown = [name for name in given.groups if name not in GROUPS]
     if unknown:
         parser.error(f"no group {', '.join(unknown)}; there are {', '.join(GROUPS)}")
     totals = Totals()
-    for name in given.groups or GROUPS:
+    for name in given.groups or [name for name, group in GROUPS.items() if not group.when_named]:
         totals += run_group(name, fast=given.fast)
     print(totals, flush=True)
     return 1 if totals.failed else 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -38,6 +39,21 @@ def data_dir() -> Path:
     if not path.is_dir():
         pytest.skip(f"no data in {path}; set MODAFILL_DATA to the folder that has it")
     return path
+
+
+@pytest.fixture(scope="session")
+def sanitized() -> dict[str, str]:
+    """The environment of a process that loads what ``g++ -fsanitize=address,undefined`` built."""
+    gxx = shutil.which("g++")
+    if gxx is None:
+        pytest.skip("g++ is not installed")
+    names = ("libasan.so", "libubsan.so")
+    libraries = [subprocess.check_output([gxx, f"-print-file-name={name}"], text=True).strip() for name in names]
+    if not all(map(os.path.isabs, libraries)):  # g++ repeats the name of a file that it does not have
+        pytest.skip("g++ comes without its address and undefined-behaviour sanitizers")
+    # The interpreter itself is not instrumented: it has to load them first, and its leaks are its own.
+    options = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    return {**os.environ, "LD_PRELOAD": " ".join(libraries), **options}
 
 
 SMALLEST = {
