@@ -31,7 +31,7 @@ def test_against_the_reference(
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_random_shapes(data: st.DataObject) -> None:
-    sizes = [data.draw(st.integers(1, most)) for most in (5, 40, 40, 70, 60)]
+    sizes = [data.draw(st.integers(1, most)) for most in (3, 40, 24, 40, 24)]
     taps = [data.draw(st.sampled_from([1, 3, 5, 7])) for _ in range(2)]
     dtype, seed = data.draw(st.sampled_from([torch.float32, torch.float16])), data.draw(st.integers(0, 99))
     compare(make(*sizes, *taps, dtype, seed), "triton", approximate=data.draw(st.sampled_from(["none", "tanh"])))

@@ -59,12 +59,14 @@ def _in_torch(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor |
 
 def _torch_is_faster(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> bool:
     """The rule of :data:`modafill.ops.backends.RULES`: the gradient makes hidden rows again, which costs a sixth."""
-    if not x.is_cpu or x.ndim != 3 or x.dtype not in (torch.float32, torch.bfloat16):
+    if not x.is_cpu or x.ndim != 3 or x.dtype == torch.float64:
         return False
     if torch.compiler.is_exporting():
         return False  # a program for any batch
     if not isinstance(w1, Tensor) or not isinstance(w2, Tensor):
         return False  # and is refused later
+    if x.dtype not in backends.CPU_DTYPES:
+        return True
     rows, weights = x.shape[0] * x.shape[1], max(w1.numel(), w2.numel())
     if x.dtype == torch.bfloat16 and _HAS_BFLOAT16:
         return rows * weights >= 1_000_000
@@ -288,8 +290,7 @@ def conv_gelu_conv(
     backends.check_tensor("x", x)
     x, w1, b1, w2, b2 = backends.autocast(x, w1, b1, w2, b2)
     backend = backends.requested(backend)
-    chosen = backends.select("conv_gelu_conv", x.device, x.dtype, backend)
-    if out is None and (chosen == "torch" or (backend == "auto" and _torch_is_faster(x, w1, b1, w2, b2))):
+    if out is None and (backend == "torch" or (backend == "auto" and _torch_is_faster(x, w1, b1, w2, b2))):
         _check(x, w1, b1, w2, b2, approximate)
         return _in_torch(x, w1, b1, w2, b2, approximate)
     args = (x, w1, b1, w2, b2, approximate, backend)
