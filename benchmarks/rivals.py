@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -564,12 +564,9 @@ def _set_count(case: Case, set_bytes: int) -> int:
 
 
 def last_level_cache() -> int:
-    """Bytes of the CPU's last-level cache; 32 MiB where the system does not tell."""
-    try:
-        size = os.sysconf("SC_LEVEL3_CACHE_SIZE") or os.sysconf("SC_LEVEL2_CACHE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        size = 0
-    return size if size > 0 else 32 << 20
+    """Bytes of the CPU's last-level cache; 32 MiB where Linux does not tell."""
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(size[:-1]) << 10 for size in sizes if size.endswith("K")), default=32 << 20)
 
 
 def _sampled_rows(case: Case) -> Tensor:
