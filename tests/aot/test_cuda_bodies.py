@@ -66,7 +66,7 @@ def run(
             env=sanitized,
             capture_output=True,
         )
-        assert child.returncode == 0, child.stderr.decode()[-4000:]
+        assert child.returncode == 0, child.stderr.decode()[-20000:]
         return pickle.loads(child.stdout)
 
     return call
