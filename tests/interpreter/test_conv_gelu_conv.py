@@ -28,10 +28,10 @@ def test_against_the_reference(
     compare(make(*shape, *taps, dtype), backend="triton", approximate=approximate)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.data())
 def test_random_shapes(data: st.DataObject) -> None:
-    sizes = [data.draw(st.integers(1, most)) for most in (3, 40, 24, 40, 24)]
+    sizes = [data.draw(st.integers(1, most)) for most in (2, 24, 20, 24, 20)]
     taps = [data.draw(st.sampled_from([1, 3, 5, 7])) for _ in range(2)]
     dtype, seed = data.draw(st.sampled_from([torch.float32, torch.float16])), data.draw(st.integers(0, 99))
     compare(make(*sizes, *taps, dtype, seed), "triton", approximate=data.draw(st.sampled_from(["none", "tanh"])))
