@@ -65,17 +65,19 @@ def _check(
         raise ValueError(f"q, k: got lengths {queries} and {keys}, expected at most {MAX_LENGTH}")
     if bias is not None:
         backends.check_tensor("bias", bias)
+        shape = bias.shape
         if (
-            bias.ndim != 4
-            or bias.shape[0] < 1
-            or bias.shape[1] not in (1, heads)
-            or bias.shape[2:] != (queries, keys)
+            len(shape) != 4
+            or shape[0] < 1
+            or shape[1] not in (1, heads)
+            or shape[2] != queries
+            or shape[3] != keys
             or bias.dtype != dtype
             or bias.device != device
         ):
             expected = f"{dtype} [P, {heads} or 1, {queries}, {keys}] on {device}"
             raise ValueError(f"bias: got {backends.describe(bias)}, expected {expected}")
-        if mode is None and bias.shape[0] > 1:
+        if mode is None and shape[0] > 1:
             raise ValueError(f"mode: got None, expected int64 [{batch}] because bias has {bias.shape[0]} tables")
     elif mode is not None:
         raise ValueError(f"mode: got {backends.describe(mode)}, expected None without a bias")
@@ -106,7 +108,8 @@ def _check_values(q: Tensor, k: Tensor, bias: Tensor | None, mode: Tensor | None
 
 def _dense(x: Tensor) -> Tensor:
     """``x`` as the kernels read it: a dense last dimension, and rows of a head within 32-bit offsets."""
-    return x if x.stride(-1) == 1 and x.stride(2) * x.shape[2] < 2**31 else x.contiguous()
+    strides = x.stride()
+    return x if strides[3] == 1 and strides[2] * MAX_LENGTH < 2**31 else x.contiguous()
 
 
 def _attention(
@@ -153,7 +156,7 @@ def _compute_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
-def _run(
+def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -169,7 +172,7 @@ def _run(
     need_logsumexp: bool,
     backend: str,
     out: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     _check(q, k, v, bias, mode, causal, key_lengths, scale, dropout, seed, seed_tensor, row_id)
     backend = backends.select("prompt_attention", q.device, q.dtype, backend)
     if out is not None:
@@ -190,23 +193,27 @@ def _run(
             seed=seed if seed_tensor is None else seed_tensor,
             row_id=row_id,
         )
-        result = _like(q).copy_(result) if out is None else out.copy_(result)
-        return result, q.new_empty(0, dtype=_compute_dtype(q))
+        return (_like(q) if out is None else out).copy_(result), None
     q, k, v = _dense(q), _dense(k), _dense(v)
     bias, mode, key_lengths, row_id = map(backends.contiguous, (bias, mode, key_lengths, row_id))
     if out is None:
-        out = _like(q)
-    logsumexp = q.new_empty(q.shape[:3] if need_logsumexp else 0, dtype=_compute_dtype(q))
+        out = torch.empty_like(q)
+    logsumexp = q.new_empty(q.shape[:3], dtype=_compute_dtype(q)) if need_logsumexp else None
     args = q, k, v, bias, mode, causal, key_lengths, scale, dropout, seed, seed_tensor, row_id
     if out.numel() == 0:
         pass
     elif backend == "triton":
-        backends.launch_triton("prompt_attention", out, logsumexp if need_logsumexp else None, *args)
+        backends.launch_triton("prompt_attention", out, logsumexp, *args)
     else:
-        address = logsumexp.data_ptr() if need_logsumexp else 0
-        described = _attention(*args)
-        backends.launch("prompt_attention", backend, q.device, described, out.data_ptr(), out.stride()[:3], address)
+        results = out.data_ptr(), out.stride()[:3], backends.pointer(logsumexp)
+        backends.launch("prompt_attention", backend, q.device, _attention(*args), *results)
     return out, logsumexp
+
+
+def _run(*args: Any) -> tuple[Tensor, Tensor]:
+    """As the registered op has it: empty where there is no log-sum-exp."""
+    out, logsumexp = _forward(*args)
+    return out, out.new_empty(0, dtype=_compute_dtype(out)) if logsumexp is None else logsumexp
 
 
 def _like(x: Tensor) -> Tensor:
@@ -481,7 +488,7 @@ def prompt_attention(
         False,
     )
     if backends.runs_directly(q, k, v, bias, mode, key_lengths, seed, row_id, out):
-        return backends.written(_run(*args, backend, out)[0], out)
+        return backends.written(_forward(*args, backend, out)[0], out)
     backends.check_out_allowed(out)
     if backends.runs_eagerly(q, k, v, bias, mode, key_lengths, seed, row_id):
         return backends.apply(_Eager, *args[:12], True, backend)[0]
