@@ -56,6 +56,15 @@ def _sample(mode, key_lengths, b, modes, keys):
 
 
 @triton.jit
+def _own(bias, mode, key_lengths, seeds, seed, row_ids, b, h, queries, keys, modes, bias_heads):
+    """What head ``h`` of sample ``b`` reads: its table of the bias, the number of keys, poison, seed and row id."""
+    table, seen, poison = _sample(mode, key_lengths, b, modes, keys)
+    if bias is not None:
+        bias += (table * bias_heads + h % bias_heads) * queries * keys
+    return bias, seen, poison, value_at(seeds, 0, seed, b), row_id_at(row_ids, b)
+
+
+@triton.jit
 def _products(
     a, a_strides, x, x_strides, b, h, rows, columns, count, seen, width,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -104,10 +113,9 @@ def forward_kernel(
     # Heads change last: the tables of one head stay in the cache.
     b, h = (tl.program_id(0) // blocks % batch).to(tl.int64), tl.program_id(0) // blocks // batch
     i, c = first + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-    table, seen, poison = _sample(mode, key_lengths, b, modes, keys)
-    if bias is not None:
-        bias += (table * bias_heads + h % bias_heads) * queries * keys
-    seed, row_id = value_at(seeds, 0, seed, b), row_id_at(row_ids, b)
+    bias, seen, poison, seed, row_id = _own(
+        bias, mode, key_lengths, seeds, seed, row_ids, b, h, queries, keys, modes, bias_heads
+    )
     end = tl.minimum(seen, first + BLOCK_M + offset) if CAUSAL else seen
     most = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -155,10 +163,9 @@ def queries_kernel(
     row = (b * heads + h) * queries + i
     tl.store(delta + row, mean, mask=i < queries)
     if q_grad is not None:
-        table, seen, poison = _sample(mode, key_lengths, b, modes, keys)
-        if bias is not None:
-            bias += (table * bias_heads + h % bias_heads) * queries * keys
-        seed, row_id = value_at(seeds, 0, seed, b), row_id_at(row_ids, b)
+        bias, seen, poison, seed, row_id = _own(
+            bias, mode, key_lengths, seeds, seed, row_ids, b, h, queries, keys, modes, bias_heads
+        )
         end = tl.minimum(seen, first + BLOCK_M + offset) if CAUSAL else seen
         norm = tl.load(logsumexp + row, mask=i < queries, other=float("inf"))
         result = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -193,10 +200,9 @@ def keys_kernel(
     j0 = tl.program_id(0) % blocks * BLOCK_N
     b, h = (tl.program_id(0) // blocks % batch).to(tl.int64), tl.program_id(0) // blocks // batch
     j, c = j0 + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    table, seen, poison = _sample(mode, key_lengths, b, modes, keys)
-    if bias is not None:
-        bias += (table * bias_heads + h % bias_heads) * queries * keys
-    seed, row_id = value_at(seeds, 0, seed, b), row_id_at(row_ids, b)
+    bias, seen, poison, seed, row_id = _own(
+        bias, mode, key_lengths, seeds, seed, row_ids, b, h, queries, keys, modes, bias_heads
+    )
     k_sum = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     v_sum = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     begin = tl.maximum(j0 - offset, 0) // BLOCK_M * BLOCK_M if CAUSAL else 0
