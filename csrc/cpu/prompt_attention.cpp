@@ -1,6 +1,7 @@
 // Attention with a learned bias that each sample picks by its mode; the bias of a sample is never copied.
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "matrix.h"
 
@@ -312,38 +313,61 @@ private:
 };
 
 template <class T>
+void round_to(T *to, const Compute<T> *from, int64_t count) {
+  for (int64_t i = 0; i < count; ++i)
+    to[i] = Element<T>::store(from[i]);
+}
+
+template <class T>
 void backward_of(const PromptAttentionBackward &job, int threads) {
   using C = Compute<T>;
   const PromptAttentionArgs &args = job.attention;
   const int64_t work = args.batch * args.heads * args.queries * args.keys * args.width * 3;
-  const int64_t one_table = args.queries * args.keys, tables = args.modes * args.bias_heads;
-  C *const sums = static_cast<C *>(job.bias_grad), *const partial = static_cast<C *>(job.partial);
+  const int64_t one_table = args.queries * args.keys, size = args.modes * args.bias_heads * one_table;
+  T *const bias_grad = static_cast<T *>(job.bias_grad);
+  // Groups of samples have tables of their own; those of the first one are the result where that is not rounded.
+  constexpr bool kRounded = !std::is_same_v<T, C>;
+  const auto sums = [&](int64_t group) {
+    C *const partial = static_cast<C *>(job.partial);
+    return kRounded ? partial + group * size : group ? partial + (group - 1) * size : static_cast<C *>(job.bias_grad);
+  };
+  // A lone group that is rounded keeps the tables of one head at a time.
+  const bool in_turn = bias_grad && kRounded && job.groups == 1;
   // A task adds to tables of its own, sample by sample: one per group of samples and head of the bias.
-  const int64_t own_heads = sums && args.bias_heads == 1 ? 1 : args.heads;
-  const int64_t groups = sums ? job.groups : args.batch;
+  const int64_t own_heads = bias_grad && args.bias_heads == 1 ? 1 : args.heads;
+  const int64_t groups = bias_grad ? job.groups : args.batch;
   for_each_run(groups * own_heads, work, threads, [&](int64_t first, int64_t last) {
     HeadBackward<T> backward{job};
+    const Scratch<C> in_turn_sums(in_turn ? args.modes * one_table : 0);
     for (int64_t task = first; task < last; ++task) {
       const int64_t group = task / own_heads;
-      C *const own = group ? partial + (group - 1) * tables * one_table : sums;
       const int64_t first_head = own_heads == 1 ? 0 : task % own_heads;
       const int64_t last_head = own_heads == 1 ? args.heads : first_head + 1;
+      if (in_turn)
+        std::fill_n(in_turn_sums.get(), args.modes * one_table, C(0));
       for (int64_t b = args.batch * group / groups; b < args.batch * (group + 1) / groups; ++b)
         for (int64_t h = first_head; h < last_head; ++h) {
-          C *const table = sums ? own + Head<T>(args, b, h).table() * one_table : nullptr;
-          if (h + 1 < last_head || (!sums && h + 1 < args.heads))
+          const Head<T> head(args, b, h);
+          C *const table = in_turn     ? in_turn_sums.get() + head.table() / args.bias_heads * one_table
+                           : bias_grad ? sums(group) + head.table() * one_table
+                                       : nullptr;
+          if (h + 1 < last_head || (!bias_grad && h + 1 < args.heads))
             backward(b, h, table, b, h + 1);
           else
-            backward(b, h, table, b + 1, sums ? first_head : 0);
+            backward(b, h, table, b + 1, bias_grad ? first_head : 0);
         }
+      for (int64_t mode = 0; mode < (in_turn ? args.modes : 0); ++mode)
+        round_to(bias_grad + (mode * args.bias_heads + first_head) * one_table, in_turn_sums.get() + mode * one_table,
+                 one_table);
     }
   });
-  if (sums && job.groups > 1) {
-    const int64_t size = tables * one_table;
+  if (bias_grad && job.groups > 1) {
     for_each_run(size, size * job.groups, threads, [&](int64_t first, int64_t last) {
-      for (int64_t group = 0; group < job.groups - 1; ++group)
+      for (int64_t group = 1; group < job.groups; ++group)
         for (int64_t i = first; i < last; ++i)
-          sums[i] += partial[group * size + i];
+          sums(0)[i] += sums(group)[i];
+      if constexpr (kRounded)
+        round_to(bias_grad + first, sums(0) + first, last - first);
     });
   }
 }

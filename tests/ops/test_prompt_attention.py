@@ -223,10 +223,15 @@ def test_bfloat16_is_at_least_as_exact_as_torch() -> None:
 
 
 @pytest.mark.parametrize("name", list(OPTIONS))
-@pytest.mark.parametrize("queries, keys, width", [(5, 7, 12), (33, 65, 20), (70, 31, 32)])
-def test_bfloat16_is_float32_rounded(queries: int, keys: int, width: int, name: str) -> None:
-    inputs, mode = make(4, 2, queries, keys, width, dtype=torch.bfloat16)
-    grad, options = torch.ones_like(inputs[0]), options_for(name, 4, keys)
+@pytest.mark.parametrize("bias_heads", [1, 2])
+@pytest.mark.parametrize(
+    "batch, queries, keys, width", [(4, 5, 7, 12), (4, 33, 65, 20), (4, 70, 31, 32), (37, 9, 13, 8)]
+)
+def test_bfloat16_is_float32_rounded(
+    batch: int, queries: int, keys: int, width: int, bias_heads: int, name: str
+) -> None:
+    inputs, mode = make(batch, 2, queries, keys, width, 3, bias_heads, torch.bfloat16)
+    grad, options = torch.ones_like(inputs[0]), options_for(name, batch, keys)
     wide = results(ops.prompt_attention, [x.float() for x in inputs], grad.float(), mode, **options)
     for found, expected in zip(results(ops.prompt_attention, inputs, grad, mode, **options), wide, strict=True):
         torch.testing.assert_close(found.float(), expected, rtol=2**-8, atol=TOLERANCE[torch.float32])
@@ -260,11 +265,12 @@ def test_threads_and_repetition_change_no_bit(batch: int, bias_heads: int) -> No
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no /proc")
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 @pytest.mark.parametrize("bias", [(7, 8), (1, 8), (7, 1)])
-def test_memory_is_that_of_inputs_results_and_a_table(bias: tuple[int, int]) -> None:
+def test_memory_is_that_of_inputs_results_and_a_table(bias: tuple[int, int], dtype: str) -> None:
     """The peak of forward and backward, inputs and all, for 32 samples of 500 × 500 and P tables of H heads or one.
 
-    A bias of the shape of the logits would be 256 MB.
+    A bias of the shape of the logits would be 256 MB in float32.
     """
     code = f"""
 import torch
@@ -276,13 +282,13 @@ def resident(what):
 
 def run(batch):
     shapes = [(batch, 8, 500, 32)] * 3 + [({bias[0]}, {bias[1]}, 500, 500)]
-    leaves = [torch.randn(shape, requires_grad=True) for shape in shapes]
-    mode, grad = torch.arange(batch) % {bias[0]}, torch.randn(shapes[0])
+    leaves = [torch.randn(shape, dtype=torch.{dtype}, requires_grad=True) for shape in shapes]
+    mode, grad = torch.arange(batch) % {bias[0]}, torch.randn(shapes[0], dtype=torch.{dtype})
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
     out = ops.prompt_attention(*leaves, mode)
     out.backward(grad)
-    inputs, table = sum(x.nbytes for x in leaves), 8 * 500 * 500 * 4
+    inputs, table = sum(x.nbytes for x in leaves), 8 * 500 * 500 * out.itemsize
     return inputs + resident("VmHWM") - before, inputs + out.nbytes + sum(x.grad.nbytes for x in leaves) + table
 
 torch.set_num_threads(2)

@@ -318,8 +318,11 @@ def _run_backward(
     groups = 1
     if need[3] and bias is not None:
         groups = _groups(q, bias)
-        bias_grad = torch.zeros_like(bias, dtype=_compute_dtype(q))
-        partial = bias_grad.new_zeros((groups - 1, *bias.shape)) if groups > 1 else None
+        bias_grad = torch.zeros_like(bias)
+        dtype = _compute_dtype(q)
+        # Sums of the first group are the result where that is not rounded.
+        tables = groups - 1 if dtype == bias.dtype else groups
+        partial = bias.new_zeros((tables, *bias.shape), dtype=dtype) if groups > 1 else None
     if not empty:
         backends.launch(
             "prompt_attention_backward",
@@ -333,8 +336,7 @@ def _run_backward(
             *((0, 0, 0) if g is None else g.stride()[:3] for g in grads),
             groups,
         )
-    found = [g for g in grads if g is not None]
-    return found if bias_grad is None else [*found, bias_grad.to(q.dtype)]
+    return [g for g in (*grads, bias_grad) if g is not None]
 
 
 def _fake_backward(
