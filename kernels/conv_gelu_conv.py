@@ -84,7 +84,8 @@ def forward_kernel(
         a = tl.zeros([BLOCK_M, BLOCK_H], tl.float32) + _offset(b1, h, hidden)
         a = _convolve(a, x, w1, w1_strides, hidden_row, rows, length, channels, h, hidden, TAPS1, 1, PRECISION, BLOCK_K)
         value, _ = _gelu(a, TANH)
-        value = value.to(y.dtype.element_ty)
+        # An infinite input times the zeros beside the weights is NaN.
+        value = tl.where(h[None, :] < hidden, value, 0.0).to(y.dtype.element_ty)
         for tap in tl.static_range(TAPS2):
             if TAPS2 == 1:
                 shifted = value

@@ -26,7 +26,7 @@ def _tile(pointer, strides, b, h, rows, columns, count, width):
     """Rows of a head of ``[B, H, L, d]``; zeros outside."""
     at = rows[:, None] * strides[2] + columns[None, :]
     return tl.load(
-        pointer + b * strides[0] + h * strides[1] + at,
+        pointer + b * strides[0] + h.to(tl.int64) * strides[1] + at,
         mask=(rows[:, None] < count) & (columns[None, :] < width),
         other=0.0,
     )
@@ -34,7 +34,7 @@ def _tile(pointer, strides, b, h, rows, columns, count, width):
 
 @triton.jit
 def _write(pointer, strides, b, h, rows, columns, count, width, value):
-    at = pointer + b * strides[0] + h * strides[1] + (rows[:, None] * strides[2] + columns[None, :])
+    at = pointer + b * strides[0] + h.to(tl.int64) * strides[1] + (rows[:, None] * strides[2] + columns[None, :])
     tl.store(at, value.to(pointer.dtype.element_ty), mask=(rows[:, None] < count) & (columns[None, :] < width))
 
 
@@ -139,10 +139,11 @@ def forward_kernel(
         most = now
     nothing = total == 0.0
     total = tl.where(nothing, 1.0, total)
-    _write(out, out_strides, b, h, i, c, queries, width, result / total[:, None])
+    _write(out, out_strides, b, h, i, c, queries, width, result / total[:, None] + poison)
     if logsumexp is not None:
         row = (b * heads + h) * queries + i
-        tl.store(logsumexp + row, tl.where(nothing, float("inf"), most + tl.log(total)), mask=i < queries)
+        norm = tl.where(nothing, float("inf"), most + tl.log(total))
+        tl.store(logsumexp + row, norm + poison, mask=i < queries)
 
 
 @triton.jit(do_not_specialize=["seed", "dropped"])
@@ -185,7 +186,7 @@ def queries_kernel(
                 dp = _keep(dp, seed, row_id, h, i, j0, queries, keys, dropped, kept, BLOCK_N)
             ds = tl.exp(s - norm[:, None]) * (dp - mean[:, None])
             result = tl.dot(ds.to(k_tile.dtype), k_tile, result, input_precision=PRECISION)
-        _write(q_grad, q_grad_strides, b, h, i, c, queries, width, result * scale)
+        _write(q_grad, q_grad_strides, b, h, i, c, queries, width, result * (scale + poison))
 
 
 @triton.jit(do_not_specialize=["seed", "dropped"])

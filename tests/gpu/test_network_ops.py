@@ -255,10 +255,11 @@ def test_modules_under_autocast(dtype: torch.dtype) -> None:
         nn.ConvGeluConv(64, 64, 64, 3),
     ):
         module.cuda()
-        arguments = (x, x, x, torch.arange(4, device="cuda")) if isinstance(module, nn.PromptAttention) else (x,)
         with torch.autocast("cuda", dtype):
-            out = module(*arguments)
-            out = out[0] if isinstance(out, tuple) else out
+            if isinstance(module, nn.PromptAttention):
+                out, _ = module(x, x, x, mode=torch.arange(4, device="cuda"))
+            else:
+                out = module(x)
         assert out.dtype == dtype
         out.float().sum().backward()
         assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in module.parameters())
@@ -296,9 +297,9 @@ def test_memory_of_conv_gelu_conv(ratio: Ratio) -> None:
         forward = _peak(lambda: ops.conv_gelu_conv(*inputs, backend="triton"))
     grad = torch.ones(256, 500, 64, device="cuda", dtype=torch.bfloat16)
     both = _peak(lambda: convolution.results(ops.conv_gelu_conv, inputs, grad, backend="triton"))
-    ratio(both / hidden)
-    assert forward < hidden
-    assert both - 2 * inputs[0].nbytes < hidden
+    extra = max(forward, both - 2 * inputs[0].nbytes)
+    ratio(extra / hidden)
+    assert extra < hidden
 
 
 def test_a_short_training_follows_the_references() -> None:
@@ -315,7 +316,7 @@ def test_a_short_training_follows_the_references() -> None:
         for _ in range(20):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv("MODAFILL_BACKEND", backend)
-                loss = F.mse_loss(convolve(attend(x, x, x, mode)[0]), y)
+                loss = F.mse_loss(convolve(attend(x, x, x, mode=mode)[0]), y)
                 loss.backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -75,7 +75,7 @@ def test_what_is_not_finite_reaches_its_neighbours_alone(bad: float) -> None:
     far = torch.ones(2, 40, dtype=torch.bool)
     far[1, 17:24] = False
     assert torch.equal(out[far], clean[far])
-    assert out[1, 20].isfinite().sum() == 0
+    torch.testing.assert_close(out, reference.conv_gelu_conv(*inputs).float(), equal_nan=True)
 
 
 def test_the_gradient_in_slabs_and_groups(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 
@@ -80,8 +81,9 @@ def test_empty_and_smallest(shape: tuple[int, ...]) -> None:
         assert x.isfinite().all()
 
 
-def test_many_samples_are_summed_in_groups() -> None:
-    inputs, mode = make(40, 1, 5, 7, 8, 3, 1, torch.float32)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_many_samples_are_summed_in_groups(dtype: torch.dtype) -> None:
+    inputs, mode = make(40, 1, 5, 7, 8, 3, 1, dtype)
     compare(inputs, mode, "triton", 0.1)
 
 
@@ -127,15 +129,25 @@ def test_nan_comes_through_where_it_is_read() -> None:
     assert torch.equal(out.isnan().any(-1).nonzero(), torch.tensor([[1, 0, 2]]))
 
 
-@pytest.mark.parametrize("named", ["mode", "key_lengths"])
-def test_a_value_out_of_range_gives_nan_in_its_sample(named: str) -> None:
-    inputs, mode = make(dtype=torch.float32)
-    for value in (-1, 99):
-        given = {"mode": mode.clone(), "key_lengths": torch.tensor([7, 7, 7])}
-        given[named][1] = value
-        out = ops.prompt_attention(*inputs, **given, backend="triton")
-        assert out.isnan().flatten(1).all(1).tolist() == [False, True, False]
-        assert out.isnan().flatten(1).any(1).tolist() == [False, True, False]
+@pytest.mark.parametrize("backend", ["triton", "reference"])
+@pytest.mark.parametrize("value", [-1, 99])
+@pytest.mark.parametrize("named, lengths", [("mode", [7, 7, 7]), ("mode", [7, 0, 7]), ("key_lengths", [0, 7, 7])])
+def test_a_value_out_of_range_gives_nan_in_its_sample(named: str, lengths: list[int], value: int, backend: str) -> None:
+    """In the result, in its gradients, and in that of the table that was read."""
+    # The op checks what it gives the reference on the CPU; on a GPU it does not read it.
+    attention = functools.partial(ops.prompt_attention, backend=backend)
+    attention = reference.prompt_attention if backend == "reference" else attention
+    inputs, mode = make(dtype=torch.float32)[0], torch.tensor([1, 1, 2])
+    options = {"mode": mode, "key_lengths": torch.tensor(lengths)}
+    options[named][1] = value
+    out, q_grad, *others = results(attention, inputs, torch.ones_like(inputs[0]), **options)
+    for x in (out, q_grad):
+        assert x.isnan().flatten(1).all(1).tolist() == [False, True, False]
+        assert x.isnan().flatten(1).any(1).tolist() == [False, True, False]
+    # Without a key nothing else is read; a mode that does not exist stands for the first table.
+    table = 1 if named == "key_lengths" else 0
+    for x, place in zip(others, (1, 1, table), strict=True):
+        assert x.isnan().flatten(1).any(1).tolist() == [i == place and lengths[1] > 0 for i in range(3)]
 
 
 def test_nothing_is_written_outside_the_outputs_and_all_of_them_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,6 +179,27 @@ def test_strides() -> None:
             ops.prompt_attention, variant, torch.ones(3, 1, 1, 8).expand(3, 4, 9, 8), mode, backend="triton"
         )
         assert all(torch.equal(a, b) for a, b in zip(found, dense, strict=True))
+
+
+def test_windows_that_share_elements() -> None:
+    inputs, mode = make(2, 2, 5, 5, 8, dtype=torch.float32)
+    inputs[:3] = [x[:, :, :2].flatten(2).unfold(-1, 8, 2) for x in inputs[:3]]
+    grad = torch.ones_like(inputs[0])
+    found = results(ops.prompt_attention, inputs, grad, mode, backend="triton")
+    expected = results(ops.prompt_attention, [x.contiguous() for x in inputs], grad, mode, backend="triton")
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("head", [1, 2])
+def test_heads_that_lie_far_apart(head: int) -> None:
+    """The third head begins 2³¹ elements behind the first; only what is read of the memory is touched."""
+    inputs, mode = make(1, 3, 4, 4, 8, dtype=torch.float16, bias_heads=3)
+    far = torch.empty(2**31 + 64, dtype=torch.float16).as_strided((1, 3, 4, 8), (0, 2**30, 8, 1))
+    far.copy_(inputs[head - 1])
+    spread = [*inputs]
+    spread[head - 1] = far
+    expected = ops.prompt_attention(*inputs, mode, backend="triton")
+    assert torch.equal(ops.prompt_attention(*spread, mode, backend="triton"), expected)
 
 
 def test_dropout_drops_what_the_cpu_drops() -> None:

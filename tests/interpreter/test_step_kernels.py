@@ -127,18 +127,25 @@ def test_out_may_be_x() -> None:
 
 
 def test_a_step_outside_the_schedule_gives_nan_in_its_row() -> None:
+    """In the result and in its gradients."""
     x, eps, observed, available = _inputs((4, 2, 5), torch.float32)
+    leaves = [t.requires_grad_() for t in (x, eps, observed)]
     step, bad = torch.tensor([0, 50, 51, 7]), [True, False, True, False]
+    before = torch.zeros_like(step)
     outputs = [
-        ops.masked_reverse_step(x, eps, observed, available, TABLE, step, seed=1, backend="triton"),
-        *ops.add_noise(x, TABLE, step, seed=1, backend="triton")[:1],
-        ops.ddim_step(x, eps, TABLE, step, torch.zeros_like(step), eta=1.0, seed=1, backend="triton"),
+        (ops.masked_reverse_step(x, eps, observed, available, TABLE, step, seed=1, backend="triton"), leaves),
+        (ops.add_noise(x, TABLE, step, seed=1, backend="triton")[0], leaves[:1]),
+        (ops.ddim_step(x, eps, TABLE, step, before, eta=1.0, seed=1, backend="triton"), leaves[:2]),
+        (ops.ddim_step(x, eps, TABLE, step, before, clip=0.5, backend="triton"), leaves[:2]),
+        (
+            ops.ddim_step(x, eps, TABLE, torch.full((4,), 7), torch.tensor([7, 6, -1, 0]), backend="triton"),
+            leaves[:2],
+        ),
     ]
-    for out in outputs:
-        assert out.isnan().flatten(1).all(1).tolist() == bad
-        assert out.isnan().flatten(1).any(1).tolist() == bad
-    same = ops.ddim_step(x, eps, TABLE, torch.full((4,), 7), torch.tensor([7, 6, -1, 0]), backend="triton")
-    assert same.isnan().flatten(1).all(1).tolist() == [True, False, True, False]
+    for out, inputs in outputs:
+        for found in (out, *torch.autograd.grad(out.sum(), inputs)):
+            assert found.isnan().flatten(1).all(1).tolist() == bad
+            assert found.isnan().flatten(1).any(1).tolist() == bad
     noise = ops.randn((2, 5), seed=1, step=torch.tensor([-1, 2**24 - 1]), backend="triton")
     assert noise.isnan().all(1).tolist() == [True, False]
 

@@ -192,6 +192,16 @@ def test_every_element_is_written(name: str) -> None:
     )
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_windows_that_share_elements(backend: str) -> None:
+    inputs, mode = make(2, 2, 5, 5, 8, dtype=torch.float32)
+    inputs[:3] = [x[:, :, :2].flatten(2).unfold(-1, 8, 2) for x in inputs[:3]]
+    grad = torch.ones_like(inputs[0])
+    found = results(ops.prompt_attention, inputs, grad, mode, backend=backend)
+    expected = results(ops.prompt_attention, [x.contiguous() for x in inputs], grad, mode, backend=backend)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_strides() -> None:
     """Projections give [B, L, H, d] in memory; the result has that layout too, and every layout the same bits."""
     inputs, mode = make(3, 4, 9, 11, 8, 2, 4, torch.float32)

@@ -236,6 +236,12 @@ def describe(value: Any) -> str:
     return f"{type(value).__name__} {value!r}"
 
 
+def number(name: str, value: Any) -> float:
+    if value is None or isinstance(value, (str, list, tuple, dict)):
+        raise TypeError(f"{name}: got {describe(value)}, expected a number")
+    return float(value)
+
+
 def check_tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {describe(value)}, expected a tensor")
@@ -529,11 +535,16 @@ def register(name: str, schema: str, run: Callable, fake: Callable, differentiab
     return op
 
 
-def row_coefficients(table: Tensor, step: int, step_tensor: Tensor | None, like: Tensor) -> Tensor:
-    """Rows of ``table`` for the backward passes, ``[B or 1, ..., 5]`` in the precision of ``like [B, ...]``."""
+def row_coefficients(table: Tensor, step: int, step_tensor: Tensor | None, like: Tensor, low: int = 1) -> Tensor:
+    """Rows of ``table`` for the backward passes, ``[B or 1, ..., 5]`` in the precision of ``like [B, ...]``.
+
+    Steps before ``low`` and behind the last are NaN.
+    """
     dtype = torch.promote_types(like.dtype, torch.float32)
     if step_tensor is None:
         rows = table[step : step + 1]
     else:
-        rows = table.index_select(0, step_tensor.reshape(-1).clamp(0, table.shape[0] - 1))
+        wanted = step_tensor.reshape(-1)
+        rows = table.index_select(0, wanted.clamp(0, table.shape[0] - 1))
+        rows = torch.where(((wanted >= low) & (wanted < table.shape[0]))[:, None], rows, torch.nan)
     return rows.to(dtype).reshape(-1, *[1] * (like.ndim - 1), table.shape[1])

@@ -176,7 +176,11 @@ class _Function(backends.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         table, step_tensor, prev_step_tensor, *inputs = ctx.saved_tensors
         now = backends.row_coefficients(table, ctx.step, step_tensor, grad)
-        before = backends.row_coefficients(table, ctx.prev_step, prev_step_tensor, grad)
+        before = backends.row_coefficients(table, ctx.prev_step, prev_step_tensor, grad, low=0)
+        if step_tensor is not None or prev_step_tensor is not None:
+            step = ctx.step if step_tensor is None else step_tensor
+            earlier = step > (ctx.prev_step if prev_step_tensor is None else prev_step_tensor)
+            before = torch.where(earlier.reshape(-1, *[1] * grad.ndim), before, torch.nan)
         signal, sigma = now[..., reference.SQRT_ALPHA_BAR], now[..., reference.SQRT_ONE_MINUS_ALPHA_BAR]
         prev_signal, prev_sigma = before[..., reference.SQRT_ALPHA_BAR], before[..., reference.SQRT_ONE_MINUS_ALPHA_BAR]
         _, direction = reference.ddim_deviations(signal, sigma, prev_signal, prev_sigma, ctx.eta)
@@ -184,7 +188,7 @@ class _Function(backends.Function):
         if ctx.clip is not None:
             x, eps = inputs
             inside = ((x - sigma * eps) / signal).abs() <= ctx.clip
-            to_x, to_eps = torch.where(inside, to_x, direction / sigma), torch.where(inside, to_eps, 0.0)
+            to_x, to_eps = torch.where(inside, to_x, direction / sigma), torch.where(inside, to_eps, 0.0 * direction)
         need_x, need_eps = ctx.needs_input_grad[:2]
         grad_x = (to_x * grad).to(grad.dtype) if need_x else None
         grad_eps = (to_eps * grad).to(grad.dtype) if need_eps else None
@@ -235,6 +239,7 @@ def ddim_step(
             tensors are not read back: a row whose steps do not fit becomes NaN.
         RuntimeError: ``backend`` names one that cannot run here.
     """
+    eta = backends.number("eta", eta)
     if eta > 0.0 and seed is None:
         raise ValueError("seed: got None, expected an integer because eta > 0 draws noise")
     args = (
@@ -243,10 +248,10 @@ def ddim_step(
         table,
         *backends.split_step("step", step),
         *backends.split_step("prev_step", prev_step),
-        float(eta),
+        eta,
         *backends.split_seed(0 if seed is None else seed),
         row_id,
-        None if clip is None else float(clip),
+        None if clip is None else backends.number("clip", clip),
     )
     if backends.runs_directly(x, eps, table, step, prev_step, seed, row_id, out):
         return backends.written(_run(*args, backend, out), out)

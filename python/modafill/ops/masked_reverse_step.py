@@ -148,7 +148,9 @@ class _Function(backends.Function):
             grads[1] = (row[..., reference.POSTERIOR_EPS] * missing).to(grad.dtype)
         if need_observed:
             previous = None if step_tensor is None else step_tensor - 1
-            before = backends.row_coefficients(table, ctx.step - 1, previous, grad)
+            before = backends.row_coefficients(table, ctx.step - 1, previous, grad, low=0)
+            # Of N + 1, which is no step, the one before is.
+            before = torch.where(row.isnan(), row, before)
             grads[2] = (before[..., reference.SQRT_ALPHA_BAR] * torch.where(available, grad, 0.0)).to(grad.dtype)
         return tuple(grads)
 

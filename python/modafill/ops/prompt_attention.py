@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -197,7 +196,7 @@ def _forward(
     q, k, v = _dense(q), _dense(k), _dense(v)
     bias, mode, key_lengths, row_id = map(backends.contiguous, (bias, mode, key_lengths, row_id))
     if out is None:
-        out = torch.empty_like(q)
+        out = _like(q)
     logsumexp = q.new_empty(q.shape[:3], dtype=_compute_dtype(q)) if need_logsumexp else None
     args = q, k, v, bias, mode, causal, key_lengths, scale, dropout, seed, seed_tensor, row_id
     if out.numel() == 0:
@@ -218,7 +217,9 @@ def _run(*args: Any) -> tuple[Tensor, Tensor]:
 
 def _like(x: Tensor) -> Tensor:
     """A result or gradient: laid out as ``x`` is, ``[B, L, H, d]`` in memory where that is what was projected."""
-    return torch.empty_like(_dense(x))
+    result = torch.empty_like(_dense(x))
+    # Of a tensor whose elements overlap PyTorch makes strides of its own.
+    return result if result.stride(3) == 1 else torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _fake(
@@ -305,9 +306,13 @@ def _run_backward(
     bias, mode, key_lengths, row_id = map(backends.contiguous, (bias, mode, key_lengths, row_id))
     args = q, k, v, bias, mode, causal, key_lengths, scale, dropout, seed, seed_tensor, row_id
     empty = q.numel() == 0 or k.numel() == 0
-    make: Callable[[Tensor], Tensor] = torch.zeros_like if empty else torch.empty_like
-    grads = [make(x) if n else None for x, n in zip((q, k, v), need[:3], strict=True)]
+    grads = [_like(x) if n else None for x, n in zip((q, k, v), need[:3], strict=True)]
+    if empty:
+        for g in grads:
+            if g is not None:
+                g.zero_()
     if backend == "triton":
+        make = torch.zeros_like if empty else torch.empty_like
         grads.append(make(bias) if need[3] and bias is not None else None)
         if not empty:
             backends.launch_triton(
@@ -471,9 +476,14 @@ def prompt_attention(
         NotImplementedError: a second derivative is asked for.
         RuntimeError: ``backend`` names one that cannot run here.
     """
+    backends.check_tensor("q", q)
+    if scale is None:
+        # A tensor without a width is refused below.
+        scale = q.shape[-1] ** -0.5 if q.ndim and q.shape[-1] else 1.0
+    dropout = backends.number("dropout", dropout)
     if dropout > 0.0 and seed is None:
         raise ValueError("seed: got None, expected an integer because dropout > 0")
-    backends.check_tensor("q", q)
+    backend = backends.requested(backend)
     q, k, v, bias = backends.autocast(q, k, v, bias)
     args = (
         q,
@@ -483,8 +493,8 @@ def prompt_attention(
         mode,
         causal,
         key_lengths,
-        q.shape[-1] ** -0.5 if scale is None else float(scale),
-        float(dropout),
+        backends.number("scale", scale),
+        dropout,
         *backends.split_seed(0 if seed is None else seed),
         row_id,
         False,

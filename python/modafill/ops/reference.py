@@ -240,13 +240,22 @@ def prompt_attention(
     """softmax(QKᵀ·scale + bias[mode]) V with dropout on the softmax; see :func:`modafill.ops.prompt_attention`."""
     q, k, v = q.to(torch.float64), k.to(torch.float64), v.to(torch.float64)
     queries, keys = q.shape[2], k.shape[2]
+    fits = torch.ones(len(q), dtype=torch.bool, device=q.device)
+    table = torch.zeros(1, dtype=torch.int64, device=q.device)
+    if bias is not None and mode is not None:
+        fits = (mode >= 0) & (mode < len(bias))
+        table = torch.where(fits, mode, 0)
     if key_lengths is not None:
+        possible = (key_lengths >= 0) & (key_lengths <= keys)
+        fits, key_lengths = fits & possible, torch.where(possible, key_lengths, keys)
         # What lies behind the last key is never read, NaN included.
         real = (torch.arange(keys, device=q.device) < key_lengths[:, None])[:, None, :, None]
         k, v = torch.where(real, k, 0.0), torch.where(real, v, 0.0)
-    logits = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    # A mode or a length out of range makes its sample NaN, gradients included.
+    poison = torch.where(fits, 1.0, math.nan).to(torch.float64)[:, None, None, None]
+    logits = q @ k.transpose(-1, -2) * (poison * (q.shape[-1] ** -0.5 if scale is None else scale))
     if bias is not None:
-        logits = logits + (bias[:1] if mode is None else bias[mode]).to(torch.float64)
+        logits = logits + bias[table].to(torch.float64)
     mask = visible(queries, keys, causal=causal, key_lengths=key_lengths, device=q.device)
     if mask is not None:
         logits = logits.masked_fill(~mask, -math.inf)
@@ -257,10 +266,7 @@ def prompt_attention(
             raise ValueError("seed: got None, expected an integer because dropout > 0")
         kept = dropout_mask(logits.shape, dropout, seed=seed, row_id=row_id, device=q.device)
         weights = torch.where(kept, weights / (1.0 - dropout), 0.0)
-    out = weights @ v
-    if key_lengths is not None:
-        out = torch.where(((key_lengths >= 0) & (key_lengths <= keys))[:, None, None, None], out, math.nan)
-    return out
+    return weights @ v * poison
 
 
 def conv_gelu_conv(
