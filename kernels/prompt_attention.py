@@ -248,15 +248,16 @@ def bias_kernel(
     m_blocks, n_blocks = tl.cdiv(queries, BLOCK_M), tl.cdiv(keys, BLOCK_N)
     tile, rest = tl.program_id(0) % (m_blocks * n_blocks), tl.program_id(0) // (m_blocks * n_blocks)
     group, own = rest % groups, rest // groups  # own: the table, [modes, bias_heads]
-    j0 = tile % n_blocks * BLOCK_N
-    i, j = tile // n_blocks * BLOCK_M + tl.arange(0, BLOCK_M), j0 + tl.arange(0, BLOCK_N)
+    i0, j0 = tile // n_blocks * BLOCK_M, tile % n_blocks * BLOCK_N
+    i, j = i0 + tl.arange(0, BLOCK_M), j0 + tl.arange(0, BLOCK_N)
+    reach = i0 + BLOCK_M + offset if CAUSAL else keys
     bias += own.to(tl.int64) * queries * keys
     result = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     begin, end = group.to(tl.int64) * batch // groups, (group + 1).to(tl.int64) * batch // groups
     for step in range((end - begin).to(tl.int32)):
         b = begin + step
         table, seen, _ = _sample(mode, key_lengths, b, modes, keys)
-        if (table == own // bias_heads) & (j0 < seen):
+        if (table == own // bias_heads) & (j0 < tl.minimum(seen, reach)):
             seed_b, row_id = value_at(seeds, 0, seed, b), row_id_at(row_ids, b)
             # One head, or all of them where they share the table.
             for shared in range(heads // bias_heads):

@@ -21,7 +21,9 @@ Call = Callable[[], Any]
 Config = dict[str, int]
 
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
-_LENGTHS = (50, 500)
+_BATCH, _HEADS, _LENGTHS = 32, 8, (50, 500)
+_CONVOLUTIONS = ((50, 256, 3), (500, 512, 1))  # length, channels, taps
+_ROWS = (1024, 16384)
 
 
 def _grid(**choices: tuple[int, ...]) -> list[Config]:
@@ -72,29 +74,31 @@ def _call(forward: Callable[[], Tensor], wanted: list[Tensor]) -> Call:
     return lambda: torch.autograd.grad(out, wanted, grad, retain_graph=True)
 
 
-def _attention_calls(kernel: str, dtype: torch.dtype, width: int) -> Iterator[Call]:
+def _attention_calls(kernel: str, dtype: torch.dtype, width: int, device: str) -> Iterator[Call]:
+    made: dict[str, Any] = {"device": device, "dtype": dtype}
     for length in _LENGTHS:
-        q, k, v = (torch.randn(32, 8, length, width, device="cuda", dtype=dtype) for _ in range(3))
-        bias, mode = torch.randn(7, 8, length, length, device="cuda", dtype=dtype), torch.arange(32, device="cuda") % 7
+        q, k, v = (torch.randn(_BATCH, _HEADS, length, width, **made) for _ in range(3))
+        bias, mode = torch.randn(7, _HEADS, length, length, **made), torch.arange(_BATCH, device=device) % 7
         wanted = {"forward": [], "queries": [q], "keys": [k, v], "bias": [bias]}[kernel]
         yield _call(partial(ops.prompt_attention, q, k, v, bias, mode, backend="triton"), wanted)
 
 
-def _convolution_calls(kernel: str, dtype: torch.dtype) -> Iterator[Call]:
-    for length, channels, taps in ((50, 256, 3), (500, 512, 1)):
-        x = torch.randn(32, length, channels, device="cuda", dtype=dtype)
-        w1, w2 = (torch.randn(channels, channels, taps, device="cuda", dtype=dtype) / channels**0.5 for _ in range(2))
+def _convolution_calls(kernel: str, dtype: torch.dtype, device: str) -> Iterator[Call]:
+    made: dict[str, Any] = {"device": device, "dtype": dtype}
+    for length, channels, taps in _CONVOLUTIONS:
+        x = torch.randn(_BATCH, length, channels, **made)
+        w1, w2 = (torch.randn(channels, channels, taps, **made) / channels**0.5 for _ in range(2))
         wanted = {"forward": [], "hidden": [w2], "inputs": [x], "weights": [w1, w2]}[kernel]
         yield _call(partial(ops.conv_gelu_conv, x, w1, None, w2, None, backend="triton"), wanted)
 
 
-def _row_calls(op: str) -> Iterator[Call]:
-    table = Schedule.linear(1000, 3e-4, 0.06).table.cuda()
-    for batch in (1024, 16384):
-        x, eps, observed = (torch.randn(batch, 3, 256, device="cuda") for _ in range(3))
+def _row_calls(op: str, device: str) -> Iterator[Call]:
+    table = Schedule.linear(1000, 3e-4, 0.06).table.to(device)
+    for batch in _ROWS:
+        x, eps, observed = (torch.randn(batch, 3, 256, device=device) for _ in range(3))
         noise: dict[str, Any] = {"seed": 1, "backend": "triton"}
         if op == "masked_reverse_step":
-            available = torch.rand(batch, 3, device="cuda") < 0.5
+            available = torch.rand(batch, 3, device=device) < 0.5
             arguments = x, eps, observed, available, table, 500
             yield partial(ops.masked_reverse_step, *arguments, out=torch.empty_like(x), **noise)
         elif op == "ddim_step":
@@ -105,9 +109,9 @@ def _row_calls(op: str) -> Iterator[Call]:
             yield partial(ops.randn, tuple(x.shape), out=x, **noise)
 
 
-def tune(op: str, timer: Callable[[Call], float], progress: Callable[[str], None]) -> Any:
+def tune(op: str, timer: Callable[[Call], float], progress: Callable[[str], None], device: str = "cuda") -> Any:
     """The entry of configs/``op``.json for the current GPU, measured."""
-    capability = tuned.capability_of(torch.empty(0, device="cuda"))
+    capability = tuned.capability_of(torch.empty(0, device=device))
     entry: Any = json.loads(json.dumps(tuned.tuned(op, capability)))
 
     def use(place: Any, candidate: Config) -> None:
@@ -122,15 +126,15 @@ def tune(op: str, timer: Callable[[Call], float], progress: Callable[[str], None
     if op == "prompt_attention":
         for kernel, places in entry.items():
             for place in places:
-                calls = list(_attention_calls(kernel, DTYPES[place["bytes"]], place["width"]))
+                calls = list(_attention_calls(kernel, DTYPES[place["bytes"]], place["width"], device))
                 one(f"{kernel}, {place['bytes']} bytes, d={place['width']}", place, ATTENTION_CANDIDATES, calls)
     elif op == "conv_gelu_conv":
         for kernel, places in entry.items():
             for size, place in places.items():
-                calls = list(_convolution_calls(kernel, DTYPES[int(size)]))
+                calls = list(_convolution_calls(kernel, DTYPES[int(size)], device))
                 one(f"{kernel}, {size} bytes", place, CONVOLUTION_CANDIDATES, calls)
     else:
-        one("", entry, ROW_CANDIDATES, list(_row_calls(op)))
+        one("", entry, ROW_CANDIDATES, list(_row_calls(op, device)))
     return entry
 
 
