@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -37,12 +39,65 @@ def test_conv_gelu_conv(kernels: tuple[int, int], bias: bool, approximate: str) 
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("size", [2, 9, 0])
-def test_kernels_that_do_not_fit(size: int) -> None:
-    with pytest.raises(ValueError, match=f"^kernel_size: got {size}, expected an odd number"):
+@pytest.mark.parametrize("size", [2, 9, 0, 3.0, "3", (3,)])
+def test_kernels_that_do_not_fit(size: object) -> None:
+    with pytest.raises(ValueError, match=f"^kernel_size: got {re.escape(repr(size))}, expected an odd number in 1…7$"):
         ConvGeluConv(2, 2, 2, size)
-    with pytest.raises(ValueError, match=f"^second_kernel_size: got {size}, expected an odd number"):
+    with pytest.raises(ValueError, match=f"^second_kernel_size: got {re.escape(repr(size))}, expected an odd number"):
         ConvGeluConv(2, 2, 2, 3, size)
+
+
+@pytest.mark.parametrize("width", [0, -1, 2.0, "2", None])
+@pytest.mark.parametrize("name", ["in_channels", "hidden_channels", "out_channels"])
+def test_widths_that_do_not_fit(name: str, width: object) -> None:
+    widths = {"in_channels": 2, "hidden_channels": 2, "out_channels": 2, name: width}
+    with pytest.raises(ValueError, match=f"^{name}: got {width!r}, expected a whole number, at least 1$"):
+        ConvGeluConv(**widths)
+
+
+def test_a_gelu_that_does_not_exist() -> None:
+    with pytest.raises(ValueError, match=r"^approximate: got 'quick', expected 'none' or 'tanh'$"):
+        ConvGeluConv(2, 2, 2, approximate="quick")
+
+
+def test_convolutions_take_whole_numbers_of_numpy() -> None:
+    assert ConvGeluConv(*np.array([6, 10, 4, 3]))(torch.randn(2, 5, 6)).shape == (2, 5, 4)
+
+
+X = torch.zeros(4, 20, 12)
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        (X.mT, ValueError, "x: got [4, 12, 20], expected [B, L, 12]; nn.Conv1d's [B, C, L] goes in as x.mT"),
+        (X[..., :5], ValueError, "x: got [4, 20, 5], expected [B, L, 12]"),
+        (X[0], ValueError, "x: got [20, 12], expected [B, L, 12]"),
+        (X.double(), ValueError, "x: got float64 [4, 20, 12] on cpu, expected torch.float32 on cpu, as the weights"),
+        (X.long(), ValueError, "x: got int64 [4, 20, 12] on cpu, expected torch.float32 on cpu, as the weights"),
+        (X.to("meta"), ValueError, "x: got float32 [4, 20, 12] on meta, expected torch.float32 on cpu, as the weights"),
+        (X.numpy(), TypeError, "x: got ndarray, expected a tensor"),
+    ],
+)
+def test_what_the_convolutions_do_not_read(x: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        ConvGeluConv(12, 8, 4)(x)
+
+
+def test_autocast_casts_nothing_on_meta() -> None:
+    module, x = ConvGeluConv(12, 8, 4, device="meta"), X.to("meta", torch.bfloat16)
+    with torch.autocast("cpu"), pytest.raises(ValueError, match=r"^x: got bfloat16 .* expected torch.float32 on meta"):
+        module(x)
+
+
+def test_hooks_on_the_convolutions_are_not_called() -> None:
+    module = ConvGeluConv(12, 8, 4)
+    called = []
+    for inner in module:
+        inner.register_forward_hook(lambda *_: called.append("inner"))
+    module.register_forward_hook(lambda *_: called.append("outer"))
+    module(X)
+    assert called == ["outer"]
 
 
 def pair(bias: bool = True, **options: object) -> tuple[nn.MultiheadAttention, PromptAttention]:

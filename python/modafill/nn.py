@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any, cast
 
 import torch
@@ -9,20 +10,31 @@ from torch import Tensor, nn
 
 from modafill import ops
 from modafill.ops import backends
+from modafill.ops.conv_gelu_conv import MAX_TAPS
 from modafill.ops.prompt_attention import MAX_WIDTH
 
 
 class ConvGeluConv(nn.Sequential):
     """Conv1D → GELU → Conv1D on ``[B, L, C]``, on :func:`modafill.ops.conv_gelu_conv`.
 
-    Its state dict is that of ``nn.Sequential(nn.Conv1d, nn.GELU, nn.Conv1d)``, which reads ``[B, C, L]``.
+    Its state dict is that of ``nn.Sequential(nn.Conv1d, nn.GELU, nn.Conv1d)``, which reads ``[B, C, L]``: what goes in
+    there as ``x`` goes in here as ``x.mT``, and the result is the transposed one too. A square ``[B, C, C]`` cannot be
+    told from its transpose. A state dict tells neither padding, stride and dilation (here zeros to the same length, 1
+    and 1) nor the kind of GELU: one made with ``nn.GELU("tanh")`` needs ``approximate="tanh"``.
+
+    It is an nn.Sequential for its names alone: its layers are never called, and forward hooks on them not either;
+    ``append``, ``insert``, ``extend`` and slices are not for it.
 
     Args:
-        in_channels, hidden_channels, out_channels: widths.
+        in_channels, hidden_channels, out_channels: widths, at least 1.
         kernel_size: of the first convolution, odd, 1…7; same padding.
         second_kernel_size: of the second one; None = ``kernel_size``.
         bias: whether both have one.
         approximate: ``"none"`` (exact GELU) or ``"tanh"``.
+        device, dtype: of the parameters; None = torch's defaults.
+
+    Raises:
+        ValueError: an argument is outside its range.
     """
 
     def __init__(
@@ -35,21 +47,41 @@ class ConvGeluConv(nn.Sequential):
         *,
         bias: bool = True,
         approximate: str = "none",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
+        _check_whole("in_channels", in_channels, 1)
+        _check_whole("hidden_channels", hidden_channels, 1)
+        _check_whole("out_channels", out_channels, 1)
         sizes = kernel_size, kernel_size if second_kernel_size is None else second_kernel_size
         for name, size in zip(("kernel_size", "second_kernel_size"), sizes, strict=True):
-            if size % 2 == 0 or not 1 <= size <= 7:
-                raise ValueError(f"{name}: got {size}, expected an odd number in 1…7")
+            if not isinstance(size, Integral) or size % 2 == 0 or not 1 <= size <= MAX_TAPS:
+                raise ValueError(f"{name}: got {size!r}, expected an odd number in 1…{MAX_TAPS}")
+        if approximate not in ("none", "tanh"):
+            raise ValueError(f"approximate: got {approximate!r}, expected 'none' or 'tanh'")
+        made: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
         super().__init__(
-            nn.Conv1d(in_channels, hidden_channels, sizes[0], padding=sizes[0] // 2, bias=bias),
+            nn.Conv1d(in_channels, hidden_channels, sizes[0], padding=sizes[0] // 2, **made),
             nn.GELU(approximate),
-            nn.Conv1d(hidden_channels, out_channels, sizes[1], padding=sizes[1] // 2, bias=bias),
+            nn.Conv1d(hidden_channels, out_channels, sizes[1], padding=sizes[1] // 2, **made),
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[B, L, out_channels]`` of ``x [B, L, in_channels]``."""
+        """``[B, L, out_channels]`` of ``x [B, L, in_channels]``, in the weights' dtype unless autocast casts both.
+
+        Raises:
+            TypeError: ``x`` is no tensor.
+            ValueError: ``x`` has another shape, dtype or device.
+        """
         first, gelu, second = cast("tuple[nn.Conv1d, nn.GELU, nn.Conv1d]", tuple(self))
         weights = first.weight, first.bias, second.weight, second.bias
+        backends.check_tensor("x", x)
+        weight, shape, channels = weights[0], x.shape, first.in_channels
+        if len(shape) != 3 or shape[2] != channels:
+            hint = "; nn.Conv1d's [B, C, L] goes in as x.mT" if len(shape) == 3 and shape[1] == channels else ""
+            raise ValueError(f"x: got {list(shape)}, expected [B, L, {channels}]{hint}")
+        if x.dtype != weight.dtype or x.device != weight.device:
+            _check_cast("x", x, weight)
         return ops.conv_gelu_conv(x, *weights, approximate=gelu.approximate)
 
 
@@ -224,6 +256,24 @@ class PromptAttention(nn.Module):
             mask = torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, -torch.inf)
         mask = mask.to(like.dtype)
         return mask[None, None] if bias is None else bias + mask
+
+
+def _check_whole(name: str, value: int, least: int) -> None:
+    if not isinstance(value, Integral) or value < least:
+        raise ValueError(f"{name}: got {value!r}, expected a whole number, at least {least}")
+
+
+def _check_cast(name: str, x: Tensor, weight: Tensor) -> None:
+    """``x``, of another dtype or device than ``weight``, comes to have the same under autocast."""
+    device = weight.device.type
+    casts = device != "meta" and torch.is_autocast_enabled(device)
+    if x.device != weight.device or not (casts and _is_cast(x) and _is_cast(weight)):
+        got, expected = backends.describe(x), f"{weight.dtype} on {weight.device}"
+        raise ValueError(f"{name}: got {got}, expected {expected}, as the weights")
+
+
+def _is_cast(x: Tensor) -> bool:
+    return x.is_floating_point() and x.dtype != torch.float64
 
 
 def _key_lengths(padding: Tensor, key: Tensor) -> Tensor:
