@@ -64,6 +64,17 @@ def test_convolutions_take_whole_numbers_of_numpy() -> None:
     assert ConvGeluConv(*np.array([6, 10, 4, 3]))(torch.randn(2, 5, 6)).shape == (2, 5, 4)
 
 
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", torch.float64), ("meta", torch.bfloat16)])
+def test_parameters_are_made_where_and_as_asked(device: str, dtype: torch.dtype) -> None:
+    modules = [
+        ConvGeluConv(8, 6, 4, device=device, dtype=dtype),
+        PromptAttention(24, 3, n_modes=2, max_query_length=5, max_key_length=7, device=device, dtype=dtype),
+    ]
+    for module, parameters in zip(modules, (4, 5), strict=True):
+        found = [(p.device.type, p.dtype) for p in module.parameters()]
+        assert found == [(device, dtype)] * parameters
+
+
 X = torch.zeros(4, 20, 12)
 
 
@@ -322,6 +333,31 @@ def test_under_autocast_parameters_stay_float32(dtype: torch.dtype) -> None:
         assert (grad - exact[name]).norm() < 0.05 * exact[name].norm() + 1e-4, name
 
 
+def test_under_autocast_inputs_may_have_any_dtype_that_it_casts() -> None:
+    theirs, attend = pair()
+    convolve = ConvGeluConv(24, 8, 24)
+    x = inputs()[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = theirs(x, x, x, need_weights=False)[0]
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            given = x.to(dtype)
+            torch.testing.assert_close(attend(given, given, given)[0], expected, rtol=0.05, atol=0.02)
+            torch.testing.assert_close(convolve(given), convolve(x), rtol=0.05, atol=0.02)
+        # Each layer after the first one reads bfloat16 and has weights of float32.
+        compiled = torch.compile(lambda x: convolve(attend(*[convolve(x)] * 3)[0]), fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), convolve(attend(*[convolve(x)] * 3)[0]), rtol=0.05, atol=0.02)
+        for wrong in (x.double(), x.long()):
+            with pytest.raises(ValueError, match=r"^query: got \w+64 .* expected torch.float32 on cpu, as the"):
+                attend(wrong, wrong, wrong)
+            with pytest.raises(ValueError, match=r"^x: got \w+64 .* expected torch.float32 on cpu, as the"):
+                convolve(wrong)
+        for module in (lambda x: attend(x, x, x), convolve):
+            with pytest.raises(ValueError, match=r": got float32 .* on meta, expected torch.float32 on cpu, as the"):
+                module(x.to("meta"))
+        exact = attend.double()(*(t.double() for t in inputs()))[0]
+        assert exact.dtype == torch.float64
+
+
 def test_compiles_whole() -> None:
     torch.manual_seed(0)
     network = Network()
@@ -375,8 +411,6 @@ def test_mistakes() -> None:
         ours(q, k, v, is_causal=True)
     with pytest.raises(ValueError, match="beside key_lengths"):
         ours(q, k, v, torch.zeros(2, 7, dtype=torch.bool), key_lengths=torch.tensor([7, 7]))
-    with pytest.raises(ValueError, match=r"attn_mask: got shape \[7, 5\]"):
-        ours(q, k, v, attn_mask=torch.zeros(7, 5))
     with pytest.raises(ValueError, match="num_heads: got 5, expected a divisor of embed_dim, 24"):
         PromptAttention(24, 5)
     for embed_dim, heads, width in ((30, 5, 6), (264, 2, 132), (6, 3, 2)):
@@ -387,12 +421,185 @@ def test_mistakes() -> None:
             PromptAttention(24, 3, dropout=dropout)
     with pytest.raises(ValueError, match="max_query_length, max_key_length: got 0 and 3"):
         PromptAttention(24, 3, n_modes=1, max_key_length=3)
+    for modes in (-1, 1.0, None):
+        with pytest.raises(ValueError, match=f"^n_modes: got {modes}, expected a whole number, at least 0$"):
+            PromptAttention(24, 3, n_modes=modes, max_query_length=5, max_key_length=7)
+
+
+Q, K, V = torch.zeros(2, 5, 24), torch.zeros(2, 7, 24), torch.zeros(2, 7, 24)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ((Q[..., :20], K, V), ValueError, "query: got [2, 5, 20], expected [B, L, 24]"),
+        ((Q, K[..., :20], V), ValueError, "key: got [2, 7, 20], expected [B, L, 24]"),
+        ((Q, K, V[..., :20]), ValueError, "value: got [2, 7, 20], expected [B, L, 24]"),
+        ((Q[0], K[0], V[0]), ValueError, "query: got [5, 24], expected [B, L, 24]"),
+        ((Q, K[0], V), ValueError, "key: got [7, 24], expected [B, L, 24]"),
+        ((Q, K[:1], V[:1]), ValueError, "key: got [1, 7, 24], expected [2, Lk, 24], as query"),
+        ((Q, K, V[:, :6]), ValueError, "value: got [2, 6, 24], expected [2, 7, 24], as key"),
+        ((Q, K, V[:1]), ValueError, "value: got [1, 7, 24], expected [2, 7, 24], as key"),
+        (
+            (Q.double(), K, V),
+            ValueError,
+            "query: got float64 [2, 5, 24] on cpu, expected torch.float32 on cpu, as the weights",
+        ),
+        (
+            (Q, K.bfloat16(), V),
+            ValueError,
+            "key: got bfloat16 [2, 7, 24] on cpu, expected torch.float32 on cpu, as the weights",
+        ),
+        (
+            (Q, K, V.to("meta")),
+            ValueError,
+            "value: got float32 [2, 7, 24] on meta, expected torch.float32 on cpu, as the weights",
+        ),
+        ((Q.numpy(), K, V), TypeError, "query: got ndarray, expected a tensor"),
+        ((Q, K, V.tolist()), TypeError, "value: got list, expected a tensor"),
+        ((Q, None, None), TypeError, "key: got NoneType None, expected a tensor"),
+        ((None, None, None), TypeError, "query: got NoneType None, expected a tensor"),
+        (
+            (Q, *[torch.zeros(2, 2049, 24)] * 2),
+            ValueError,
+            "query, key: got lengths 5 and 2049, expected at most 2048",
+        ),
+    ],
+)
+def test_what_attention_does_not_read(given: tuple[object, ...], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        PromptAttention(24, 3)(*given)
+
+
+@pytest.mark.parametrize(
+    ("mask", "error", "message"),
+    [
+        (torch.zeros(7, 5), ValueError, "got float32 [7, 5] on cpu"),
+        (torch.zeros(2, 5, 7), ValueError, "got float32 [2, 5, 7] on cpu"),
+        (torch.zeros(2, 3, 5, 7), ValueError, "got float32 [2, 3, 5, 7] on cpu"),
+        # As a number to add, 1 would not hide.
+        (torch.ones(5, 7, dtype=torch.uint8), ValueError, "got uint8 [5, 7] on cpu"),
+        (torch.zeros(5, 7, device="meta"), ValueError, "got float32 [5, 7] on meta"),
+        ([[0.0] * 7] * 5, TypeError, "got list"),
+    ],
+)
+def test_masks_that_do_not_fit(mask: object, error: type[Exception], message: str) -> None:
+    expected = "bool or floating-point [5, 7] or [6, 5, 7] on cpu" if error is ValueError else "a tensor"
+    with pytest.raises(error, match=f"^attn_mask: {re.escape(f'{message}, expected {expected}')}$"):
+        PromptAttention(24, 3)(Q, K, V, attn_mask=mask)
+
+
+def test_a_mask_for_each_head_is_refused_beside_a_prompt_bias_and_a_mode() -> None:
+    mask = torch.zeros(6, 5, 7)
+    prompted = PromptAttention(24, 3, n_modes=1, max_query_length=5, max_key_length=7)
+    with pytest.raises(ValueError, match=r"^attn_mask: got float32 \[6, 5, 7\] .* floating-point \[5, 7\] on cpu$"):
+        prompted(Q, K, V, attn_mask=mask)
+    with pytest.raises(ValueError, match=r"^mode: got int64 \[2\] on cpu, expected None with attn_mask \[B·H"):
+        PromptAttention(24, 3)(Q, K, V, attn_mask=mask, mode=torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize("kind", ["float", "bool"])
+def test_a_mask_for_each_sample_and_head(kind: str, padding: bool, causal: bool) -> None:
+    theirs, ours = pair()
+    mask = torch.randn(6, 5, 7)
+    if kind == "bool":
+        mask = mask > 0.5
+        mask[:, :, 0] = False
+    else:
+        mask.requires_grad_()
+    # MulT's mask: query i reads keys 0…i + |Lk − Lq|.
+    later = torch.ones(5, 7, dtype=torch.bool).triu(3) if causal else torch.zeros(5, 7, dtype=torch.bool)
+    whole = mask | later if kind == "bool" else mask.masked_fill(later, -torch.inf)
+    hidden = PADDING if kind == "bool" else torch.zeros(2, 7).masked_fill(PADDING, -torch.inf)
+    wanted = {"key_padding_mask": hidden if padding else None, "attn_mask": whole}
+    expected = theirs(*inputs(), need_weights=False, **wanted)[0]
+    given = {"key_padding_mask": PADDING if padding else None, "attn_mask": mask, "causal": causal}
+    found = ours(*inputs(), **given)[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    parameters = [[*module.parameters(), *([mask] if mask.requires_grad else [])] for module in (ours, theirs)]
+    grads, exact = (
+        torch.autograd.grad(out.square().sum(), p) for out, p in zip((found, expected), parameters, strict=True)
+    )
+    for mine, other in zip(grads, exact, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-5)
+
+
+def test_a_mask_for_each_head_goes_where_one_for_all_goes() -> None:
+    theirs, ours = pair()
+    one = torch.linspace(-1, 1, 35).reshape(5, 7)
+    each = one.expand(6, 5, 7)
+    given = {"attn_mask": each, "is_causal": True, "key_lengths": torch.tensor([7, 4])}
+    found = ours(*inputs(), **given)[0]
+    torch.testing.assert_close(found, ours(*inputs(), **{**given, "attn_mask": one})[0])
+    compiled = torch.compile(ours, fullgraph=True, backend="aot_eager", dynamic=True)
+    torch.testing.assert_close(compiled(*inputs(), **given)[0], found)
+    # Mapped over three batches that differ.
+    batches = [torch.stack([x, x + 1, x - 1]) for x in inputs()]
+    mapped = torch.vmap(lambda *x: ours(*x, attn_mask=each)[0])(*batches)
+    expected = torch.stack([theirs(*x, attn_mask=each, need_weights=False)[0] for x in zip(*batches, strict=True)])
+    torch.testing.assert_close(mapped, expected, rtol=1e-4, atol=1e-5)
+    nothing = [x[:0] for x in inputs()]
+    assert ours(*nothing, attn_mask=each[:0])[0].shape == (0, 5, 24)
+    dropping = PromptAttention(24, 3, dropout=0.5)
+    first, second = (dropping(*inputs(), attn_mask=mask, seed=9)[0] for mask in (one, each))
+    torch.testing.assert_close(first, second)
+    exported = torch.export.export(ours, inputs(), {"attn_mask": each}).module()
+    torch.testing.assert_close(exported(*inputs(), attn_mask=each)[0], ours(*inputs(), attn_mask=each)[0])
+
+
+def test_batch_first_is_all_there_is() -> None:
+    theirs = nn.MultiheadAttention(24, 3)
+    ours = PromptAttention(24, 3, batch_first=True)
+    # Nothing in it tells the layout.
+    ours.load_state_dict(theirs.state_dict())
+    expected = theirs(*(x.transpose(0, 1) for x in inputs()), need_weights=False)[0].transpose(0, 1)
+    torch.testing.assert_close(ours(*inputs())[0], expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"^batch_first: got False, expected True"):
+        PromptAttention(24, 3, batch_first=False)
+
+
+def test_what_differs_from_multihead_attention() -> None:
+    """As the docstring has it; lengths, layouts and masks have tests of their own."""
+    theirs, ours = pair()
+    with torch.no_grad():
+        ours.out_proj.bias.copy_(torch.arange(24.0))
+        theirs.load_state_dict(ours.state_dict())
+    mask = torch.zeros(5, 7, dtype=torch.bool)
+    mask[2] = True
+    nothing = ours(*inputs(), attn_mask=mask)[0][:, 2]
+    torch.testing.assert_close(nothing, ours.out_proj.bias.expand(2, 24))
+    torch.testing.assert_close(nothing, theirs(*inputs(), attn_mask=mask, need_weights=False)[0][:, 2])
+    assert theirs(*inputs(), attn_mask=mask)[0][:, 2].isnan().all()
+    for name in ("kdim", "vdim", "add_bias_kv", "add_zero_attn"):
+        with pytest.raises(TypeError, match=name):
+            PromptAttention(24, 3, **{name: 24})
+    assert not isinstance(ours, nn.MultiheadAttention)
+    x = inputs()[1].requires_grad_()
+    (grad,) = torch.autograd.grad(ours(x, x, x)[0].square().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="prompt_attention: its gradient has no gradient"):
+        grad.sum().backward()
+    _, layer = encoder_layers()
+    layer.self_attn = PromptAttention(24, 2, n_modes=2, max_query_length=7, max_key_length=7)
+    with pytest.raises(ValueError, match=r"mode: got None, expected int64 \[2\]"):
+        layer(x)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torchscript_traces_no_attention() -> None:
+    with pytest.raises(RuntimeError, match="Only tensors, lists, tuples of tensors"):
+        torch.jit.trace(PromptAttention(24, 3), inputs())
 
 
 @pytest.mark.parametrize(
     ("padding", "message"),
     [
-        (torch.zeros(2, 6, dtype=torch.bool), r"got bool \[2, 6\] on cpu, expected bool or floating-point \[2, 7\]"),
+        (
+            torch.zeros(2, 6, dtype=torch.bool),
+            r"got bool \[2, 6\] on cpu, expected bool or floating-point \[2, 7\] on cpu",
+        ),
+        (torch.zeros(2, 7, device="meta"), r"got float32 \[2, 7\] on meta"),
         (torch.zeros(7, dtype=torch.bool), r"got bool \[7\] on cpu"),
         (torch.zeros(2, 7, dtype=torch.int64), r"got int64 \[2, 7\] on cpu"),
         (torch.tensor([[True] + [False] * 6] * 2), "got padding before a key"),
@@ -403,6 +610,11 @@ def test_mistakes() -> None:
 def test_padding_that_does_not_fit(padding: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=f"key_padding_mask: .*{message}"):
         PromptAttention(24, 3)(*inputs(), padding)
+
+
+def test_padding_in_a_list_is_named() -> None:
+    with pytest.raises(TypeError, match=r"^key_padding_mask: got list, expected a tensor$"):
+        PromptAttention(24, 3)(*inputs(), PADDING.tolist())
 
 
 def test_padding_compiles_whole() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from modafill import ops
 from modafill.ops import backends
 from modafill.ops.conv_gelu_conv import MAX_TAPS
-from modafill.ops.prompt_attention import MAX_WIDTH
+from modafill.ops.prompt_attention import MAX_LENGTH, MAX_WIDTH
 
 
 class ConvGeluConv(nn.Sequential):
@@ -88,10 +88,22 @@ class ConvGeluConv(nn.Sequential):
 class PromptAttention(nn.Module):
     """Multi-head attention whose logits get a learned bias by missing mode, on :func:`modafill.ops.prompt_attention`.
 
-    In place of ``nn.MultiheadAttention(embed_dim, num_heads, dropout, bias, batch_first=True)``, also within PyTorch's
-    transformer layers: it has its parameters, loads its state dict and takes its arguments, in batches. Three things
-    differ: attention weights are never made, so ``need_weights`` must be False, its default here; padding is on the
-    right; a query with nothing to attend to gives ``out_proj.bias`` instead of NaN.
+    In place of ``nn.MultiheadAttention(embed_dim, num_heads, dropout, bias, batch_first=True)``: it has its parameters,
+    loads its state dict and takes its arguments, also within PyTorch's transformer layers. What differs:
+
+    - Queries, keys and values are batches ``[B, L, E]``, not nested, of lengths up to 2048. ``dropout`` is less than 1,
+      and heads are a multiple of 4 wide, up to 128. There is no ``kdim``, ``vdim``, ``add_bias_kv`` or
+      ``add_zero_attn``, and it is no instance of nn.MultiheadAttention.
+    - A state dict does not tell the layout: one of ``batch_first=False``, PyTorch's default, loads too, but this module
+      reads ``[B, L, E]`` all the same.
+    - Attention weights are never made: ``need_weights`` must be False, its default here. ``torch.jit.trace`` fails on
+      the None in their place; ``torch.compile`` and ``torch.export`` do not.
+    - Padding is on the right, and a float ``key_padding_mask`` holds 0 and −inf alone.
+    - An ``attn_mask [B·H, Lq, Lk]`` is refused beside a prompt bias; to ``[Lq, Lk]`` the prompt bias is added.
+    - A query with nothing to attend to gives ``out_proj.bias``, as there without weights; with weights it gives NaN.
+    - Dropout draws the noise of the ops, which is not PyTorch's.
+    - The gradient is that of reverse mode and has no gradient itself.
+    - PyTorch's transformer layers pass no ``mode``: in them ``n_modes`` is 0 or 1.
 
     After a state dict that nn.MultiheadAttention made, the tables of the prompt bias are those that they were: as
     initialised. Any other one has to hold them. PyTorch notes in a state dict what made it, but a file of bare tensors,
@@ -103,6 +115,8 @@ class PromptAttention(nn.Module):
         num_heads: a divisor of ``embed_dim``; heads must be a multiple of 4 wide, up to 128.
         dropout: of the attention weights, in training, 0 or more and less than 1.
         bias: whether the projections have biases.
+        batch_first: True.
+        device, dtype: of the parameters; None = torch's defaults.
         n_modes: P, how many tables of the prompt bias; 0 for none.
         max_query_length, max_key_length: their size ``[P, H or 1, Lq, Lk]``; shorter sequences use a corner.
         shared_heads: whether all heads share a table.
@@ -127,6 +141,9 @@ class PromptAttention(nn.Module):
         dropout: float = 0.0,
         bias: bool = True,
         *,
+        batch_first: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         n_modes: int = 0,
         max_query_length: int = 0,
         max_key_length: int = 0,
@@ -143,17 +160,20 @@ class PromptAttention(nn.Module):
             )
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout: got {dropout}, expected a value in [0, 1)")
+        if not batch_first:
+            raise ValueError("batch_first: got False, expected True; nn.MultiheadAttention's [L, B, E] is transposed")
+        _check_whole("n_modes", n_modes, 0)
         if n_modes and min(max_query_length, max_key_length) < 1:
             got = f"{max_query_length} and {max_key_length}"
             raise ValueError(f"max_query_length, max_key_length: got {got}, expected at least 1 with n_modes > 0")
         self.embed_dim, self.num_heads, self.dropout = embed_dim, num_heads, dropout
         # Built by PyTorch's own module, so that names, shapes and initialisation are its.
-        twin = nn.MultiheadAttention(embed_dim, num_heads, bias=bias, batch_first=True)
+        twin = nn.MultiheadAttention(embed_dim, num_heads, bias=bias, batch_first=True, device=device, dtype=dtype)
         self.in_proj_weight, self.in_proj_bias, self.out_proj = twin.in_proj_weight, twin.in_proj_bias, twin.out_proj
         self.prompt_bias: nn.Parameter | None = None
         if n_modes:
             shape = (n_modes, 1 if shared_heads else num_heads, max_query_length, max_key_length)
-            self.prompt_bias = nn.Parameter(torch.randn(shape) * init_std)
+            self.prompt_bias = nn.Parameter(torch.randn(shape, device=device, dtype=dtype) * init_std)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
@@ -182,11 +202,12 @@ class PromptAttention(nn.Module):
         """Attend.
 
         Args:
-            query: ``[B, Lq, E]``; key, value: ``[B, Lk, E]``.
+            query: ``[B, Lq, E]``; key, value: ``[B, Lk, E]``. In the weights' dtype unless autocast casts both.
             key_padding_mask: ``[B, Lk]``, padding on the right: bool, True = padding, or float, −inf = padding, else 0.
                 On a GPU it is not read back, and a sample whose mask does not fit gives NaN.
             need_weights: False.
-            attn_mask: ``[Lq, Lk]`` for all samples and heads: bool, True = hidden, or float, added to the logits.
+            attn_mask: ``[Lq, Lk]`` for all samples and heads, or without a prompt bias ``[B·H, Lq, Lk]``: bool, True =
+                hidden, or float, added to the logits.
             average_attn_weights: without effect, as there are no weights.
             is_causal: nn.MultiheadAttention's hint that ``attn_mask`` is causal. The mask is what counts.
             mode: int64 ``[B]``, which table of the prompt bias a sample gets.
@@ -199,24 +220,22 @@ class PromptAttention(nn.Module):
             ``([B, Lq, E], None)``; under autocast in its dtype.
 
         Raises:
-            ValueError: weights are asked for, ``is_causal`` comes without a mask, a mask does not fit, sequences are
-                longer than the prompt bias.
+            TypeError: ``query``, ``key``, ``value`` or a mask is no tensor.
+            ValueError: weights are asked for, ``is_causal`` comes without a mask, a shape, dtype, device or mask does
+                not fit, sequences are longer than the prompt bias.
             RuntimeError: padding on the CPU does not fit and the module is compiled.
         """
         if need_weights:
             raise ValueError("need_weights: got True, expected False, because the weights are never made")
         if is_causal and attn_mask is None:
             raise ValueError("is_causal: got True without attn_mask, expected the mask that it is a hint about")
-        if query.is_nested:
-            raise ValueError(
-                "query: got a nested tensor, expected [B, Lq, E]; nn.TransformerEncoder makes none with"
-                " enable_nested_tensor=False"
-            )
+        weight = self.in_proj_weight
+        queries, keys = self._lengths(query, key, value, weight)
         if key_padding_mask is not None:
             if key_lengths is not None:
                 raise ValueError("key_padding_mask: got one beside key_lengths, expected one of the two")
             key_lengths = _key_lengths(key_padding_mask, key)
-        weights = self.in_proj_weight.chunk(3)
+        weights = weight.chunk(3)
         biases = [None] * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         q, k, v = (
             nn.functional.linear(x, w, b).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
@@ -225,11 +244,12 @@ class PromptAttention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         if dropout and seed is None:
             seed = torch.randint(2**63 - 1, (), device=q.device)
+        bias, mode = self._bias(queries, keys, attn_mask, mode, q)
         out = ops.prompt_attention(
             q,
             k,
             v,
-            self._bias(query.shape[1], key.shape[1], attn_mask, q),
+            bias,
             mode,
             causal=causal,
             key_lengths=key_lengths,
@@ -239,7 +259,44 @@ class PromptAttention(nn.Module):
         )
         return self.out_proj(out.transpose(1, 2).flatten(2)), None
 
-    def _bias(self, queries: int, keys: int, mask: Tensor | None, like: Tensor) -> Tensor | None:
+    def _lengths(self, query: Tensor, key: Tensor, value: Tensor, weight: Tensor) -> tuple[int, int]:
+        """Lq and Lk of inputs that fit."""
+        width, dtype, device = self.embed_dim, weight.dtype, weight.device
+        shapes: list[torch.Size] = []
+        last = query
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            # One tensor often stands for two or three, and a small call takes 30 µs in all.
+            if x is last and shapes:
+                shapes.append(shapes[-1])
+                continue
+            backends.check_tensor(name, x)
+            if x.is_nested:
+                raise ValueError(
+                    f"{name}: got a nested tensor, expected [B, L, {width}]; nn.TransformerEncoder makes none with"
+                    " enable_nested_tensor=False"
+                )
+            shape = x.shape
+            if len(shape) != 3 or shape[2] != width:
+                raise ValueError(f"{name}: got {list(shape)}, expected [B, L, {width}]")
+            if x.dtype != dtype or x.device != device:
+                _check_cast(name, x, weight)
+            shapes.append(shape)
+            last = x
+        of_query, of_key, of_value = shapes
+        batch, queries, _ = of_query
+        keys = of_key[1]
+        if of_key[0] != batch:
+            raise ValueError(f"key: got {list(of_key)}, expected [{batch}, Lk, {width}], as query")
+        if of_value != of_key:
+            raise ValueError(f"value: got {list(of_value)}, expected {list(of_key)}, as key")
+        if queries > MAX_LENGTH or keys > MAX_LENGTH:
+            raise ValueError(f"query, key: got lengths {queries} and {keys}, expected at most {MAX_LENGTH}")
+        return queries, keys
+
+    def _bias(
+        self, queries: int, keys: int, mask: Tensor | None, mode: Tensor | None, q: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The op's ``bias`` and ``mode``."""
         bias: Tensor | None = None
         if self.prompt_bias is not None:
             most = tuple(self.prompt_bias.shape[2:])
@@ -247,15 +304,26 @@ class PromptAttention(nn.Module):
                 raise ValueError(
                     f"query, key: got lengths {queries} and {keys}, expected at most {most[0]} and {most[1]}"
                 )
-            bias = self.prompt_bias[..., :queries, :keys].to(like.dtype)
+            bias = self.prompt_bias[..., :queries, :keys].to(q.dtype)
         if mask is None:
-            return bias
-        if mask.shape != (queries, keys):
-            raise ValueError(f"attn_mask: got shape {list(mask.shape)}, expected [{queries}, {keys}]")
+            return bias, mode
+        backends.check_tensor("attn_mask", mask)
+        batch, heads = q.shape[:2]
+        shapes = [[queries, keys]] if bias is not None else [[queries, keys], [batch * heads, queries, keys]]
+        if list(mask.shape) not in shapes or not _is_mask(mask) or mask.device != q.device:
+            expected = f"bool or floating-point {' or '.join(map(str, shapes))} on {q.device}"
+            raise ValueError(f"attn_mask: got {backends.describe(mask)}, expected {expected}")
         if mask.dtype == torch.bool:
-            mask = torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, -torch.inf)
-        mask = mask.to(like.dtype)
-        return mask[None, None] if bias is None else bias + mask
+            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill(mask, -torch.inf)
+        mask = mask.to(q.dtype)
+        if mask.ndim == 2:
+            return mask[None, None] if bias is None else bias + mask, mode
+        if mode is not None:
+            raise ValueError(f"mode: got {backends.describe(mode)}, expected None with attn_mask [B·H, Lq, Lk]")
+        if batch == 0:
+            return None, None
+        # A table for each sample.
+        return mask.unflatten(0, (batch, heads)), torch.arange(batch, device=q.device)
 
 
 def _check_whole(name: str, value: int, least: int) -> None:
@@ -276,11 +344,16 @@ def _is_cast(x: Tensor) -> bool:
     return x.is_floating_point() and x.dtype != torch.float64
 
 
+def _is_mask(x: Tensor) -> bool:
+    return x.dtype == torch.bool or x.is_floating_point()
+
+
 def _key_lengths(padding: Tensor, key: Tensor) -> Tensor:
     """How many keys stand before the padding, int64 ``[B]``; −1, which the op makes NaN, for a misfit on a GPU."""
     batch, keys = key.shape[:2]
-    if padding.shape != (batch, keys) or not (padding.dtype == torch.bool or padding.is_floating_point()):
-        expected = f"bool or floating-point [{batch}, {keys}]"
+    backends.check_tensor("key_padding_mask", padding)
+    if padding.shape != (batch, keys) or not _is_mask(padding) or padding.device != key.device:
+        expected = f"bool or floating-point [{batch}, {keys}] on {key.device}"
         raise ValueError(f"key_padding_mask: got {backends.describe(padding)}, expected {expected}")
     hidden = padding if padding.dtype == torch.bool else padding == -torch.inf
     lengths = keys - hidden.sum(1)
