@@ -592,6 +592,12 @@ def test_torchscript_traces_no_attention() -> None:
         torch.jit.trace(PromptAttention(24, 3), inputs())
 
 
+def test_it_prints_its_sizes() -> None:
+    assert "PromptAttention(\n  24, num_heads=3, dropout=0.1\n" in str(PromptAttention(24, 3, 0.1))
+    prompted = PromptAttention(24, 3, n_modes=2, max_query_length=5, max_key_length=7)
+    assert "24, num_heads=3, dropout=0.0, n_modes=2, max_query_length=5, max_key_length=7\n" in str(prompted)
+
+
 @pytest.mark.parametrize(
     ("padding", "message"),
     [

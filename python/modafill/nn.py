@@ -175,6 +175,14 @@ class PromptAttention(nn.Module):
             shape = (n_modes, 1 if shared_heads else num_heads, max_query_length, max_key_length)
             self.prompt_bias = nn.Parameter(torch.randn(shape, device=device, dtype=dtype) * init_std)
 
+    def extra_repr(self) -> str:
+        """Width, heads, dropout, and the modes with the lengths of their tables."""
+        text = f"{self.embed_dim}, num_heads={self.num_heads}, dropout={self.dropout}"
+        if self.prompt_bias is not None:
+            modes, _, queries, keys = self.prompt_bias.shape
+            text += f", n_modes={modes}, max_query_length={queries}, max_key_length={keys}"
+        return text
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
