@@ -9,10 +9,45 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.calls import make_call
+from torch import nn
 
+from modafill import nn as modules
 from modafill.data import NpzMapping
+from modafill.diffusion import schedulers
+from modafill.ops import backends
 
 ROOT = Path(__file__).parents[1]
+OPS = (ROOT / "docs/ops.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("example", re.findall(r"```python\n(.*?)```", OPS, re.DOTALL))
+def test_examples_of_the_ops_run(example: str) -> None:
+    """Each by itself; they assert what they show."""
+    torch.manual_seed(0)
+    exec(example, {})
+
+
+def test_every_op_module_and_scheduler_has_a_line() -> None:
+    rows = re.findall(r"^\| `(\w+)` \|.*\| (.*)\|$", OPS, re.MULTILINE)
+    assert {op for op, _ in rows} == set(backends.OPS)
+    named = {name.rsplit(".", 1)[-1] for _, above in rows for name in re.findall(r"`([\w.]+)`", above)}
+    made = [modules.ConvGeluConv, modules.PromptAttention]
+    made += [schedulers.DDIMScheduler, schedulers.DDPMScheduler, schedulers.RePaintScheduler]
+    assert named == {kind.__name__ for kind in made}
+    assert all(f"`{backend}`" in OPS for backend in backends.BACKENDS)
+
+
+@pytest.mark.parametrize("name", backends.OPS)
+def test_every_op_exports(name: str) -> None:
+    call = make_call(name)
+
+    class Module(nn.Module):
+        def forward(self, **tensors: torch.Tensor) -> list[torch.Tensor]:
+            return call(**tensors)
+
+    program = torch.export.export(Module(), (), call.tensors).module()
+    assert all(torch.equal(a, b) for a, b in zip(program(**call.tensors), call(), strict=True))
 
 
 @pytest.mark.parametrize(("file", "contains"), [("README.md", "masked_reverse_step"), ("docs/data.md", "StoreWriter")])
