@@ -440,6 +440,7 @@ Q, K, V = torch.zeros(2, 5, 24), torch.zeros(2, 7, 24), torch.zeros(2, 7, 24)
         ((Q, K[:1], V[:1]), ValueError, "key: got [1, 7, 24], expected [2, Lk, 24], as query"),
         ((Q, K, V[:, :6]), ValueError, "value: got [2, 6, 24], expected [2, 7, 24], as key"),
         ((Q, K, V[:1]), ValueError, "value: got [1, 7, 24], expected [2, 7, 24], as key"),
+        ((Q, K, Q), ValueError, "value: got [2, 5, 24], expected [2, 7, 24], as key"),
         (
             (Q.double(), K, V),
             ValueError,
