@@ -538,6 +538,15 @@ def test_partial_bias_gradients_take_little_memory() -> None:
     assert groups(256, 2, 2048) == 1
 
 
+def test_the_backward_runs_where_the_forward_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, mode = make(dtype=torch.float32)
+    leaves = [x.requires_grad_() for x in inputs]
+    out = ops.prompt_attention(*leaves, mode)
+    expected = torch.autograd.grad(out.sum(), leaves, retain_graph=True)
+    monkeypatch.setenv(ENVIRONMENT, "reference")
+    assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(out.sum(), leaves), expected, strict=True))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_whole(dynamic: bool, backend: str) -> None:
@@ -628,7 +637,11 @@ BAD: list[tuple[str, dict[str, Any], type[Exception]]] = [
     ("key_lengths", {"key_lengths": torch.tensor([1, 2, 8])}, ValueError),
     ("key_lengths", {"key_lengths": torch.tensor([1, 2, -1])}, ValueError),
     ("key_lengths", {"key_lengths": torch.tensor([1, 2])}, ValueError),
+    ("q", {"q": torch.tensor(1.0)}, ValueError),
+    ("q", {n: torch.zeros(3, 2, 5 if n == "q" else 7, 0) for n in "qkv"}, ValueError),
     ("scale", {"scale": math.inf}, ValueError),
+    ("scale", {"scale": "1"}, TypeError),
+    ("dropout", {"dropout": None}, TypeError),
     ("dropout", {"dropout": 1.0, "seed": 0}, ValueError),
     ("dropout", {"dropout": -0.1, "seed": 0}, ValueError),
     ("seed", {"dropout": 0.1}, ValueError),

@@ -386,8 +386,9 @@ class _Function(backends.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         q, k, v, bias, mode, causal, key_lengths, scale, dropout, seed, seed_tensor, row_id, _, backend = inputs
         ctx.mark_non_differentiable(output[1])
+        backend = backends.select("prompt_attention", q.device, q.dtype, backend)
         # The CPU makes Σ dO·O from rows that it holds anyway.
-        out = output[0] if backends.select("prompt_attention", q.device, q.dtype, backend) == "triton" else None
+        out = output[0] if backend == "triton" else None
         ctx.save_for_backward(q, k, v, bias, mode, key_lengths, seed_tensor, row_id, out, output[1])
         ctx.numbers = causal, scale, dropout, seed, backend
 
@@ -483,7 +484,6 @@ def prompt_attention(
     dropout = backends.number("dropout", dropout)
     if dropout > 0.0 and seed is None:
         raise ValueError("seed: got None, expected an integer because dropout > 0")
-    backend = backends.requested(backend)
     q, k, v, bias = backends.autocast(q, k, v, bias)
     args = (
         q,
