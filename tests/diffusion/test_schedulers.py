@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from diffusers.schedulers import scheduling_ddim, scheduling_ddpm, scheduling_repaint
@@ -459,13 +460,45 @@ def test_x0_of_a_sample_prediction_is_the_models_output() -> None:
             assert torch.equal(found, output.clamp(-1, 1) if len(config) == 1 else output)
 
 
+@pytest.mark.parametrize(
+    "timestep", [500, torch.tensor(500), torch.tensor([900, 0, 300, 300])], ids=["int", "[]", "[B]"]
+)
 @pytest.mark.parametrize("settings", ["no clip", "defaults", "v", "sample"])
-def test_a_step_compiles_whole(settings: str) -> None:
-    scheduler, x = DDIMScheduler(**SETTINGS[settings]), ops.randn(SHAPE, seed=0)
+@pytest.mark.parametrize("make", [DDIMScheduler, DDPMScheduler])
+def test_a_step_compiles_whole(make: Callable[..., Any], settings: str, timestep: int | Tensor) -> None:
+    """With the seed that it draws itself, the same as in eager mode; the first call traces, the second does not."""
+    scheduler, x = make(**SETTINGS[settings]), ops.randn(SHAPE, seed=0)
+    options = {"eta": 0.7} if make is DDIMScheduler else {}
+
+    def step(model_output: Tensor, sample: Tensor) -> Any:
+        return scheduler.step(model_output, timestep, sample, **options)
+
+    torch.compiler.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    torch.manual_seed(3)
+    found = [compiled(0.3 * x, x) for _ in range(2)]
+    torch.manual_seed(3)
+    for one in found:
+        expected = step(0.3 * x, x)
+        torch.testing.assert_close(one.prev_sample, expected.prev_sample)
+        torch.testing.assert_close(one.pred_original_sample, expected.pred_original_sample)
+    assert not torch.equal(found[0].prev_sample, found[1].prev_sample)
+
+
+def test_a_deterministic_step_compiles_whole() -> None:
+    scheduler, x = DDIMScheduler(), ops.randn(SHAPE, seed=0)
     compiled = torch.compile(lambda e, x: scheduler.step(e, 500, x), fullgraph=True, backend="aot_eager")
-    found, expected = compiled(0.3 * x, x), scheduler.step(0.3 * x, 500, x)
-    torch.testing.assert_close(found.prev_sample, expected.prev_sample)
-    torch.testing.assert_close(found.pred_original_sample, expected.pred_original_sample)
+    torch.testing.assert_close(compiled(0.3 * x, x).prev_sample, scheduler.step(0.3 * x, 500, x).prev_sample)
+
+
+def test_drawn_seeds_stay() -> None:
+    """A loop repeats between versions: the seed of a step is one draw of torch's generator, below 2⁶³ − 1."""
+    x = ops.randn(SHAPE, seed=0)
+    torch.manual_seed(3)
+    drawn = DDPMScheduler().step(0.3 * x, 500, x).prev_sample
+    torch.manual_seed(3)
+    seed = int(torch.randint(2**63 - 1, ()))
+    assert torch.equal(drawn, DDPMScheduler().step(0.3 * x, 500, x, seed=seed).prev_sample)
 
 
 @pytest.mark.parametrize(
@@ -492,10 +525,31 @@ def test_a_step_compiles_whole(settings: str) -> None:
         (lambda: DDPMScheduler(clip_sample_range=0.0), "clip_sample_range: got 0.0, expected a positive bound"),
         (lambda: DDIMScheduler(trained_betas=[0.1, 0.2]), "num_train_timesteps: got 1000, expected 2, the length of"),
         (lambda: RePaintScheduler().set_timesteps(9, jump_length=0), "jump_length, jump_n_sample: got 0, 10"),
+        (
+            lambda: DDIMScheduler().add_noise(ZEROS, ZEROS[:1], 5),
+            r"noise: got shape \[1, 3\], expected \[2, 3\], as ori",
+        ),
+        (
+            lambda: DDIMScheduler().get_velocity(ZEROS, ZEROS[0], 5),
+            r"noise: got shape \[3\], expected \[2, 3\], as sam",
+        ),
+        (lambda: DDIMScheduler().add_noise(ZEROS.long(), ZEROS, 5), r"original_samples: got int64 \[2, 3\]"),
     ],
 )
 def test_mistakes(call: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: DDIMScheduler().set_timesteps(10.0), "num_inference_steps: got float 10.0, expected an integer"),
+        (lambda: DDIMScheduler().add_noise(ZEROS, 0.0, 5), "noise: got float 0.0, expected a tensor"),
+    ],
+)
+def test_wrong_types(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
         call()
 
 
@@ -506,17 +560,51 @@ def test_mistakes(call: Callable[[], Any], message: str) -> None:
         (1000, "got 1000, expected 0…999"),
         (-1, "got -1, expected 0…999"),
         (torch.tensor(1000), "got 1000, expected 0…999"),
-        (torch.tensor([0, 1000]), "got 1000, expected a diffusion step in 0…999"),
-        (torch.tensor([-1, 3]), "got -1, expected a diffusion step in 0…999"),
+        (torch.tensor([0, 1000]), "got 1000, expected 0…999"),
+        (torch.tensor([-1, 3]), "got -1, expected 0…999"),
+        (torch.tensor([-2]), "got -2, expected 0…999"),
         (torch.tensor([1, 2, 3]), r"got int64 \[3\] on cpu, expected an integer or int64 \[\] or \[2\]"),
+        (torch.tensor(900.9), r"got float32 \[\] on cpu, expected an integer or int64"),
+        (torch.tensor([True, False]), r"got bool \[2\] on cpu, expected an integer or int64"),
     ],
 )
 @pytest.mark.parametrize("make", [DDIMScheduler, DDPMScheduler])
 def test_timesteps_outside_the_schedule(
     make: Callable[..., Any], timestep: int | Tensor, message: str, prediction: str
 ) -> None:
+    scheduler = make(prediction_type=prediction)
     with pytest.raises(ValueError, match=f"timestep: {message}"):
-        make(prediction_type=prediction).step(ZEROS, timestep, ZEROS)
+        scheduler.step(ZEROS, timestep, ZEROS)
+    for method in (scheduler.add_noise, scheduler.get_velocity):
+        with pytest.raises(ValueError, match=f"timesteps: {message}"):
+            method(ZEROS, ZEROS, timestep)
+
+
+@pytest.mark.parametrize(
+    ("timestep", "got"),
+    [(900.9, "float 900.9"), ("3", "str '3'"), (True, "bool True"), (None, "NoneType None"), ([1, 2], "list")],
+)
+def test_timesteps_that_are_no_integers(timestep: Any, got: str) -> None:
+    scheduler = DDIMScheduler()
+    with pytest.raises(TypeError, match=f"timestep: got {got}, expected an integer or an int64 tensor"):
+        scheduler.step(ZEROS, timestep, ZEROS)
+    for method in (scheduler.add_noise, scheduler.get_velocity):
+        with pytest.raises(TypeError, match=f"timesteps: got {got}, expected an integer or an int64 tensor"):
+            method(ZEROS, ZEROS, timestep)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.int64])
+def test_integer_timesteps_of_any_kind(dtype: torch.dtype) -> None:
+    ours, x, noise = DDIMScheduler(), ops.randn(SHAPE, seed=1), ops.randn(SHAPE, seed=2)
+    theirs = rival("DDIMScheduler", ours)
+    for t in ([0, 17, 255, 100], [17]):
+        given = torch.tensor(t, dtype=dtype)
+        expected = theirs.add_noise(x, noise, given.long())
+        torch.testing.assert_close(ours.add_noise(x, noise, given), expected, rtol=1e-5, atol=1e-5)
+        steps = [ours.step(noise, given, x), ours.step(noise, given.long().expand(4), x)]
+        torch.testing.assert_close(steps[0].prev_sample, steps[1].prev_sample, rtol=1e-6, atol=1e-6)
+    for one in (np.int64(17), 17):
+        assert torch.equal(ours.add_noise(x, noise, one), ours.add_noise(x, noise, torch.tensor([17])))
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,15 @@
 
 A timestep t counts from 0 as in diffusers; it is step t + 1 of a :class:`~modafill.diffusion.Schedule`. Noise comes
 from the counter-based generator of the ops, keyed by ``seed=`` and ``row_id=`` where they are given. Otherwise each
-step takes a fresh seed from ``generator`` (or torch's own), so that ``torch.manual_seed`` makes a loop repeatable.
+step takes a fresh seed from ``generator`` (or torch's own), so that ``torch.manual_seed`` makes a loop repeatable. In a
+compiled step torch's own is what the compiler makes of it: other draws under inductor, and no ``generator``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +21,7 @@ from modafill.diffusion.schedule import Schedule
 from modafill.ops import backends
 from modafill.ops.reference import SQRT_ALPHA_BAR, SQRT_ONE_MINUS_ALPHA_BAR, Draw, ddim_deviations
 
+_SMALL_INTEGERS = (torch.int32, torch.int16, torch.int8, torch.uint8)
 # Odd, so that every visit of a step has another seed (the golden ratio of 64 bits, as in splitmix64).
 _VISIT = 0x9E3779B97F4A7C15
 
@@ -108,6 +111,18 @@ def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(known)}")
 
 
+def _integer(name: str, value: Any, expected: str = "an integer") -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name}: got {backends.describe(value)}, expected {expected}")
+    return int(value)
+
+
+def _check_shape(name: str, value: Tensor, like: str, x: Tensor) -> None:
+    backends.check_tensor(name, value)
+    if value.shape != x.shape:
+        raise ValueError(f"{name}: got shape {list(value.shape)}, expected {list(x.shape)}, as {like}")
+
+
 @dataclass(frozen=True)
 class SchedulerOutput:
     """Result of a step.
@@ -181,9 +196,10 @@ class _Scheduler:
         ``"linspace"`` and ``"trailing"`` is not always where the next one begins.
 
         Raises:
+            TypeError: ``num_inference_steps`` is no integer.
             ValueError: ``num_inference_steps`` is not in 1…N.
         """
-        n, k = self.schedule.steps, num_inference_steps
+        n, k = self.schedule.steps, _integer("num_inference_steps", num_inference_steps)
         if not 1 <= k <= n:
             raise ValueError(f"num_inference_steps: got {k}, expected 1…{n}")
         spacing = self.config.timestep_spacing
@@ -208,15 +224,30 @@ class _Scheduler:
         self._tables.clear()
         self._visits = 0
 
-    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """The forward process √ᾱ_t x₀ + √(1−ᾱ_t) ε for given noise and timesteps, ints ``[B]``."""
-        signal, sigma = self._coefficients(original_samples, timesteps + 1)
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: int | Tensor) -> Tensor:
+        """The forward process √ᾱ_t x₀ + √(1−ᾱ_t) ε.
+
+        Args:
+            original_samples: x₀ ``[B, …]``, floating-point.
+            noise: ε, of that shape.
+            timesteps: 0…N−1, as in :meth:`DDIMScheduler.step`.
+
+        Raises:
+            TypeError: ``timesteps`` is neither an integer nor a tensor.
+            ValueError: a wrong shape or dtype, or a timestep outside 0…N−1, unless it is on a GPU.
+        """
+        signal, sigma = self._forward("original_samples", original_samples, noise, timesteps)
         return (signal * _wide(original_samples) + sigma * _wide(noise)).to(original_samples.dtype)
 
-    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """The target of v-prediction, √ᾱ_t ε − √(1−ᾱ_t) x₀."""
-        signal, sigma = self._coefficients(sample, timesteps + 1)
+    def get_velocity(self, sample: Tensor, noise: Tensor, timesteps: int | Tensor) -> Tensor:
+        """The target of v-prediction, √ᾱ_t ε − √(1−ᾱ_t) x₀; arguments and errors as in :meth:`add_noise`."""
+        signal, sigma = self._forward("sample", sample, noise, timesteps)
         return (signal * _wide(noise) - sigma * _wide(sample)).to(sample.dtype)
+
+    def _forward(self, name: str, x: Tensor, noise: Tensor, timesteps: int | Tensor) -> tuple[Tensor, Tensor]:
+        backends.check_rows(name, x)
+        _check_shape("noise", noise, name, x)
+        return self._coefficients(x, self._timestep("timesteps", timesteps, x) + 1)
 
     def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """The schedule's table and the previous timestep of each, on ``device``."""
@@ -230,28 +261,49 @@ class _Scheduler:
             # Scalars on the CPU, which any device takes without waiting.
             row = self.schedule.table[step].to(torch.float64)
         else:
-            rows = _wide(self._on(x.device)[0][step], x.dtype)
+            # A compiler takes an index [] on the CPU for a number, and asks for its value.
+            rows = _wide(self._on(x.device)[0].index_select(0, step.reshape(-1)), x.dtype)
             row = rows.reshape(-1, *[1] * (x.ndim - 1), rows.shape[-1])
         return row[..., SQRT_ALPHA_BAR], row[..., SQRT_ONE_MINUS_ALPHA_BAR]
 
-    def _strides(self, timestep: int | Tensor, sample: Tensor) -> tuple[int | Tensor, int | Tensor]:
-        """Diffusion steps (t + 1, t' + 1); a timestep on a GPU stays there."""
-        last = self.schedule.steps - 1
-        if isinstance(timestep, Tensor) and (timestep.ndim or timestep.device.type != "cpu"):
-            timestep = timestep.to(sample.device)
-            backends.check_step("timestep", 0, timestep, len(sample), sample.device, 0, last)
-            backends.check_step_values("timestep", timestep, 0, last)
-            return timestep + 1, self._on(sample.device)[1][timestep] + 1
-        t = int(timestep)
-        if not 0 <= t <= last:
-            raise ValueError(f"timestep: got {t}, expected 0…{last}")
-        return t + 1, self._previous[t] + 1
+    def _timestep(self, name: str, timestep: int | Tensor, x: Tensor) -> int | Tensor:
+        """``timestep`` for rows ``x [B, …]``: an int, or int64 ``[]`` or ``[B]`` on their device.
 
-    def _seed(self, seed: int | Tensor | None, generator: torch.Generator | None) -> int | Tensor:
+        What is on a GPU stays there and is not read back; nor are values read while compiling.
+        """
+        last = self.schedule.steps - 1
+        if isinstance(timestep, Tensor):
+            if timestep.shape == (1,):
+                timestep = timestep[0]
+            if timestep.dtype in _SMALL_INTEGERS:
+                timestep = timestep.to(torch.int64)
+            moved = timestep.to(x.device)
+            backends.check_step(name, 0, moved, len(x), x.device, 0, last)
+            if not timestep.is_cpu or torch.compiler.is_compiling():
+                return moved
+            values = timestep.reshape(-1).tolist()
+            found: int | Tensor = moved if timestep.ndim else values[0]
+        else:
+            found = _integer(name, timestep, "an integer or an int64 tensor")
+            values = [found]
+        for t in (min(values, default=0), max(values, default=0)):
+            if not 0 <= t <= last:
+                raise ValueError(f"{name}: got {t}, expected 0…{last}")
+        return found
+
+    def _strides(self, timestep: int | Tensor, sample: Tensor) -> tuple[int | Tensor, int | Tensor]:
+        """Diffusion steps (t + 1, t' + 1)."""
+        backends.check_rows("sample", sample)
+        t = self._timestep("timestep", timestep, sample)
+        previous = self._on(sample.device)[1].take(t) if isinstance(t, Tensor) else self._previous[t]
+        return t + 1, previous + 1
+
+    def _seed(self, seed: int | Tensor | None, generator: torch.Generator | None, sample: Tensor) -> int | Tensor:
         if seed is None:
             device = "cpu" if generator is None else generator.device
             drawn = torch.randint(2**63 - 1, (), generator=generator, device=device)
-            seed = drawn if drawn.is_cuda else int(drawn)
+            # A compiler does not know the value.
+            seed = drawn.to(sample.device) if drawn.is_cuda or torch.compiler.is_compiling() else int(drawn)
         return seed
 
     @property
@@ -287,10 +339,7 @@ class _Scheduler:
         5e-5 at the end of a cosine schedule; so only the network's own ε̂ and sample go there, and what is computed
         here is never rounded before that division.
         """
-        backends.check_rows("sample", sample)
-        if model_output.shape != sample.shape:
-            got, expected = list(model_output.shape), list(sample.shape)
-            raise ValueError(f"model_output: got shape {got}, expected {expected}, as sample")
+        _check_shape("model_output", model_output, "sample", sample)
         clip = self._clip
         if self.config.prediction_type == "epsilon" and (recompute or clip is None):
             table = self._on(sample.device)[0]
@@ -367,8 +416,8 @@ class DDIMScheduler(_Scheduler):
 
         Args:
             model_output: like ``sample``.
-            timestep: 0…N−1, an integer or int64 ``[]`` or ``[B]``.
-            sample: ``[B, …]``.
+            timestep: 0…N−1, an integer, or integers ``[]``, ``[1]`` or ``[B]``.
+            sample: ``[B, …]``, floating-point.
             eta: 0 deterministic, 1 ancestral.
             use_clipped_model_output: whether ε̂ is recomputed from the clipped x̂₀. The fused op does that; without it, a
                 scheduler that clips takes several passes.
@@ -377,7 +426,7 @@ class DDIMScheduler(_Scheduler):
             return_dict: False gives ``(prev_sample, pred_original_sample)``.
         """
         step, previous = self._strides(timestep, sample)
-        key = self._seed(seed, generator) if eta > 0 else 0
+        key = self._seed(seed, generator, sample) if eta > 0 else 0
         done, x0 = self._advance(model_output, sample, step, previous, eta, use_clipped_model_output, key, row_id)
         return self._output(done, x0, model_output, sample, step, return_dict)
 
@@ -404,7 +453,7 @@ class DDPMScheduler(_Scheduler):
     ) -> SchedulerOutput | tuple[Tensor, Tensor]:
         """The sample one timestep earlier; arguments as in :meth:`DDIMScheduler.step`."""
         step, previous = self._strides(timestep, sample)
-        seed = self._seed(seed, generator)
+        seed = self._seed(seed, generator, sample)
         done, x0 = self._advance(model_output, sample, step, previous, 1.0, True, seed, row_id)
         return self._output(done, x0, model_output, sample, step, return_dict)
 
@@ -474,7 +523,7 @@ class RePaintScheduler(_Scheduler):
                 timestep that is visited again gets other noise under the same seed.
         """
         step, previous = self._strides(timestep, sample)
-        seed = self._visited(self._seed(seed, generator))
+        seed = self._visited(self._seed(seed, generator, sample))
         by_token = mask.dtype == torch.bool and mask.ndim == 2 and sample.ndim == 3
         single = isinstance(step, int) and isinstance(previous, int) and step - previous == 1
         x0 = None
@@ -508,7 +557,7 @@ class RePaintScheduler(_Scheduler):
         One draw for a stride of any length. diffusers takes the β of the stride after it, which is another one unless
         the stride is 1.
         """
-        seed = self._visited(self._seed(seed, generator))
+        seed = self._visited(self._seed(seed, generator, sample))
         step, previous = self._strides(timestep, sample)
         ratio = self._coefficients(sample, step)[0] / self._coefficients(sample, previous)[0]
         noise = self._noise(sample, step, Draw.RESAMPLE, seed, row_id)
