@@ -104,6 +104,10 @@ def test_spacings(fed: Fed, spacing: str, steps: int) -> None:
 def compare_loops(fed: Fed, ours: Any, theirs: Any, steps: int, **options: Any) -> None:
     ours.set_timesteps(steps)
     theirs.set_timesteps(steps)
+    run_loops(fed, ours, theirs, **options)
+
+
+def run_loops(fed: Fed, ours: Any, theirs: Any, **options: Any) -> None:
     assert ours.timesteps.tolist() == theirs.timesteps.tolist()
     x = y = ops.randn(SHAPE, seed=SEED, dtype=torch.float64)
     for t in ours.timesteps:
@@ -270,6 +274,65 @@ def loop(scheduler: Any, **options: Any) -> Tensor:
     for t in scheduler.timesteps:
         x = scheduler.step(network(x, int(t)), t, x, **options).prev_sample
     return x
+
+
+@pytest.mark.parametrize("spacing", ["linspace", "trailing", "leading"])
+@pytest.mark.parametrize("steps", [1000, 50])
+def test_timesteps_are_diffusers(spacing: str, steps: int) -> None:
+    config = {"num_train_timesteps": steps, "timestep_spacing": spacing}
+    ours, theirs = DDIMScheduler(**config), diffusers.DDIMScheduler(**config)
+    for k in range(1, steps + 1):
+        for scheduler in (ours, theirs):
+            scheduler.set_timesteps(k)
+        expected = theirs.timesteps.tolist()
+        # One more than asked for, which is no timestep.
+        if len(expected) > k:
+            assert expected.pop() == -1
+        assert ours.timesteps.tolist() == expected
+
+
+@pytest.mark.parametrize("spacing", ["linspace", "trailing"])
+def test_ddim_goes_to_the_next_timestep(spacing: str) -> None:
+    """With the true ε of one x₀, a loop stays on x = √ᾱ x₀ + √(1−ᾱ) ε at every timestep; diffusers leaves it."""
+    x0, eps = ops.randn(SHAPE, seed=1, dtype=torch.float64), ops.randn(SHAPE, seed=2, dtype=torch.float64)
+    ours = DDIMScheduler(timestep_spacing=spacing, clip_sample=False)
+    theirs = rival("DDIMScheduler", ours, timestep_spacing=spacing, clip_sample=False)
+    for scheduler, stays in ((ours, True), (theirs, False)):
+        scheduler.set_timesteps(7)
+        wrong = []
+        for t, following in zip(scheduler.timesteps[:-1], scheduler.timesteps[1:], strict=True):
+            bar, after = ours.alphas_cumprod[t], ours.alphas_cumprod[following]
+            x = bar.sqrt() * x0 + (1 - bar).sqrt() * eps
+            expected = after.sqrt() * x0 + (1 - after).sqrt() * eps
+            wrong.append(distance(scheduler.step(eps, int(t), x).prev_sample, expected))
+        assert (max(wrong) < 1e-4) is stays
+
+
+@pytest.mark.parametrize("given", [[999, 700, 350, 349, 2], torch.tensor([900, 10, 0])], ids=["list", "tensor"])
+def test_timesteps_of_ones_own(fed: Fed, given: Any) -> None:
+    ours = DDPMScheduler(clip_sample=False)
+    theirs = rival("DDPMScheduler", ours, clip_sample=False)
+    ours.set_timesteps(timesteps=given)
+    theirs.set_timesteps(timesteps=[int(t) for t in given])
+    assert ours.timesteps.tolist() == list(given)
+    assert ours.num_inference_steps == len(given)
+    run_loops(fed, ours, theirs)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("settings", ["defaults", "no clip", "v", "sample"])
+def test_given_noise(settings: str, recompute: bool, eta: float) -> None:
+    ours = DDIMScheduler(**SETTINGS[settings])
+    theirs = rival("DDIMScheduler", ours, **SETTINGS[settings])
+    x, output, noise = (ops.randn(SHAPE, seed=seed, dtype=torch.float64) for seed in (1, 2, 3))
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(10)
+    state = torch.get_rng_state()
+    mine, other = (scheduler.step(output, 500, x, eta, recompute, None, noise, False) for scheduler in (ours, theirs))
+    for ones, others in zip(mine, other, strict=True):
+        assert distance(ones, others) < 1e-6
+    assert torch.equal(torch.get_rng_state(), state), "nothing is drawn"
 
 
 def test_noise_without_a_seed_is_torchs_to_repeat() -> None:
@@ -534,6 +597,31 @@ def test_drawn_seeds_stay() -> None:
             r"noise: got shape \[3\], expected \[2, 3\], as sam",
         ),
         (lambda: DDIMScheduler().add_noise(ZEROS.long(), ZEROS, 5), r"original_samples: got int64 \[2, 3\]"),
+        (lambda: DDIMScheduler().set_timesteps(), "num_inference_steps, timesteps: got neither, expected one of them"),
+        (lambda: DDIMScheduler().set_timesteps(2, timesteps=[3, 1]), "num_inference_steps, timesteps: got both"),
+        (
+            lambda: DDIMScheduler().set_timesteps(timesteps=[1, 3]),
+            r"timesteps: got \[1, 3\], expected them to descend in",
+        ),
+        (
+            lambda: DDIMScheduler().set_timesteps(timesteps=[3, 3]),
+            r"timesteps: got \[3, 3\], expected them to descend in",
+        ),
+        (lambda: DDIMScheduler().set_timesteps(timesteps=[1000, 3]), r"timesteps: got \[1000, 3\], .* in 999…0"),
+        (lambda: DDIMScheduler().set_timesteps(timesteps=[3, -1]), r"timesteps: got \[3, -1\], .* in 999…0"),
+        (lambda: DDIMScheduler().set_timesteps(timesteps=[]), r"timesteps: got float32 \[0\]"),
+        (
+            lambda: DDIMScheduler().set_timesteps(timesteps=[3.5, 1]),
+            r"timesteps: got float32 \[2\] on cpu, expected a list",
+        ),
+        (
+            lambda: DDIMScheduler().step(ZEROS, 5, ZEROS, 1.0, variance_noise=ZEROS[0]),
+            r"variance_noise: got shape \[3\], expected \[2, 3\], as sample",
+        ),
+        (
+            lambda: DDIMScheduler().step(ZEROS, 5, ZEROS, 1.0, variance_noise=ZEROS, seed=1),
+            "variance_noise: got it beside generator or seed",
+        ),
     ],
 )
 def test_mistakes(call: Callable[[], Any], message: str) -> None:
@@ -544,7 +632,12 @@ def test_mistakes(call: Callable[[], Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
+        (lambda: DDIMScheduler(1000.0), "num_train_timesteps: got float 1000.0, expected an integer"),
         (lambda: DDIMScheduler().set_timesteps(10.0), "num_inference_steps: got float 10.0, expected an integer"),
+        (lambda: RePaintScheduler().set_timesteps(10, "cpu"), "jump_length: got str 'cpu', expected an integer"),
+        (lambda: DDIMScheduler(sample_scale=1), r"DDIMScheduler\(\) got an unexpected keyword argument 'sample_scale'"),
+        (lambda: DDIMScheduler.from_config({"a": 1}), r"DDIMScheduler\(\) got an unexpected keyword argument 'a'"),
+        (lambda: DDIMScheduler.from_config("google/ddpm"), "config: got str 'google/ddpm', expected a mapping"),
         (lambda: DDIMScheduler().add_noise(ZEROS, 0.0, 5), "noise: got float 0.0, expected a tensor"),
     ],
 )
@@ -608,34 +701,112 @@ def test_integer_timesteps_of_any_kind(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "setting", "value"),
+    ("name", "setting"),
     [
-        ("DDIMScheduler", "eta", 1.0),
-        ("DDPMScheduler", "eta", 1.0),
-        ("RePaintScheduler", "steps_offset", 1),
-        ("RePaintScheduler", "prediction_type", "sample"),
-        ("RePaintScheduler", "timestep_spacing", "trailing"),
-        ("RePaintScheduler", "thresholding", True),
+        ("DDIMScheduler", "eta"),
+        ("DDIMScheduler", "variance_type"),
+        ("DDPMScheduler", "eta"),
+        ("DDPMScheduler", "set_alpha_to_one"),
+        ("RePaintScheduler", "set_alpha_to_one"),
     ],
 )
-def test_settings_that_would_do_nothing_are_refused(name: str, setting: str, value: object) -> None:
+def test_settings_that_would_do_nothing_are_refused(name: str, setting: str) -> None:
     for module in (schedulers, diffusers):
-        with pytest.raises(TypeError, match=f"unexpected keyword argument '{setting}'"):
-            getattr(module, name)(**{setting: value})
+        with pytest.raises(TypeError, match=rf"{name}.*\(\) got an unexpected keyword argument '{setting}'"):
+            getattr(module, name)(**{setting: 1.0})
 
 
-@pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler", "RePaintScheduler"])
+NAMES = ["DDIMScheduler", "DDPMScheduler", "RePaintScheduler"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_settings_are_diffusers(name: str) -> None:
+    """Every setting of diffusers is taken at its default, and the first four by position."""
+    theirs = inspect.signature(getattr(diffusers, name)).parameters
+    make = getattr(schedulers, name)
+    for setting, parameter in theirs.items():
+        assert make(**{setting: parameter.default}).config == make().config
+    ours = inspect.signature(make).parameters.values()
+    first = [p.name for p in ours if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert first == list(theirs)[: len(first)]
+    assert make(50, 0.001, 0.03, "scaled_linear").betas[[0, -1]].tolist() == pytest.approx([0.001, 0.03])
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "value", "expected"),
+    [
+        ("DDIMScheduler", "set_alpha_to_one", False, "True"),
+        ("DDIMScheduler", "thresholding", True, "False"),
+        ("DDIMScheduler", "rescale_betas_zero_snr", True, "False"),
+        ("DDPMScheduler", "variance_type", "learned_range", "'fixed_small'"),
+        ("DDPMScheduler", "thresholding", True, "False"),
+        ("RePaintScheduler", "prediction_type", "sample", "'epsilon'"),
+        ("RePaintScheduler", "timestep_spacing", "trailing", "'leading'"),
+        ("RePaintScheduler", "steps_offset", 1, "0"),
+    ],
+)
+def test_settings_that_are_not_varied(name: str, setting: str, value: object, expected: str) -> None:
+    make = getattr(schedulers, name)
+    for call in (lambda: make(**{setting: value}), lambda: make.from_config({setting: value})):
+        with pytest.raises(ValueError, match=f"{setting}: got {value!r}, expected {expected}, all that {name} does"):
+            call()
+
+
+@pytest.mark.parametrize("source", NAMES)
+@pytest.mark.parametrize("name", NAMES)
+def test_configurations_of_diffusers(name: str, source: str) -> None:
+    given = {"num_train_timesteps": 50, "beta_start": 0.002, "beta_schedule": "scaled_linear", "clip_sample": False}
+    config = {**getattr(diffusers, source)(**given).config, "_name_or_path": "a"}
+    make = getattr(schedulers, name)
+    if source == "RePaintScheduler" != name:
+        with pytest.raises(TypeError, match=rf"{name}\(\) got an unexpected keyword argument 'eta'"):
+            make.from_config(config)
+        del config["eta"]
+    made = make.from_config(config, beta_end=0.03)
+    assert type(made) is make
+    assert made.config == make(**given, beta_end=0.03).config
+    theirs = getattr(diffusers, source)(**given, beta_end=0.03)
+    torch.testing.assert_close(made.alphas_cumprod.float(), theirs.alphas_cumprod, rtol=50 * 2**-23, atol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_configuration_is_a_mapping(name: str) -> None:
+    made = getattr(schedulers, name)(50, clip_sample_range=2.0)
+    assert made.config["num_train_timesteps"] == made.config.num_train_timesteps == 50
+    assert dict(made.config)["clip_sample_range"] == 2.0
+    assert len(made.config) == len(dict(made.config))
+    assert "clip_sample" in made.config
+    assert "_class_name" not in made.config
+    with pytest.raises(KeyError, match="schedule"):
+        made.config["schedule"]
+    assert type(made).from_config(made.config).config == made.config
+    # Theirs has no clip_sample_range for RePaint, and leaves it out.
+    theirs = getattr(diffusers, name).from_config(dict(made.config))
+    torch.testing.assert_close(made.betas.float(), theirs.betas, rtol=1e-6, atol=0)
+    if hasattr(theirs, "final_alpha_cumprod"):
+        assert made.final_alpha_cumprod == theirs.final_alpha_cumprod
+
+
+def test_foreign_settings_of_a_configuration_are_left_out() -> None:
+    """As in diffusers: DDIM reads no variance_type, DDPM no set_alpha_to_one."""
+    for name, setting, value in (
+        ("DDIMScheduler", "variance_type", "fixed_large"),
+        ("DDPMScheduler", "set_alpha_to_one", False),
+    ):
+        assert getattr(schedulers, name).from_config({setting: value}).config == getattr(schedulers, name)().config
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_calls_have_diffusers_names(name: str) -> None:
-    """What we take by position is what diffusers takes by position."""
-    for method in ("step", "add_noise", "scale_model_input"):
+    """What we take by position is what diffusers takes by position, and that is all of it."""
+    for method in ("step", "add_noise", "scale_model_input", "set_timesteps"):
         ours, theirs = (
-            list(inspect.signature(getattr(getattr(module, name), method)).parameters)
+            [
+                parameter.name
+                for parameter in inspect.signature(getattr(getattr(module, name), method)).parameters.values()
+                if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+            ]
             for module in (schedulers, diffusers)
         )
-        positional = [
-            parameter.name
-            for parameter in inspect.signature(getattr(getattr(schedulers, name), method)).parameters.values()
-            if parameter.kind is parameter.POSITIONAL_OR_KEYWORD
-        ]
-        assert positional == theirs[: len(positional)]
-        assert set(theirs) - set(ours) <= {"variance_noise"}
+        # diffusers' DDIM has no timesteps of one's own.
+        assert ours == theirs or (name, method, ours) == ("DDIMScheduler", "set_timesteps", [*theirs, "timesteps"])

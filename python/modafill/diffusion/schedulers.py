@@ -8,10 +8,10 @@ compiled step torch's own is what the compiler makes of it: other draws under in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from numbers import Integral
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,13 +21,15 @@ from modafill.diffusion.schedule import Schedule
 from modafill.ops import backends
 from modafill.ops.reference import SQRT_ALPHA_BAR, SQRT_ONE_MINUS_ALPHA_BAR, Draw, ddim_deviations
 
+_Made = TypeVar("_Made", bound="_Scheduler")
+
 _SMALL_INTEGERS = (torch.int32, torch.int16, torch.int8, torch.uint8)
 # Odd, so that every visit of a step has another seed (the golden ratio of 64 bits, as in splitmix64).
 _VISIT = 0x9E3779B97F4A7C15
 
 
 @dataclass(frozen=True)
-class _ScheduleConfig:
+class _ScheduleConfig(Mapping[str, Any]):
     """What every scheduler is told: its noise schedule and the bound of x̂₀."""
 
     num_train_timesteps: int = 1000
@@ -38,7 +40,19 @@ class _ScheduleConfig:
     clip_sample: bool = True
     clip_sample_range: float = 1.0
 
+    def __getitem__(self, name: str) -> Any:
+        if name not in tuple(self):
+            raise KeyError(name)
+        return getattr(self, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return (f.name for f in fields(self))
+
+    def __len__(self) -> int:
+        return len(fields(self))
+
     def __post_init__(self) -> None:
+        _integer("num_train_timesteps", self.num_train_timesteps)
         _check_choice("beta_schedule", self.beta_schedule, ("linear", "scaled_linear", "squaredcos_cap_v2"))
         n = self.num_train_timesteps if self.trained_betas is None else len(self.trained_betas)
         if n != self.num_train_timesteps:
@@ -62,7 +76,7 @@ class _ScheduleConfig:
 
 @dataclass(frozen=True)
 class SchedulerConfig(_ScheduleConfig):
-    """Settings of DDIM and DDPM, under diffusers' names and with its defaults; another name is a TypeError.
+    """Settings of DDIM and DDPM, under diffusers' names and with its defaults: attributes, and a mapping too.
 
     Attributes:
         num_train_timesteps: N.
@@ -87,7 +101,7 @@ class SchedulerConfig(_ScheduleConfig):
 
 @dataclass(frozen=True)
 class RePaintConfig(_ScheduleConfig):
-    """Settings of RePaint, under diffusers' names and with its defaults; another name is a TypeError.
+    """Settings of RePaint, under diffusers' names and with its defaults: attributes, and a mapping too.
 
     Attributes:
         num_train_timesteps, beta_start, beta_end, beta_schedule, trained_betas, clip_sample, clip_sample_range: as in
@@ -169,54 +183,130 @@ class _Scheduler:
     order = 1
     init_noise_sigma = 1.0
     _settings: type[SchedulerConfig | RePaintConfig] = SchedulerConfig
+    # diffusers' settings that are not varied, at the value that is what is done; None where any is.
+    _fixed: ClassVar[dict[str, Any]] = {
+        "thresholding": False,
+        "dynamic_thresholding_ratio": None,
+        "sample_max_value": None,
+        "rescale_betas_zero_snr": False,
+    }
+    # Settings of another scheduler, which a configuration may hold.
+    _foreign: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, **config: Any) -> None:
-        self.config = self._settings(**config)
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 0.0001,
+        beta_end: float = 0.02,
+        beta_schedule: str = "linear",
+        **config: Any,
+    ) -> None:
+        varied = {f.name for f in fields(self._settings)}
+        for name in [name for name in config if name not in varied]:
+            if name not in self._fixed:
+                raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument '{name}'")
+            value, fixed = config.pop(name), self._fixed[name]
+            if fixed is not None and value != fixed:
+                raise ValueError(f"{name}: got {value!r}, expected {fixed!r}, all that {type(self).__name__} does")
+        self.config = self._settings(num_train_timesteps, beta_start, beta_end, beta_schedule, **config)
         self.schedule = self.config.schedule()
         self.num_inference_steps = self.schedule.steps
         self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
         self._plan(torch.arange(self.schedule.steps - 1, -1, -1), torch.arange(-1, self.schedule.steps - 1))
 
+    @classmethod
+    def from_config(cls: type[_Made], config: Mapping[str, Any], **changes: Any) -> _Made:
+        """The scheduler of a configuration: of diffusers (DDIM's, DDPM's, RePaint's), of this module or in a dict.
+
+        Args:
+            config: settings by name. Names that begin with ``_`` are ignored, and, as in diffusers, what only another
+                scheduler reads: ``variance_type`` by DDIM, ``set_alpha_to_one`` by DDPM, both by RePaint.
+            changes: settings in place of those.
+
+        Raises:
+            TypeError: ``config`` is no mapping, or a setting has no meaning here.
+            ValueError: a setting has a value that is not supported.
+        """
+        if not isinstance(config, Mapping):
+            raise TypeError(f"config: got {backends.describe(config)}, expected a mapping, as scheduler.config is")
+        kept = {name: config[name] for name in config if not name.startswith("_") and name not in cls._foreign}
+        return cls(**{**kept, **changes})
+
     def __len__(self) -> int:
         return self.schedule.steps
+
+    @property
+    def betas(self) -> Tensor:
+        """β of each timestep, float64 ``[N]``."""
+        return self.schedule.betas
 
     @property
     def alphas_cumprod(self) -> Tensor:
         """ᾱ of each timestep, float64 ``[N]``."""
         return self.schedule.alpha_bar[1:]
 
+    @property
+    def final_alpha_cumprod(self) -> Tensor:
+        """ᾱ where the last step goes: 1, float64 ``[]``."""
+        return self.schedule.alpha_bar[0]
+
     def scale_model_input(self, sample: Tensor, timestep: int | Tensor | None = None) -> Tensor:
         """``sample``: these schedulers do not scale the network's input."""
         return sample
 
-    def set_timesteps(self, num_inference_steps: int, device: torch.device | str | None = None) -> None:
-        """Choose the timesteps of a loop, descending.
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: torch.device | str | None = None,
+        timesteps: Sequence[int] | Tensor | None = None,
+    ) -> None:
+        """Choose the timesteps of a loop, descending. A step goes from each to the next, the last to x̂₀.
 
-        A step goes from each to the next, for any spacing; diffusers' DDIM always goes back by N // steps, which for
-        ``"linspace"`` and ``"trailing"`` is not always where the next one begins.
+        Args:
+            num_inference_steps: how many, 1…N, at the spacing of the configuration.
+            device: where :attr:`timesteps` lie, int64.
+            timesteps: these instead, descending in N−1…0.
 
         Raises:
             TypeError: ``num_inference_steps`` is no integer.
-            ValueError: ``num_inference_steps`` is not in 1…N.
+            ValueError: a value out of range, ``timesteps`` that do not descend, both arguments or neither.
         """
+        if (num_inference_steps is None) == (timesteps is None):
+            got = "neither" if timesteps is None else "both"
+            raise ValueError(f"num_inference_steps, timesteps: got {got}, expected one of them")
+        chosen = self._spaced(num_inference_steps) if timesteps is None else self._given(timesteps)
+        n, k = self.schedule.steps, len(chosen)
+        previous = torch.arange(n) - n // k
+        previous[chosen] = torch.cat([chosen[1:], torch.tensor([-1])])
+        self.num_inference_steps = k
+        self._plan(chosen, previous.clamp(min=-1), device)
+
+    def _spaced(self, num_inference_steps: Any) -> Tensor:
         n, k = self.schedule.steps, _integer("num_inference_steps", num_inference_steps)
         if not 1 <= k <= n:
             raise ValueError(f"num_inference_steps: got {k}, expected 1…{n}")
         spacing = self.config.timestep_spacing
-        if spacing == "linspace":
-            timesteps = torch.linspace(0, n - 1, k, dtype=torch.float64).round().to(torch.int64).flip(0)
-        elif spacing == "trailing":
-            timesteps = (n - torch.arange(k, dtype=torch.float64) * n / k).round().to(torch.int64) - 1
-        else:
+        if spacing == "leading":
             timesteps = torch.arange(k).flip(0) * (n // k) + self.config.steps_offset
             if int(timesteps[0]) >= n:
                 raise ValueError(
                     f"steps_offset: got {self.config.steps_offset}, expected at most {n - 1 - (k - 1) * (n // k)}"
                 )
-        previous = torch.arange(n) - n // k
-        previous[timesteps] = torch.cat([timesteps[1:], torch.tensor([-1])])
-        self.num_inference_steps = k
-        self._plan(timesteps, previous.clamp(min=-1), device)
+            return timesteps
+        # In the order of operations of numpy's linspace and arange, so that halves round as in diffusers.
+        if spacing == "linspace":
+            exact = torch.arange(k, dtype=torch.float64).flip(0) * ((n - 1) / max(k - 1, 1))
+            return exact.round().to(torch.int64)
+        exact = n + torch.arange(k, dtype=torch.float64) * ((n - n / k) - n)
+        return exact.round().to(torch.int64) - 1
+
+    def _given(self, timesteps: Sequence[int] | Tensor) -> Tensor:
+        given, n = torch.as_tensor(timesteps, device="cpu"), self.schedule.steps
+        if given.dtype != torch.int64 or given.ndim != 1 or len(given) == 0:
+            raise ValueError(f"timesteps: got {backends.describe(given)}, expected a list of integers or int64 [n]")
+        if int(given[0]) >= n or int(given[-1]) < 0 or bool((given.diff() >= 0).any()):
+            raise ValueError(f"timesteps: got {given.tolist()}, expected them to descend in {n - 1}…0")
+        return given
 
     def _plan(self, timesteps: Tensor, previous: Tensor, device: torch.device | str | None = None) -> None:
         self.timesteps = timesteps.to(device) if device is not None else timesteps
@@ -332,16 +422,17 @@ class _Scheduler:
         recompute: bool,
         seed: int | Tensor,
         row_id: Tensor | None,
+        noise: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """The sample at ``previous``, in its dtype or a wider one, and x̂₀ where it was made on the way.
 
-        ``recompute``: whether ε̂ is made again from the clipped x̂₀. The op takes ε̂ alone and divides by √ᾱ for x̂₀,
-        5e-5 at the end of a cosine schedule; so only the network's own ε̂ and sample go there, and what is computed
-        here is never rounded before that division.
+        ``recompute``: whether ε̂ is made again from the clipped x̂₀. ``noise``: normals in place of the seed's. The op
+        takes ε̂ alone and divides by √ᾱ for x̂₀, 5e-5 at the end of a cosine schedule; so only the network's own ε̂ and
+        sample go there, and what is computed here is never rounded before that division.
         """
         _check_shape("model_output", model_output, "sample", sample)
         clip = self._clip
-        if self.config.prediction_type == "epsilon" and (recompute or clip is None):
+        if self.config.prediction_type == "epsilon" and (recompute or clip is None) and noise is None:
             table = self._on(sample.device)[0]
             done = ops.ddim_step(
                 sample, model_output, table, step, previous, eta=eta, seed=seed, row_id=row_id, clip=clip
@@ -357,9 +448,9 @@ class _Scheduler:
         if eta == 0.0:
             return prev_signal * x0 + prev_sigma * eps, x0
         std, direction = ddim_deviations(signal, sigma, prev_signal, prev_sigma, eta)
-        done = prev_signal * x0 + direction * eps
-        done = done + std * self._noise(sample, step, Draw.REVERSE, seed, row_id)
-        return done, x0
+        if noise is None:
+            noise = self._noise(sample, step, Draw.REVERSE, seed, row_id)
+        return prev_signal * x0 + direction * eps + std * _wide(noise), x0
 
     def _noise(
         self, sample: Tensor, step: int | Tensor, draw: Draw, seed: int | Tensor, row_id: Tensor | None
@@ -396,8 +487,16 @@ class DDIMScheduler(_Scheduler):
     """DDIM (Song et al. 2021) in place of ``diffusers.DDIMScheduler``, on :func:`modafill.ops.ddim_step`.
 
     Args:
-        config: fields of :class:`SchedulerConfig`.
+        num_train_timesteps, beta_start, beta_end, beta_schedule, config: fields of :class:`SchedulerConfig`. Other
+            settings of diffusers are taken where their value is what is done here (``set_alpha_to_one=True``).
+
+    Raises:
+        TypeError: an unknown setting.
+        ValueError: a value that is not supported.
     """
+
+    _fixed: ClassVar = {**_Scheduler._fixed, "set_alpha_to_one": True}
+    _foreign = ("variance_type",)
 
     def step(
         self,
@@ -407,10 +506,11 @@ class DDIMScheduler(_Scheduler):
         eta: float = 0.0,
         use_clipped_model_output: bool = False,
         generator: torch.Generator | None = None,
+        variance_noise: Tensor | None = None,
+        return_dict: bool = True,
         *,
         seed: int | Tensor | None = None,
         row_id: Tensor | None = None,
-        return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor, Tensor]:
         """The sample one timestep earlier.
 
@@ -422,12 +522,23 @@ class DDIMScheduler(_Scheduler):
             use_clipped_model_output: whether ε̂ is recomputed from the clipped x̂₀. The fused op does that; without it, a
                 scheduler that clips takes several passes.
             generator: draws the seed where ``seed`` is None and ``eta`` > 0.
-            seed, row_id: as in :func:`modafill.ops.ddim_step`.
+            variance_noise: standard normal noise like ``sample``, instead of a seed and of the fused op.
             return_dict: False gives ``(prev_sample, pred_original_sample)``.
+            seed, row_id: as in :func:`modafill.ops.ddim_step`.
+
+        Raises:
+            TypeError: ``timestep`` is neither an integer nor a tensor.
+            ValueError: a wrong shape or dtype, a timestep outside 0…N−1 (unless it is on a GPU), or ``variance_noise``
+                beside ``generator`` or ``seed``.
         """
+        if variance_noise is not None:
+            if generator is not None or seed is not None:
+                raise ValueError("variance_noise: got it beside generator or seed, expected one of them")
+            _check_shape("variance_noise", variance_noise, "sample", sample)
         step, previous = self._strides(timestep, sample)
-        key = self._seed(seed, generator, sample) if eta > 0 else 0
-        done, x0 = self._advance(model_output, sample, step, previous, eta, use_clipped_model_output, key, row_id)
+        key = self._seed(seed, generator, sample) if eta > 0 and variance_noise is None else 0
+        again = use_clipped_model_output
+        done, x0 = self._advance(model_output, sample, step, previous, eta, again, key, row_id, variance_noise)
         return self._output(done, x0, model_output, sample, step, return_dict)
 
 
@@ -437,8 +548,11 @@ class DDPMScheduler(_Scheduler):
     A stride t → t' is DDIM's with η = 1: the same mean and the same variance β̃.
 
     Args:
-        config: fields of :class:`SchedulerConfig`.
+        num_train_timesteps, beta_start, beta_end, beta_schedule, config: as in :class:`DDIMScheduler`.
     """
+
+    _fixed: ClassVar = {**_Scheduler._fixed, "variance_type": "fixed_small"}
+    _foreign = ("set_alpha_to_one",)
 
     def step(
         self,
@@ -446,12 +560,12 @@ class DDPMScheduler(_Scheduler):
         timestep: int | Tensor,
         sample: Tensor,
         generator: torch.Generator | None = None,
+        return_dict: bool = True,
         *,
         seed: int | Tensor | None = None,
         row_id: Tensor | None = None,
-        return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor, Tensor]:
-        """The sample one timestep earlier; arguments as in :meth:`DDIMScheduler.step`."""
+        """The sample one timestep earlier; arguments and errors as in :meth:`DDIMScheduler.step`."""
         step, previous = self._strides(timestep, sample)
         seed = self._seed(seed, generator, sample)
         done, x0 = self._advance(model_output, sample, step, previous, 1.0, True, seed, row_id)
@@ -465,25 +579,34 @@ class RePaintScheduler(_Scheduler):
     :func:`modafill.ops.masked_reverse_step`, one pass; everything else is a DDIM step and the mix.
 
     Args:
-        config: fields of :class:`RePaintConfig`; timesteps are always ``"leading"``, predictions always ε.
+        num_train_timesteps, beta_start, beta_end, beta_schedule, config: as in :class:`DDIMScheduler`, but fields of
+            :class:`RePaintConfig`; timesteps are always ``"leading"``, predictions always ε.
     """
 
     config: RePaintConfig
     _settings = RePaintConfig
+    _fixed: ClassVar = {
+        **_Scheduler._fixed,
+        "prediction_type": "epsilon",
+        "timestep_spacing": "leading",
+        "steps_offset": 0,
+    }
+    _foreign = ("set_alpha_to_one", "variance_type")
 
-    def set_timesteps(
+    def set_timesteps(  # type: ignore[override]
         self,
         num_inference_steps: int,
-        device: torch.device | str | None = None,
-        *,
         jump_length: int = 10,
         jump_n_sample: int = 10,
+        device: torch.device | str | None = None,
     ) -> None:
         """Timesteps with RePaint's jumps: ``jump_length`` steps forward, ``jump_n_sample`` − 1 times at each place.
 
         Where a timestep is larger than the one before, the loop calls :meth:`undo_step`. With ``jump_n_sample=1`` that
         never happens.
         """
+        for name, value in (("jump_length", jump_length), ("jump_n_sample", jump_n_sample)):
+            _integer(name, value)
         if jump_length < 1 or jump_n_sample < 1:
             raise ValueError(f"jump_length, jump_n_sample: got {jump_length}, {jump_n_sample}, expected at least 1")
         super().set_timesteps(num_inference_steps)
@@ -508,10 +631,10 @@ class RePaintScheduler(_Scheduler):
         original_image: Tensor,
         mask: Tensor,
         generator: torch.Generator | None = None,
+        return_dict: bool = True,
         *,
         seed: int | Tensor | None = None,
         row_id: Tensor | None = None,
-        return_dict: bool = True,
     ) -> SchedulerOutput | tuple[Tensor, Tensor]:
         """The sample one timestep earlier, what is known noised afresh.
 
