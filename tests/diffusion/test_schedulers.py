@@ -796,6 +796,37 @@ def test_foreign_settings_of_a_configuration_are_left_out() -> None:
         assert getattr(schedulers, name).from_config({setting: value}).config == getattr(schedulers, name)().config
 
 
+def test_what_a_scheduler_shows() -> None:
+    shown = repr(DDIMScheduler(20, trained_betas=[0.01] * 20))
+    assert shown.startswith(
+        "DDIMScheduler(num_train_timesteps=20, beta_start=0.0001, beta_end=0.02, beta_schedule='lin"
+    )
+    assert "prediction_type='epsilon', timestep_spacing='leading', steps_offset=0)" in shown
+    assert "trained_betas=[0.01, 0.01, 0.01, 0.01, 0.01, 0.01, ...]" in shown
+    assert repr(RePaintScheduler(eta=0.5)).endswith("clip_sample_range=1.0, eta=0.5)")
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler"])
+def test_an_output_reads_as_diffusers(name: str) -> None:
+    x, ours = ops.randn(SHAPE, seed=0), getattr(schedulers, name)()
+    theirs = rival(name, ours)
+    for scheduler in (ours, theirs):
+        scheduler.set_timesteps(10)
+    for done in (ours.step(0.3 * x, 0, x), theirs.step(0.3 * x, 0, x)):
+        assert done[0] is done["prev_sample"] is done.prev_sample
+        for read in (done[1], done[-1], done["pred_original_sample"], done[1:][0], done.to_tuple()[1]):
+            assert torch.equal(read, done.pred_original_sample)
+        assert len(done[:]) == len(done.to_tuple()) == 2
+        for key, error in ((2, IndexError), ("_original", KeyError)):
+            with pytest.raises(error):
+                done[key]
+    done = ours.step(0.3 * x, 0, x)
+    previous, origin = done
+    assert previous is done.prev_sample
+    assert torch.equal(origin, done.pred_original_sample)
+    assert repr(done) == f"SchedulerOutput(prev_sample={done.prev_sample!r})"
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_calls_have_diffusers_names(name: str) -> None:
     """What we take by position is what diffusers takes by position, and that is all of it."""

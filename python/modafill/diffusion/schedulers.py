@@ -4,12 +4,27 @@ A timestep t counts from 0 as in diffusers; it is step t + 1 of a :class:`~modaf
 from the counter-based generator of the ops, keyed by ``seed=`` and ``row_id=`` where they are given. Otherwise each
 step takes a fresh seed from ``generator`` (or torch's own), so that ``torch.manual_seed`` makes a loop repeatable. In a
 compiled step torch's own is what the compiler makes of it: other draws under inductor, and no ``generator``.
+
+Timesteps are diffusers', and results agree within float32 rounding, but for these departures:
+
+- The noise: it does not depend on the batch, its order or the device. ``variance_noise`` takes diffusers' own.
+- A DDIM step goes from each of the n timesteps to the next one, and from the last to x̂₀. diffusers goes to t − N // n,
+  which for ``"linspace"``, and for ``"trailing"`` where n does not divide N, is not where the next step begins: the
+  sample then has another noise level than the network is told.
+- ``"trailing"`` gives n timesteps. For some n that do not divide N (61 for N = 1000), diffusers gives one more, −1.
+- :meth:`RePaintScheduler.undo_step` draws once for a stride, with the β of that stride; diffusers takes those of the
+  stride after it, which are other ones unless n = N.
+- Refused, because they are not here: ``set_alpha_to_one=False``, ``thresholding``, ``rescale_betas_zero_snr``, sigmoid
+  schedules and variances other than ``"fixed_small"``; and timesteps below 0, which diffusers counts from the end.
+- ``betas`` and ``alphas_cumprod`` are float64: in float32, 1 − ᾱ has few digits left at the first timesteps.
+- An output unpacks into its two tensors, diffusers' into their names.
 """
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from numbers import Integral
 from typing import Any, ClassVar, TypeVar
 
@@ -139,14 +154,31 @@ def _check_shape(name: str, value: Tensor, like: str, x: Tensor) -> None:
 
 @dataclass(frozen=True)
 class SchedulerOutput:
-    """Result of a step.
+    """Result of a step; ``output[0]``, ``output["prev_sample"]`` and ``prev_sample, x0 = output`` read it too.
 
     Attributes:
         prev_sample: the sample at the previous timestep.
     """
 
     prev_sample: Tensor
-    _original: Tensor | _Pending
+    _original: Tensor | _Pending = field(repr=False)
+
+    def __getitem__(self, key: int | slice | str) -> Any:
+        names = ("prev_sample", "pred_original_sample")
+        if isinstance(key, str):
+            if key not in names:
+                raise KeyError(key)
+            return getattr(self, key)
+        # By name, so that output[0] makes no x̂₀.
+        chosen = names[key]
+        return getattr(self, chosen) if isinstance(chosen, str) else tuple(getattr(self, name) for name in chosen)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.to_tuple())
+
+    def to_tuple(self) -> tuple[Tensor, Tensor]:
+        """``(prev_sample, pred_original_sample)``."""
+        return self.prev_sample, self.pred_original_sample
 
     @property
     def pred_original_sample(self) -> Tensor:
@@ -235,6 +267,10 @@ class _Scheduler:
     def __len__(self) -> int:
         return self.schedule.steps
 
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{name}={reprlib.repr(value)}" for name, value in self.config.items())
+        return f"{type(self).__name__}({settings})"
+
     @property
     def betas(self) -> Tensor:
         """β of each timestep, float64 ``[N]``."""
@@ -305,7 +341,7 @@ class _Scheduler:
         if given.dtype != torch.int64 or given.ndim != 1 or len(given) == 0:
             raise ValueError(f"timesteps: got {backends.describe(given)}, expected a list of integers or int64 [n]")
         if int(given[0]) >= n or int(given[-1]) < 0 or bool((given.diff() >= 0).any()):
-            raise ValueError(f"timesteps: got {given.tolist()}, expected them to descend in {n - 1}…0")
+            raise ValueError(f"timesteps: got {reprlib.repr(given.tolist())}, expected them to descend in {n - 1}…0")
         return given
 
     def _plan(self, timesteps: Tensor, previous: Tensor, device: torch.device | str | None = None) -> None:
