@@ -409,10 +409,11 @@ class _Scheduler:
                 return moved
             values = timestep.reshape(-1).tolist()
             found: int | Tensor = moved if timestep.ndim else values[0]
+            values = [min(values), max(values)] if values else []
         else:
             found = _integer(name, timestep, "an integer or an int64 tensor")
             values = [found]
-        for t in (min(values, default=0), max(values, default=0)):
+        for t in values:
             if not 0 <= t <= last:
                 raise ValueError(f"{name}: got {t}, expected 0…{last}")
         return found
@@ -421,8 +422,10 @@ class _Scheduler:
         """Diffusion steps (t + 1, t' + 1)."""
         backends.check_rows("sample", sample)
         t = self._timestep("timestep", timestep, sample)
-        previous = self._on(sample.device)[1].take(t) if isinstance(t, Tensor) else self._previous[t]
-        return t + 1, previous + 1
+        if isinstance(t, Tensor):
+            previous = self._on(sample.device)[1].index_select(0, t.reshape(-1))
+            return t + 1, previous.reshape(t.shape) + 1
+        return t + 1, self._previous[t] + 1
 
     def _seed(self, seed: int | Tensor | None, generator: torch.Generator | None, sample: Tensor) -> int | Tensor:
         if seed is None:
