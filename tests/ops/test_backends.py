@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from modafill import ops
+from modafill.diffusion.schedule import Schedule
 from modafill.info import info
 from modafill.ops import backends
 
@@ -27,12 +35,34 @@ def test_explain_says_what_auto_runs_and_why_not_something_faster(op: str) -> No
     assert half.rejected["cpu"] in str(half)
 
 
-def test_explain_on_a_gpu_without_one_names_each_reason() -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
+@pytest.mark.parametrize("backend", ["auto", *backends.BACKENDS])
+def test_explain_on_a_gpu_that_is_not_here_names_the_device(backend: str) -> None:
+    device = f"cuda:{torch.cuda.device_count()}"
+    for op in backends.OPS:
+        with pytest.raises(RuntimeError, match=rf"^device: got '{device}', but torch sees \d+ CUDA devices$"):
+            ops.explain(op, device=device, backend=backend)
+
+
+def test_explain_on_a_gpu_names_each_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     choice = ops.explain("randn", device="cuda", dtype=torch.float64)
     assert choice.backend == "reference"
     assert set(choice.rejected) == {"cuda", "triton"}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_fake_tensors_are_on_a_gpu_that_is_not_here(backend: str) -> None:
+    with torch.no_grad(), FakeTensorMode():
+        x, table, w = (torch.empty(shape, device="cuda") for shape in ((2, 3, 8), (51, 5), (8, 8, 3)))
+        q = torch.empty(2, 2, 5, 32, device="cuda")
+        results = [
+            ops.add_noise(x, table, 3, seed=1, backend=backend)[0],
+            ops.conv_gelu_conv(x, w, None, w, None, backend=backend),
+            ops.prompt_attention(q, q, q, None, backend=backend),
+        ]
+    assert [(result.device.type, result.shape) for result in results] == [("cuda", t.shape) for t in (x, x, q)]
 
 
 def test_a_named_backend_that_cannot_run_raises_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,8 +89,47 @@ def test_unknown_names_are_refused() -> None:
         ops.explain("convolve")
     with pytest.raises(ValueError, match=r"^backend: "):
         ops.explain("randn", backend="fast")
-    with pytest.raises(ValueError, match=r"^device: got 'gpu', expected cpu, cuda or cuda:N"):
-        ops.explain("randn", device="gpu")
+    for device in ("gpu", "mps", torch.device("mps")):
+        with pytest.raises(ValueError, match=r"^device: got '\w+', expected cpu, cuda or cuda:N$"):
+            ops.explain("randn", device=device)
+    assert ops.explain("randn", device="meta").backend == "reference"
+
+
+def test_a_dtype_that_is_none_is_refused() -> None:
+    for call in (ops.explain, lambda _, dtype: ops.randn((2, 3), seed=1, dtype=dtype)):
+        with pytest.raises(TypeError, match=r"^dtype: got str 'float32', expected a torch.dtype"):
+            call("randn", dtype="float32")
+        with pytest.raises(ValueError, match=r"^dtype: got int64, expected a floating-point type$"):
+            call("randn", dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    "value, shown", [("a", "str 'a'"), ([3], "list"), (None, "NoneType None"), (3.0, "float 3.0"), (True, "bool True")]
+)
+def test_a_seed_or_step_that_is_no_integer_is_named(value: Any, shown: str, schedule: Schedule) -> None:
+    good: dict[str, Any] = {"step": 5, "prev_step": 3, "seed": 1}
+    for name in good:
+        if (name, value) == ("seed", None):  # no seed is needed at eta = 0
+            continue
+        with pytest.raises(
+            TypeError, match=f"^{name}: got {re.escape(shown)}, expected an integer or an int64 tensor$"
+        ):
+            ops.ddim_step(torch.zeros(2, 3), torch.zeros(2, 3), schedule.table, **{**good, name: value})
+
+
+def test_integers_of_numpy_are_integers(schedule: Schedule) -> None:
+    x = torch.zeros(2, 3)
+    given = ops.add_noise(x, schedule.table, np.int16(3), seed=np.uint64(2**63 + 5))[0]
+    assert torch.equal(given, ops.add_noise(x, schedule.table, 3, seed=2**63 + 5)[0])
+
+
+def test_a_step_stays_a_symbol_while_something_traces(schedule: Schedule) -> None:
+    def call(x: Tensor, table: Tensor, step: int) -> Tensor:
+        return ops.add_noise(x, table, step, seed=step)[0]
+
+    x = torch.zeros(2, 3)
+    traced = make_fx(call, tracing_mode="symbolic")(x, schedule.table, 9)
+    assert torch.equal(traced(x, schedule.table, 20), call(x, schedule.table, 20))
 
 
 def test_importing_the_package_does_not_import_triton() -> None:

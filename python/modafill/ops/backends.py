@@ -17,6 +17,7 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import operator
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -92,15 +93,24 @@ def explain(
     """What ``modafill.ops.<op>`` runs for tensors of ``dtype`` on ``device``.
 
     Raises:
-        ValueError: ``op``, ``device`` or ``backend`` is no name of one.
-        RuntimeError: ``backend`` names one that cannot run.
+        TypeError: ``dtype`` is no :class:`torch.dtype`.
+        ValueError: ``op``, ``device`` or ``backend`` is no name of one, or ``dtype`` no floating-point type.
+        RuntimeError: torch sees no such CUDA device, or ``backend`` names one that cannot run.
     """
     if op not in OPS:
         raise ValueError(f"op: got {op!r}, expected one of {', '.join(OPS)}")
     try:
         where = torch.device(device)
     except RuntimeError:
-        raise ValueError(f"device: got {device!r}, expected cpu, cuda or cuda:N") from None
+        where = None
+    if where is None or where.type not in ("cpu", "cuda", "meta"):
+        raise ValueError(f"device: got {str(device)!r}, expected cpu, cuda or cuda:N")
+    check_dtype(dtype)
+    # Not in _choose: fake tensors are on CUDA devices that are not here.
+    if where.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (where.index or 0) >= count:
+            raise RuntimeError(f"device: got {str(device)!r}, but torch sees {count} CUDA devices")
     return _choose(op, where, dtype, requested(backend))
 
 
@@ -137,7 +147,7 @@ def _choose(op: str, device: torch.device, dtype: torch.dtype, backend: str) -> 
         why = _why_not(op, name, device, dtype)
         if why is None:
             rule = RULES.get(op, "") if name == "cpu" else ""
-            return Choice(op, name, f"preferred for {_name(dtype)} on {device.type}", rejected, rule)
+            return Choice(op, name, f"preferred for {dtype_name(dtype)} on {device.type}", rejected, rule)
         rejected[name] = why
     return Choice(op, "reference", "nothing faster can run", rejected)
 
@@ -155,7 +165,7 @@ def _why_not(op: str, backend: str, device: torch.device, dtype: torch.dtype) ->
         return f"the tensors are on {device.type}"
     dtypes = CPU_DTYPES if backend == "cpu" else GPU_DTYPES
     if dtype not in dtypes:
-        return f"it takes {', '.join(map(_name, dtypes))}, not {_name(dtype)}"
+        return f"it takes {', '.join(map(dtype_name, dtypes))}, not {dtype_name(dtype)}"
     if backend == "triton":
         return None if importlib.util.find_spec("triton") else "triton is not installed"
     if _C is None:
@@ -171,7 +181,7 @@ def _why_not(op: str, backend: str, device: torch.device, dtype: torch.dtype) ->
     return None
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
@@ -230,7 +240,7 @@ def autocast(*tensors: Any) -> tuple[Any, ...]:
 def describe(value: Any) -> str:
     """``value`` as an error message shows it."""
     if isinstance(value, Tensor):
-        return f"{_name(value.dtype)} {list(value.shape)} on {value.device}"
+        return f"{dtype_name(value.dtype)} {list(value.shape)} on {value.device}"
     if hasattr(value, "shape") or not isinstance(value, (str, int, float, type(None))):
         return type(value).__name__
     return f"{type(value).__name__} {value!r}"
@@ -245,6 +255,13 @@ def number(name: str, value: Any) -> float:
 def check_tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {describe(value)}, expected a tensor")
+
+
+def check_dtype(dtype: Any) -> None:
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype: got {describe(dtype)}, expected a torch.dtype, such as torch.float32")
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype: got {dtype_name(dtype)}, expected a floating-point type")
 
 
 def check_rows(name: str, x: Tensor) -> None:
@@ -316,7 +333,7 @@ def check_noise(seed_tensor: Tensor | None, row_id: Tensor | None, batch: int, d
 def check_described(name: str, value: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
     """``value`` has these properties."""
     if value.shape != tuple(shape) or value.dtype != dtype or value.device != device:
-        raise ValueError(f"{name}: got {describe(value)}, expected {_name(dtype)} {list(shape)} on {device}")
+        raise ValueError(f"{name}: got {describe(value)}, expected {dtype_name(dtype)} {list(shape)} on {device}")
 
 
 def check_out(
@@ -332,7 +349,7 @@ def check_out(
     if tuple(out.shape) != tuple(shape) or out.dtype != dtype or out.device != device or not out.is_contiguous():
         stride = "" if out.is_contiguous() else f" with strides {out.stride()}"
         raise ValueError(
-            f"out: got {describe(out)}{stride}, expected contiguous {_name(dtype)} {list(shape)} on {device}"
+            f"out: got {describe(out)}{stride}, expected contiguous {dtype_name(dtype)} {list(shape)} on {device}"
         )
     begin = out.data_ptr()
     if begin == 0:  # no elements, or none in memory: on meta
@@ -361,20 +378,30 @@ def split_step(name: str, step: int | Tensor) -> tuple[int, Tensor | None]:
     """A step argument as the registered ops take it."""
     if isinstance(step, Tensor):
         return 0, step
-    if isinstance(step, float):
-        raise TypeError(f"{name}: got {describe(step)}, expected an integer or an int64 tensor")
-    return step, None
+    return (step if type(step) is int else _integer(name, step)), None
 
 
 def split_seed(seed: int | Tensor) -> tuple[int, Tensor | None]:
     """A seed argument as the registered ops take it: 64 bits, two's complement."""
     if isinstance(seed, Tensor):
         return 0, seed
-    if seed is None or isinstance(seed, float):
-        raise TypeError(f"seed: got {describe(seed)}, expected an integer or an int64 tensor")
+    if type(seed) is not int:
+        seed = _integer("seed", seed)
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed: got {seed}, expected a 64-bit integer")
     return (seed - 2**64 if seed >= 2**63 else seed), None
+
+
+def _integer(name: str, value: Any) -> Any:
+    """``value`` as an integer; one that is a symbol while something traces stays one."""
+    if isinstance(value, torch.SymInt):
+        return value
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise TypeError(f"{name}: got {describe(value)}, expected an integer or an int64 tensor")
 
 
 def check_out_allowed(out: Tensor | None) -> None:

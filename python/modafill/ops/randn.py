@@ -29,8 +29,7 @@ def _check(
 ) -> None:
     if len(shape) == 0 or any(n < 0 for n in shape):
         raise ValueError(f"shape: got {list(shape)}, expected [B, ...] with sizes of at least 0")
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype: got {dtype}, expected a floating-point type")
+    backends.check_dtype(dtype)
     if draw not in range(len(Draw)):
         raise ValueError(f"draw: got {draw}, expected a member of Draw")
     backends.check_step("step", step, step_tensor, shape[0], device, 0, reference.MAX_STEP)
