@@ -1,5 +1,6 @@
-"""``python -m modafill.kernels``: what the Triton kernels take of a GPU, and tuning on the GPU that is here."""
+"""What the Triton kernels take of a GPU, and tuning on the GPU that is here."""
 
+import importlib.util
 import sys
 from importlib.resources import files
 from pathlib import Path
@@ -7,17 +8,23 @@ from typing import Annotated
 
 import typer
 
+from modafill.ops.backends import OPS
+
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 Ops = Annotated[list[str] | None, typer.Option("--op", help="An op; may be repeated. Default: all of them.")]
 
 
-def _chosen(given: list[str] | None, known: tuple[str, ...]) -> list[str]:
+def _chosen(given: list[str] | None) -> list[str]:
     for op in given or ():
-        if op not in known:
-            print(f"error: --op: got {op!r}, expected one of {', '.join(known)}", file=sys.stderr)
-            raise typer.Exit(2)
-    return given or list(known)
+        if op not in OPS:
+            raise typer.TyperException(f"--op: got {op!r}, expected one of {', '.join(OPS)}")
+    return given or list(OPS)
+
+
+def _check_triton() -> None:
+    if importlib.util.find_spec("triton") is None:
+        raise typer.TyperException("triton is not installed: pip install triton")
 
 
 @app.command()
@@ -31,15 +38,13 @@ def resources(
 
     Needs no GPU. Exit status 1 if a kernel spills or wants more shared memory than a block may have.
     """
+    chosen = _chosen(op)
+    _check_triton()
     from modafill.kernels import resources as r
 
-    chosen = _chosen(op, r.OPS)
     for c in capability or ():
         if c not in r.CAPABILITIES:
-            print(
-                f"error: --capability: got {c}, expected one of {', '.join(map(str, r.CAPABILITIES))}", file=sys.stderr
-            )
-            raise typer.Exit(2)
+            raise typer.TyperException(f"--capability: got {c}, expected one of {', '.join(map(str, r.CAPABILITIES))}")
     print(f"{'op':20} {'kernel':26} {'sm':>4} {'type':5} {'regs':>5} {'spill':>6} {'shared':>7} {'limit':>7}  case")
     fits = True
     for used in r.measure(v for o in chosen for c in capability or r.CAPABILITIES for v in r.variants(o, c)):
@@ -62,14 +67,13 @@ def tune(
     """Time the candidates on this GPU, keep the fastest for its compute capability and write configs/<op>.json."""
     import torch
 
-    from modafill.kernels import resources as r
-    from modafill.kernels import tuned, tuning
-
-    chosen = _chosen(op, r.OPS)
+    chosen = _chosen(op)
     if not torch.cuda.is_available():
-        print("error: no CUDA GPU is here to tune on", file=sys.stderr)
-        raise typer.Exit(2)
+        raise typer.TyperException("no CUDA GPU is here to tune on")
+    _check_triton()
     import triton.testing
+
+    from modafill.kernels import tuned, tuning
 
     folder = Path(str(files("modafill.kernels") / "configs")) if out is None else out
     folder.mkdir(parents=True, exist_ok=True)
@@ -79,5 +83,16 @@ def tune(
         print(f"wrote {tuning.save(name, capability, entry, folder)}")
 
 
+def main() -> None:
+    """Run the command line; a user's mistake is one line on standard error and exit status 2."""
+    try:
+        status = app(prog_name="python -m modafill.kernels", standalone_mode=False)
+    except typer.TyperException as error:
+        if message := " ".join(error.format_message().split()):
+            print(f"error: {message}", file=sys.stderr)
+        raise SystemExit(2) from None
+    raise SystemExit(status if isinstance(status, int) else 0)
+
+
 if __name__ == "__main__":
-    app()
+    main()
