@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,8 @@ def run(
     Args:
         suite: a name of :data:`modafill.benchmarks.cases.SUITES`, or ``"all"``.
         json_path: where to write the result; it is replaced at the end, in one move.
-        threads: CPU thread counts, each a pass of its own; None = one and all cores. A GPU is timed once.
+        threads: CPU thread counts, each a pass of its own; None = one and :func:`torch.get_num_threads`. A GPU is timed
+            once.
         device: ``"cpu"`` or ``"cuda"``, with an index if wanted.
         quick: tiny shapes, few repetitions and no compilation: a test of the benchmark, not of speed.
         progress: show a bar and what is left out on standard error, and the table on standard output.
@@ -43,7 +43,7 @@ def run(
     """
     where = _device(device)
     if threads is None:
-        threads = sorted({1, os.cpu_count() or 1})
+        threads = sorted({1, torch.get_num_threads()})
     if not threads or min(threads) < 1:
         raise ValueError(f"threads: got {threads}, expected counts of at least 1")
     if where.type != "cpu":

@@ -14,7 +14,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m modafill.benchmarks", description="Time modafill's ops.")
     parser.add_argument("--suite", default="step", help="which suite, or all (default: step)")
     parser.add_argument("--json", type=Path, help="write the result to this file")
-    parser.add_argument("--threads", type=int, nargs="+", help="CPU thread counts (default: 1 and all cores)")
+    parser.add_argument(
+        "--threads",
+        type=int,
+        nargs="+",
+        help="CPU thread counts (default: 1 and torch's own: OMP_NUM_THREADS or all cores)",
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--quick", action="store_true", help="tiny shapes: tries the benchmark, measures nothing")
     given = parser.parse_args()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.metadata
+import itertools
 import json
 import re
 import shutil
@@ -75,6 +76,10 @@ def test_help(modafill, command):
     assert "Usage: modafill" in out
     names = {"": COMMANDS[:4], "train": ["admc"], "train admc": ["--data", "--conditioning", "--folds", "--jobs"]}
     assert all(name in out for name in names.get(command, [command]))
+    lines = [line.rstrip() for line in out.split("╭")[0].splitlines()]
+    for line, following in itertools.pairwise(lines):
+        if line and following:
+            assert len(f"{line} {following.split()[0]}") > max(map(len, lines)), "a line that breaks too early"
 
 
 def test_python_m_modafill():

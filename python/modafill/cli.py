@@ -24,7 +24,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
 )
 train_app = typer.Typer(help="Train a model. A run that was stopped goes on where it stopped.", no_args_is_help=True)
 app.add_typer(train_app, name="train")
@@ -116,7 +116,7 @@ def train_admc(
 ) -> None:
     """Train ADMC: encoders, diffusion networks, fusion networks, and the rivals' fusion networks.
 
-    Example: [bold]modafill train admc --data hazumi2012.npz --out runs/hazumi --preset small --folds 5 --seeds 3[/bold]
+    Example: **modafill train admc --data hazumi2012.npz --out runs/hazumi --preset small --folds 5 --seeds 3**
     """
     from modafill.models.admc import ADMCConfig
     from modafill.training import Run, train
@@ -281,7 +281,12 @@ def demo(
 def bench(
     suite: Annotated[str, typer.Option(help="Which comparison to run: step, ops, or all.")] = "step",
     json_path: Annotated[Path | None, typer.Option("--json", help="File for the rows.")] = None,
-    threads: Annotated[str, typer.Option(help="CPU thread counts, such as 1,2. Default: one and all cores.")] = "",
+    threads: Annotated[
+        str,
+        typer.Option(
+            help="CPU thread counts, such as 1,2. Default: one, and as many as torch takes: OMP_NUM_THREADS or all."
+        ),
+    ] = "",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     quick: Annotated[bool, typer.Option(help="Tiny shapes: does it run at all? The times mean nothing.")] = False,
 ) -> None:
@@ -290,8 +295,7 @@ def bench(
     Columns: ms, the median time of a call, with the 20th and 80th percentile; GB/s, the bytes that the op has to read
     and write over that time; roofline, GB/s over those of a plain copy or triad of the same size; × rival, how many
     times as fast as the fastest correct rival; × paper, as the formula that papers print. Modes: fresh allocates the
-    result, out writes into a given one; ops with gradients have forward, backward (its
-    graph is kept) and both.
+    result, out writes into a given one; ops with gradients have forward, backward (its graph is kept) and both.
 
     Rivals: eager and torch.compile; eager-folded has one precomputed factor per term, eager-baddbmm one call for
     product, scale and bias, eager-channels-last convolves images of one row, eager-linear replaces convolutions of one

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import io
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -154,6 +156,14 @@ def test_thread_counts_below_one_are_refused() -> None:
         benchmarks.run("step", threads=[0], progress=False)
 
 
+def test_all_cores_are_those_that_torch_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    plans: list[cases.Plan] = []
+    monkeypatch.setattr(cases, "select", lambda suite, plan: plans.append(plan) or [])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    benchmarks.run("step", progress=False)
+    assert [plan.threads for plan in plans] == [[1, 3]]
+
+
 def test_the_thread_count_is_set_for_the_case_and_restored() -> None:
     before, seen = torch.get_num_threads(), []
 
@@ -268,6 +278,25 @@ def test_a_wrong_provider_gets_a_row_but_no_speed_up() -> None:
     assert lines["modafill-wrong"][1] == "WRONG"
     assert len(lines["modafill-wrong"]) == 5
     assert len(lines["modafill"]) == 6
+
+
+def test_the_widest_table_fits_into_80_columns(quick: tuple[dict[str, Any], Path]) -> None:
+    result = copy.deepcopy(quick[0])
+    for row in result["rows"]:
+        row |= {"p20_ms": 0.012, "p50_ms": 0.034, "p80_ms": 0.056, "gb_per_s": 234.5}
+        row["correct"] = row["provider"] != "diffusers-repaint"
+    printed = io.StringIO()
+    report.print_report(result, Console(file=printed, width=80))
+    assert "…" not in printed.getvalue()
+
+
+def test_a_table_without_the_papers_formula_has_no_column_for_it(quick: tuple[dict[str, Any], Path]) -> None:
+    printed = io.StringIO()
+    report.print_report(quick[0], Console(file=printed, width=120))
+    tables = re.split(r"^(\w+ \(\w+\)), ", printed.getvalue(), flags=re.MULTILINE)[1:]
+    shown = {title: "× paper" in table for title, table in zip(tables[::2], tables[1::2], strict=True)}
+    assert {title for title, paper in shown.items() if paper} == {"masked_reverse_step (fresh)", "add_noise (fresh)"}
+    assert len(shown) == 5
 
 
 def test_a_provider_that_cannot_run_is_left_out_with_its_reason() -> None:
