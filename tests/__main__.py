@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 NO_TESTS = 5
+NEEDED = ("modafill", "pytest", "hypothesis")
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,9 @@ def main() -> int:
     unknown = [name for name in given.groups if name not in GROUPS]
     if unknown:
         parser.error(f"no group {', '.join(unknown)}; there are {', '.join(GROUPS)}")
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        parser.exit(2, f"error: not installed: {', '.join(missing)}; pip install '.[test]' first\n")
     totals = Totals()
     for name in given.groups or [name for name, group in GROUPS.items() if not group.when_named]:
         totals += run_group(name, fast=given.fast)

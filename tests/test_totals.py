@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -67,3 +69,18 @@ def test_an_unknown_group_is_a_mistake_of_the_caller() -> None:
     done = subprocess.run([sys.executable, str(TESTS), "gpus"], capture_output=True, text=True)
     assert done.returncode == 2
     assert "gpus" in done.stderr
+
+
+def test_a_missing_test_tool_is_one_line() -> None:
+    code = f"import runpy, sys; sys.modules['pytest'] = None; runpy.run_path({str(TESTS)!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code, "gpu"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: not installed: pytest; pip install '.[test]' first\n"
+
+
+def test_without_a_gpu_the_reason_stands_there_once() -> None:
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, str(TESTS), "gpu"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stdout.count("no CUDA GPU") == 1
+    assert re.fullmatch(r"0 passed, 0 failed, \d+ skipped", done.stdout.splitlines()[-1])

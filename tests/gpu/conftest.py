@@ -1,4 +1,4 @@
-"""Tests that need a GPU; without one each is skipped with the reason. A summary for people ends the run."""
+"""Tests that need a GPU; without one each is skipped. A summary for people ends the run."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from modafill.diffusion.schedule import Schedule
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _gpu() -> None:
+# Not a fixture: pytest puts a skip that comes from one down to each test, and prints the reason as often.
+def pytest_runtest_setup() -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA GPU")
 
@@ -31,6 +31,8 @@ def ratio(record_property: Callable[[str, object], None]) -> Callable[[float], N
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """One line per test: how many of its cases passed, and how near the worst came to its bound."""
+    if not torch.cuda.is_available():
+        return
     counts: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     worst: dict[str, float] = {}
     for outcome in ("passed", "failed", "error", "skipped"):
@@ -46,8 +48,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         triton = version("triton")
     except PackageNotFoundError:
         triton = "not installed"
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA GPU"
-    terminalreporter.section(f"{device}, torch {torch.__version__}, triton {triton}")
+    terminalreporter.section(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton}")
     for name, found in sorted(counts.items()):
         share = f", worst at {worst[name]:.0%} of its bound" if name in worst else ""
         terminalreporter.write_line(f"{name}: " + ", ".join(f"{n} {outcome}" for outcome, n in found.items()) + share)
