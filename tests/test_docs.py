@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from support.calls import make_call
 from torch import nn
 
+from modafill import cli
 from modafill import nn as modules
 from modafill.data import NpzMapping
 from modafill.diffusion import schedulers
@@ -62,6 +64,17 @@ def test_examples_run(file: str, contains: str, tmp_path: Path, monkeypatch: pyt
         assert (audio.shape, names["batch"].lengths["audio"].tolist()) == (torch.Size([2, 35, 74]), [20, 35])
     else:
         assert names["x"].isfinite().all()
+
+
+def test_the_first_command_on_data_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    command = re.findall(
+        r"^    modafill (inspect .*)$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE
+    )[0]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["modafill", *command.split()])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 0, capsys.readouterr().err
 
 
 def test_mappings_are_read() -> None:
