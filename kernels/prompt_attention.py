@@ -26,7 +26,7 @@ def _tile(pointer, strides, b, h, rows, columns, count, width):
     """Rows of a head of ``[B, H, L, d]``; zeros outside."""
     at = rows[:, None] * strides[2] + columns[None, :]
     return tl.load(
-        pointer + b * strides[0] + h.to(tl.int64) * strides[1] + at,
+        pointer + b * strides[0] + h * strides[1] + at,
         mask=(rows[:, None] < count) & (columns[None, :] < width),
         other=0.0,
     )
@@ -34,7 +34,7 @@ def _tile(pointer, strides, b, h, rows, columns, count, width):
 
 @triton.jit
 def _write(pointer, strides, b, h, rows, columns, count, width, value):
-    at = pointer + b * strides[0] + h.to(tl.int64) * strides[1] + (rows[:, None] * strides[2] + columns[None, :])
+    at = pointer + b * strides[0] + h * strides[1] + (rows[:, None] * strides[2] + columns[None, :])
     tl.store(at, value.to(pointer.dtype.element_ty), mask=(rows[:, None] < count) & (columns[None, :] < width))
 
 
@@ -118,7 +118,7 @@ def forward_kernel(
     )
     end = tl.minimum(seen, first + BLOCK_M + offset) if CAUSAL else seen
     most = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32) + poison
     result = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for j0 in range(0, end, BLOCK_N):
         j = j0 + tl.arange(0, BLOCK_N)
@@ -126,7 +126,7 @@ def forward_kernel(
             q, q_strides, k, k_strides, b, h, i, j, queries, seen, width,
             PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_K,
         )  # fmt: skip
-        s = _logits(products, scale + poison, bias, i, j, queries, keys, seen, offset, CAUSAL)
+        s = _logits(products, scale, bias, i, j, queries, keys, seen, offset, CAUSAL)
         now = tl.maximum(most, tl.max(s, 1))
         base = tl.where(now == float("-inf"), 0.0, now)
         p = tl.exp(s - base[:, None])
@@ -139,11 +139,10 @@ def forward_kernel(
         most = now
     nothing = total == 0.0
     total = tl.where(nothing, 1.0, total)
-    _write(out, out_strides, b, h, i, c, queries, width, result / total[:, None] + poison)
+    _write(out, out_strides, b, h, i, c, queries, width, result / total[:, None])
     if logsumexp is not None:
         row = (b * heads + h) * queries + i
-        norm = tl.where(nothing, float("inf"), most + tl.log(total))
-        tl.store(logsumexp + row, norm + poison, mask=i < queries)
+        tl.store(logsumexp + row, tl.where(nothing, float("inf"), most + tl.log(total)), mask=i < queries)
 
 
 @triton.jit(do_not_specialize=["seed", "dropped"])
@@ -169,7 +168,7 @@ def queries_kernel(
         )
         end = tl.minimum(seen, first + BLOCK_M + offset) if CAUSAL else seen
         norm = tl.load(logsumexp + row, mask=i < queries, other=float("inf"))
-        result = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        result = tl.zeros([BLOCK_M, BLOCK_D], tl.float32) + poison
         for j0 in range(0, end, BLOCK_N):
             j = j0 + tl.arange(0, BLOCK_N)
             k_tile = _tile(k, k_strides, b, h, j, c, seen, width)
@@ -177,7 +176,7 @@ def queries_kernel(
                 q, q_strides, k, k_strides, b, h, i, j, queries, seen, width,
                 PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_K,
             )  # fmt: skip
-            s = _logits(products, scale + poison, bias, i, j, queries, keys, seen, offset, CAUSAL)
+            s = _logits(products, scale, bias, i, j, queries, keys, seen, offset, CAUSAL)
             dp = _products(
                 grad, grad_strides, v, v_strides, b, h, i, j, queries, seen, width,
                 PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_K,
@@ -186,7 +185,7 @@ def queries_kernel(
                 dp = _keep(dp, seed, row_id, h, i, j0, queries, keys, dropped, kept, BLOCK_N)
             ds = tl.exp(s - norm[:, None]) * (dp - mean[:, None])
             result = tl.dot(ds.to(k_tile.dtype), k_tile, result, input_precision=PRECISION)
-        _write(q_grad, q_grad_strides, b, h, i, c, queries, width, result * (scale + poison))
+        _write(q_grad, q_grad_strides, b, h, i, c, queries, width, result * scale)
 
 
 @triton.jit(do_not_specialize=["seed", "dropped"])
@@ -217,7 +216,7 @@ def keys_kernel(
             q, q_strides, k, k_strides, b, h, i, j, queries, seen, width,
             PRECISION, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_K,
         )  # fmt: skip
-        s = _logits(products, scale + poison, bias, i, j, queries, keys, seen, offset, CAUSAL)
+        s = _logits(products, scale, bias, i, j, queries, keys, seen, offset, CAUSAL)
         p = tl.exp(s - norm[:, None])
         if v_grad is not None:
             kept_p = _keep(p, seed, row_id, h, i, j0, queries, keys, dropped, kept, BLOCK_N) if DROPS else p

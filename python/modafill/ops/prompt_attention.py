@@ -106,9 +106,9 @@ def _check_values(q: Tensor, k: Tensor, bias: Tensor | None, mode: Tensor | None
 
 
 def _dense(x: Tensor) -> Tensor:
-    """``x`` as the kernels read it: a dense last dimension, and rows of a head within 32-bit offsets."""
-    strides = x.stride()
-    return x if strides[3] == 1 and strides[2] * MAX_LENGTH < 2**31 else x.contiguous()
+    """``x`` as the kernels read it: a dense last dimension, heads and the rows of each within 32-bit offsets."""
+    _, head, row, element = x.stride()
+    return x if element == 1 and row * MAX_LENGTH < 2**31 and head * x.shape[1] < 2**31 else x.contiguous()
 
 
 def _attention(
