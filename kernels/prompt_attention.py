@@ -200,7 +200,8 @@ def keys_kernel(
     j0 = tl.program_id(0) % blocks * BLOCK_N
     b, h = (tl.program_id(0) // blocks % batch).to(tl.int64), tl.program_id(0) // blocks // batch
     j, c = j0 + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
-    bias, seen, poison, seed, row_id = _own(
+    # Poison is in the log-sum-exp.
+    bias, seen, _, seed, row_id = _own(
         bias, mode, key_lengths, seeds, seed, row_ids, b, h, queries, keys, modes, bias_heads
     )
     k_sum = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)

@@ -256,6 +256,19 @@ def test_undoing_a_long_stride_has_the_marginal_of_its_timestep() -> None:
         torch.testing.assert_close(moved.var(), 1 - ratio, rtol=0.05, atol=0)
 
 
+@pytest.mark.parametrize("steps", [1000, 50])
+def test_undoing_adds_the_noise_of_the_stride_as_exactly_as_the_table_tells(steps: int) -> None:
+    ours = RePaintScheduler()
+    bar = torch.cat([torch.ones(1, dtype=torch.float64), (1 - ours.betas).cumprod(0)])
+    stride = 1000 // steps
+    for t in range(stride - 1, 1000, 37 * stride):
+        ours.set_timesteps(steps)
+        moved = ours.undo_step(torch.zeros(1, 1, dtype=torch.float64), t, seed=SEED)
+        noise = ops.randn((1, 1), seed=SEED, step=t + 1, draw=Draw.RESAMPLE, dtype=torch.float64)
+        expected = (1 - bar[t + 1] / bar[t + 1 - stride]).sqrt()
+        torch.testing.assert_close((moved / noise).squeeze(), expected, rtol=2e-5, atol=0)
+
+
 @pytest.mark.parametrize("name", ["DDIMScheduler", "DDPMScheduler"])
 def test_the_forward_process(name: str) -> None:
     ours = getattr(schedulers, name)()

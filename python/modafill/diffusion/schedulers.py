@@ -34,7 +34,7 @@ from torch import Tensor
 from modafill import ops
 from modafill.diffusion.schedule import Schedule
 from modafill.ops import backends
-from modafill.ops.reference import SQRT_ALPHA_BAR, SQRT_ONE_MINUS_ALPHA_BAR, Draw, ddim_deviations
+from modafill.ops.reference import SQRT_ALPHA_BAR, SQRT_ONE_MINUS_ALPHA_BAR, Draw, ddim_deviations, stride_deviation
 
 _Made = TypeVar("_Made", bound="_Scheduler")
 
@@ -387,9 +387,7 @@ class _Scheduler:
             # Scalars on the CPU, which any device takes without waiting.
             row = self.schedule.table[step].to(torch.float64)
         else:
-            # A compiler takes an index [] on the CPU for a number, and asks for its value.
-            rows = _wide(self._on(x.device)[0].index_select(0, step.reshape(-1)), x.dtype)
-            row = rows.reshape(-1, *[1] * (x.ndim - 1), rows.shape[-1])
+            row = backends.row_coefficients(self._on(x.device)[0], 0, step, x, low=0)
         return row[..., SQRT_ALPHA_BAR], row[..., SQRT_ONE_MINUS_ALPHA_BAR]
 
     def _timestep(self, name: str, timestep: int | Tensor, x: Tensor) -> int | Tensor:
@@ -721,9 +719,10 @@ class RePaintScheduler(_Scheduler):
         """
         seed = self._visited(self._seed(seed, generator, sample))
         step, previous = self._strides(timestep, sample)
-        ratio = self._coefficients(sample, step)[0] / self._coefficients(sample, previous)[0]
+        (signal, sigma), (prev_signal, prev_sigma) = (self._coefficients(sample, at) for at in (step, previous))
         noise = self._noise(sample, step, Draw.RESAMPLE, seed, row_id)
-        return (ratio * _wide(sample) + (1 - ratio**2).sqrt() * noise).to(sample.dtype)
+        deviation = stride_deviation(signal, sigma, prev_signal, prev_sigma)
+        return (signal / prev_signal * _wide(sample) + deviation * noise).to(sample.dtype)
 
     def _visited(self, seed: int | Tensor) -> int | Tensor:
         """Another seed for each call since :meth:`set_timesteps`."""

@@ -149,16 +149,22 @@ def add_noise(
     return noisy, z
 
 
+def stride_deviation(signal: Tensor, sigma: Tensor, prev_signal: Tensor, prev_sigma: Tensor) -> Tensor:
+    """√(1 − ᾱ_t/ᾱ_t'), the noise that a stride adds, from √ᾱ and √(1 − ᾱ) at both ends of it."""
+    # From whichever column of the float32 table is the more exact one.
+    spread = torch.where(
+        prev_sigma < prev_signal, (sigma**2 - prev_sigma**2) / prev_signal**2, 1.0 - (signal / prev_signal) ** 2
+    )
+    return torch.sqrt(spread)
+
+
 def ddim_deviations(
     signal: Tensor, sigma: Tensor, prev_signal: Tensor, prev_sigma: Tensor, eta: float
 ) -> tuple[Tensor, Tensor]:
     """DDIM's σ_t and √(1 − ᾱ_t' − σ_t²) from √ᾱ and √(1 − ᾱ) at both ends of a stride."""
-    ratio = signal / prev_signal
-    # 1 − ratio², from whichever column of the float32 table is the more exact one.
-    spread = torch.where(prev_sigma < prev_signal, (sigma**2 - prev_sigma**2) / prev_signal**2, 1.0 - ratio**2)
     # A sum of squares, which rounding of the table cannot make negative.
-    direction = torch.sqrt((1.0 - eta**2) * prev_sigma**2 + (eta * prev_sigma**2 * ratio / sigma) ** 2)
-    return eta * prev_sigma / sigma * torch.sqrt(spread), direction
+    direction = torch.sqrt((1.0 - eta**2) * prev_sigma**2 + (eta * prev_sigma**2 * signal / (prev_signal * sigma)) ** 2)
+    return eta * prev_sigma / sigma * stride_deviation(signal, sigma, prev_signal, prev_sigma), direction
 
 
 def ddim_step(
