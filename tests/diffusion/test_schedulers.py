@@ -256,6 +256,17 @@ def test_undoing_a_long_stride_has_the_marginal_of_its_timestep() -> None:
         torch.testing.assert_close(moved.var(), 1 - ratio, rtol=0.05, atol=0)
 
 
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_a_timestep_that_is_not_read_and_does_not_exist_gives_nan(prediction: str) -> None:
+    """As on a GPU: a compiler does not read them on a CPU. The op that ε goes to does."""
+    scheduler = DDIMScheduler(prediction_type=prediction, clip_sample=prediction == "epsilon")
+    x = torch.ones(4, 3)
+    compiled = torch.compile(lambda t: scheduler.step(x, t, x).prev_sample, backend="aot_eager", fullgraph=True)
+    found = compiled(torch.tensor([-1, 5, 1000, 999]))
+    assert found.isnan().all(1).tolist() == [True, False, True, False]
+    assert found.isnan().any(1).tolist() == [True, False, True, False]
+
+
 @pytest.mark.parametrize("steps", [1000, 50])
 def test_undoing_adds_the_noise_of_the_stride_as_exactly_as_the_table_tells(steps: int) -> None:
     ours = RePaintScheduler()

@@ -381,13 +381,16 @@ class _Scheduler:
             self._tables[device] = self.schedule.table.to(device), torch.tensor(self._previous, device=device)
         return self._tables[device]
 
-    def _coefficients(self, x: Tensor, step: int | Tensor) -> tuple[Tensor, Tensor]:
-        """√ᾱ and √(1−ᾱ) of a diffusion step, to be broadcast against ``x [B, …]`` in float32 or more."""
+    def _coefficients(self, x: Tensor, step: int | Tensor, low: int = 1) -> tuple[Tensor, Tensor]:
+        """√ᾱ and √(1−ᾱ) of a diffusion step, to be broadcast against ``x [B, …]`` in float32 or more.
+
+        Where a tensor has a step before ``low`` or behind the last they are NaN.
+        """
         if isinstance(step, int):
             # Scalars on the CPU, which any device takes without waiting.
             row = self.schedule.table[step].to(torch.float64)
         else:
-            row = backends.row_coefficients(self._on(x.device)[0], 0, step, x, low=0)
+            row = backends.row_coefficients(self._on(x.device)[0], 0, step, x, low)
         return row[..., SQRT_ALPHA_BAR], row[..., SQRT_ONE_MINUS_ALPHA_BAR]
 
     def _timestep(self, name: str, timestep: int | Tensor, x: Tensor) -> int | Tensor:
@@ -421,7 +424,9 @@ class _Scheduler:
         backends.check_rows("sample", sample)
         t = self._timestep("timestep", timestep, sample)
         if isinstance(t, Tensor):
-            previous = self._on(sample.device)[1].index_select(0, t.reshape(-1))
+            # A timestep on a GPU that does not exist has a step that does not, which gives NaN.
+            within = t.reshape(-1).clamp(0, self.schedule.steps - 1)
+            previous = self._on(sample.device)[1].index_select(0, within)
             return t + 1, previous.reshape(t.shape) + 1
         return t + 1, self._previous[t] + 1
 
@@ -479,7 +484,7 @@ class _Scheduler:
             raise ValueError(f"eta: got {eta}, expected a value in [0, 1]")
         x0, eps = self._estimate(model_output, sample, step)
         signal, sigma = self._coefficients(sample, step)
-        prev_signal, prev_sigma = self._coefficients(sample, previous)
+        prev_signal, prev_sigma = self._coefficients(sample, previous, low=0)
         if recompute and clip is not None:
             eps = (_wide(sample) - signal * x0) / sigma
         if eta == 0.0:
@@ -565,8 +570,8 @@ class DDIMScheduler(_Scheduler):
 
         Raises:
             TypeError: ``timestep`` is neither an integer nor a tensor.
-            ValueError: a wrong shape or dtype, a timestep outside 0…N−1 (unless it is on a GPU), or ``variance_noise``
-                beside ``generator`` or ``seed``.
+            ValueError: a wrong shape or dtype, a timestep outside 0…N−1 (on a GPU it is not read back, and its row
+                becomes NaN), or ``variance_noise`` beside ``generator`` or ``seed``.
         """
         if variance_noise is not None:
             if generator is not None or seed is not None:
@@ -694,7 +699,7 @@ class RePaintScheduler(_Scheduler):
             )
         else:
             unknown, x0 = self._advance(model_output, sample, step, previous, self.config.eta, False, seed, row_id)
-            signal, sigma = self._coefficients(sample, previous)
+            signal, sigma = self._coefficients(sample, previous, low=0)
             known = signal * _wide(original_image) + sigma * self._noise(sample, step, Draw.REVERSE, seed, row_id)
             if mask.dtype == torch.bool:
                 done = torch.where(mask[..., None] if by_token else mask, known, unknown.to(known.dtype))
@@ -719,7 +724,8 @@ class RePaintScheduler(_Scheduler):
         """
         seed = self._visited(self._seed(seed, generator, sample))
         step, previous = self._strides(timestep, sample)
-        (signal, sigma), (prev_signal, prev_sigma) = (self._coefficients(sample, at) for at in (step, previous))
+        signal, sigma = self._coefficients(sample, step)
+        prev_signal, prev_sigma = self._coefficients(sample, previous, low=0)
         noise = self._noise(sample, step, Draw.RESAMPLE, seed, row_id)
         deviation = stride_deviation(signal, sigma, prev_signal, prev_sigma)
         return (signal / prev_signal * _wide(sample) + deviation * noise).to(sample.dtype)

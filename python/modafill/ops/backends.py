@@ -385,10 +385,10 @@ def split_seed(seed: int | Tensor) -> tuple[int, Tensor | None]:
     """A seed argument as the registered ops take it: 64 bits, two's complement."""
     if isinstance(seed, Tensor):
         return 0, seed
-    number = seed if type(seed) is int else _integer("seed", seed)
-    if not -(2**63) <= number < 2**64:
-        raise ValueError(f"seed: got {number}, expected a 64-bit integer")
-    return (number - 2**64 if number >= 2**63 else number), None
+    seed = seed if type(seed) is int else _integer("seed", seed)
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed: got {seed}, expected a 64-bit integer")
+    return (seed - 2**64 if seed >= 2**63 else seed), None
 
 
 def _integer(name: str, value: Any) -> Any:
