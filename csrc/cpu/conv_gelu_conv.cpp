@@ -10,6 +10,8 @@ namespace {
 
 // Hidden rows that are worked on at a time, and the longest piece of one sample.
 constexpr int64_t kBlockRows = 96;
+// What a sample is cut into for several threads has no fewer rows, and no fewer multiplications.
+constexpr int64_t kPieceRows = 8, kPieceWork = 7 << 19;
 
 // GELU and its derivative, for a vector at a time.
 template <class C>
@@ -68,14 +70,24 @@ MODAFILL_INLINE void clear_padding(C *row, int64_t count) {
 
 // Weights [out, in, taps] as the right operand of a product: rows tap * stride + input, columns output.
 template <class T, class C>
-MODAFILL_INLINE void pack_weights(C *to, const void *weights, int64_t outputs, int64_t inputs, int64_t taps,
-                                  int64_t stride) {
-  const T *const from = static_cast<const T *>(weights);
+MODAFILL_INLINE void pack_weights(C *to, const T *from, int64_t outputs, int64_t inputs, int64_t taps, int64_t stride) {
   if (stride > inputs)
     std::fill_n(to, taps * stride * padded<C>(outputs), C(0));
   pack_transposed<T>(
       to, inputs * taps, outputs, taps * stride, [&](int64_t output) { return from + output * inputs * taps; },
       [&](int64_t i) { return i % taps * stride + i / taps; });
+}
+
+template <class T, class C>
+void pack_weights(C *to, const void *weights, int64_t outputs, int64_t inputs, int64_t taps, int64_t stride,
+                  int threads) {
+  constexpr int64_t kPanel = kPanelVectors * kWidth<C>;
+  const int64_t panels = (outputs + kPanel - 1) / kPanel;
+  for_each_run(panels, 3 * outputs * inputs * taps, threads, [=](int64_t begin, int64_t end) {
+    const int64_t first = begin * kPanel;
+    pack_weights<T>(to + taps * stride * first, static_cast<const T *>(weights) + first * inputs * taps,
+                    std::min(outputs, end * kPanel) - first, inputs, taps, stride);
+  });
 }
 
 // As pack_weights for the way back: rows tap * stride + output, columns input, the taps in the opposite order.
@@ -103,16 +115,22 @@ MODAFILL_INLINE void copy_bias(C *to, const void *bias, int64_t count) {
     to[i] = Element<T>::load(static_cast<const T *>(bias)[i]);
 }
 
-// A batch in pieces: some rows of one sample each; a block is as many of them as fill kBlockRows.
+// A batch in pieces: some rows of one sample each; a block is as many of them as fill kBlockRows, or fewer where
+// `threads` would not get the same number of blocks each.
 struct Pieces {
   int64_t length, rows, per_sample, per_block, count;
 
-  explicit Pieces(const ConvGeluConvArgs &args)
-      : length(args.length), rows((length + pieces_of(length) - 1) / pieces_of(length)),
-        per_sample((length + rows - 1) / rows), per_block(std::max<int64_t>(1, kBlockRows / rows)),
-        count(args.batch * per_sample) {}
-  // Pieces of a sample, of much the same length.
-  static int64_t pieces_of(int64_t length) { return (length + kBlockRows - 1) / kBlockRows; }
+  explicit Pieces(const ConvGeluConvArgs &args, int64_t threads = 1, int64_t work = 0) : length(args.length) {
+    const int64_t shared =
+        std::min({(threads + args.batch - 1) / args.batch, length / kPieceRows, work / args.batch / kPieceWork});
+    const int64_t pieces = std::max((length + kBlockRows - 1) / kBlockRows, shared);
+    rows = (length + pieces - 1) / pieces;
+    per_sample = (length + rows - 1) / rows;
+    count = args.batch * per_sample;
+    const int64_t most = std::max<int64_t>(1, kBlockRows / rows), least = (count + most - 1) / most;
+    const int64_t even = std::min(count, (least + threads - 1) / threads * threads);
+    per_block = (count + even - 1) / even;
+  }
   int64_t blocks() const { return (count + per_block - 1) / per_block; }
   int64_t in_block(int64_t block) const { return std::min(per_block, count - block * per_block); }
   int64_t sample(int64_t block, int64_t piece) const { return (block * per_block + piece) / per_sample; }
@@ -141,14 +159,14 @@ void conv_gelu_conv_of(const ConvGeluConvArgs &args, int threads) {
   const int64_t hidden = padded<C>(args.hidden), outputs = padded<C>(args.outputs);
   const int64_t first_depth = args.first_taps * args.inputs, second_depth = args.second_taps * hidden;
   const Scratch<C> first(first_depth * hidden), second(second_depth * outputs);
-  pack_weights<T>(first.get(), args.first, args.hidden, args.inputs, args.first_taps, args.inputs);
-  pack_weights<T>(second.get(), args.second, args.outputs, args.hidden, args.second_taps, hidden);
+  pack_weights<T>(first.get(), args.first, args.hidden, args.inputs, args.first_taps, args.inputs, threads);
+  pack_weights<T>(second.get(), args.second, args.outputs, args.hidden, args.second_taps, hidden, threads);
   const Scratch<C> first_bias(hidden), second_bias(outputs);
   copy_bias<T>(first_bias.get(), args.first_bias, args.hidden);
   copy_bias<T>(second_bias.get(), args.second_bias, args.outputs);
-  const Pieces pieces(args);
-  const int64_t rows = pieces.rows, hidden_rows = rows + 2 * second_halo, input_rows = hidden_rows + 2 * first_halo;
   const int64_t work = args.batch * args.length * (first_depth * args.hidden + second_depth * args.outputs);
+  const Pieces pieces(args, std::clamp<int64_t>(work / kWorkPerThread, 1, threads), work);
+  const int64_t rows = pieces.rows, hidden_rows = rows + 2 * second_halo, input_rows = hidden_rows + 2 * first_halo;
   for_each_run(pieces.blocks(), work, threads, [&](int64_t begin, int64_t end) {
     const Scratch<C> x(pieces.per_block * input_rows * args.inputs), h(pieces.per_block * hidden_rows * hidden),
         y(pieces.per_block * rows * outputs);
@@ -209,7 +227,7 @@ struct Backward {
       first_bias{hidden};
 
   explicit Backward(const ConvGeluConvBackward &job) : job(job) {
-    pack_weights<T>(first.get(), args.first, args.hidden, args.inputs, args.first_taps, args.inputs);
+    pack_weights<T>(first.get(), args.first, args.hidden, args.inputs, args.first_taps, args.inputs, 1);
     copy_bias<T>(first_bias.get(), args.first_bias, args.hidden);
     if (need_delta)
       pack_backwards<T>(second_back.get(), args.second, args.outputs, args.hidden, args.second_taps, args.outputs);
