@@ -11,10 +11,16 @@ void ddim_step_of(const DdimStepArgs &args, int threads) {
   const uint64_t seed = seed_of(args.key);
   const bool noisy = args.eta > 0.0, clipped = args.clip < HUGE_VAL;
   const C bound = static_cast<C>(args.clip);
-  for_each_chunk(args.batch, args.width, threads, [&](int64_t row, int64_t begin, int count) {
-    const int64_t step = step_of(args.step, row);
-    const DdimRow<C> formula(args.table, step, step_of(args.prev_step, row), static_cast<C>(args.eta));
-    const int64_t offset = row * args.width + begin;
+  const auto formula_of = [&](int64_t row) {
+    return DdimRow<C>(args.table, step_of(args.step, row), step_of(args.prev_step, row), static_cast<C>(args.eta));
+  };
+  // Rows of the same step share its formula; without noise they are one long row.
+  const bool same = args.step.stride == 0 && args.prev_step.stride == 0, merged = same && !noisy;
+  const DdimRow<C> first = formula_of(0);
+  const int64_t batch = merged ? 1 : args.batch, width = merged ? args.batch * args.width : args.width;
+  for_each_chunk(batch, width, threads, [&](int64_t row, int64_t begin, int count) {
+    const DdimRow<C> formula = same ? first : formula_of(row);
+    const int64_t offset = row * width + begin;
     const T *const x = static_cast<const T *>(args.x) + offset;
     const T *const eps = static_cast<const T *>(args.eps) + offset;
     Destination<T> out(static_cast<T *>(args.out) + offset, args.batch * args.width);
@@ -23,8 +29,8 @@ void ddim_step_of(const DdimStepArgs &args, int threads) {
         prefetch(x, count);
         prefetch(eps, count);
         alignas(64) float z[kChunk];
-        fill_normals(seed, row_id_of(args.key, row), draw_word(step, static_cast<uint32_t>(Draw::kReverse)), begin,
-                     count, z);
+        fill_normals(seed, row_id_of(args.key, row),
+                     draw_word(step_of(args.step, row), static_cast<uint32_t>(Draw::kReverse)), begin, count, z);
         fill(out.data(), count, [&](int i) { return formula.with_noise(mean(i), C(z[i])); });
       } else {
         fill(out.data(), count, mean);
