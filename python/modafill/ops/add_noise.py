@@ -49,7 +49,9 @@ def _run(
         )
         return noisy.to(x.dtype).contiguous(), noise.to(x.dtype)
     x, step_tensor, row_id = x.contiguous(), backends.contiguous(step_tensor), backends.contiguous(row_id)
-    noisy, noise = (backends.empty(x.shape, x.dtype, x.device, backend) for _ in range(2))
+    noisy, noise = (
+        backends.fresh(torch.empty_like(x, memory_format=torch.contiguous_format), backend) for _ in range(2)
+    )
     if backend == "triton":
         backends.launch_triton("add_noise", noisy, noise, x, table, step, step_tensor, seed, seed_tensor, row_id)
         return noisy, noise

@@ -416,9 +416,8 @@ def written(result: Any, out: Tensor | None) -> Any:
     return result
 
 
-def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device, backend: str) -> Tensor:
-    """The contiguous result of an op that ``backend`` is about to fill."""
-    result = torch.empty(shape, dtype=dtype, device=device)
+def fresh(result: Tensor, backend: str) -> Tensor:
+    """``result``, which ``backend`` is about to fill for the first time: a large one gets huge pages."""
     if backend == "cpu" and result.nbytes >= _MAPPED_BYTES:
         _C.prefer_huge_pages(result.data_ptr(), result.nbytes)
     return result

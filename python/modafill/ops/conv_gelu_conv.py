@@ -125,7 +125,7 @@ def _run(
     x, w1, w2 = x.contiguous(), w1.contiguous(), w2.contiguous()
     b1, b2 = backends.contiguous(b1), backends.contiguous(b2)
     if out is None:
-        out = backends.empty(shape, x.dtype, x.device, backend)
+        out = backends.fresh(torch.empty(shape, dtype=x.dtype, device=x.device), backend)
     if out.numel() == 0:
         pass
     elif backend == "triton":

@@ -96,7 +96,7 @@ def _run(
     step_tensor, prev_step_tensor = backends.contiguous(step_tensor), backends.contiguous(prev_step_tensor)
     row_id = backends.contiguous(row_id)
     if out is None:
-        out = backends.empty(x.shape, x.dtype, x.device, backend)
+        out = backends.fresh(torch.empty_like(x, memory_format=torch.contiguous_format), backend)
     if backend == "triton":
         backends.launch_triton(
             "ddim_step",

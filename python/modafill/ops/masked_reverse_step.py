@@ -76,7 +76,7 @@ def _run(
     x, eps, observed, available = x.contiguous(), eps.contiguous(), observed.contiguous(), available.contiguous()
     step_tensor, row_id = backends.contiguous(step_tensor), backends.contiguous(row_id)
     if out is None:
-        out = backends.empty(x.shape, x.dtype, x.device, backend)
+        out = backends.fresh(torch.empty_like(x, memory_format=torch.contiguous_format), backend)
     if backend == "triton":
         backends.launch_triton(
             "masked_reverse_step", out, x, eps, observed, available, table, step, step_tensor, seed, seed_tensor, row_id

@@ -66,7 +66,7 @@ def _run(
         return result.to(dtype) if out is None else out.copy_(result)
     step_tensor, row_id = backends.contiguous(step_tensor), backends.contiguous(row_id)
     if out is None:
-        out = backends.empty(shape, dtype, device, backend)
+        out = backends.fresh(torch.empty(shape, dtype=dtype, device=device), backend)
     if backend == "triton":
         backends.launch_triton("randn", out, step, step_tensor, seed, seed_tensor, row_id, draw)
         return out
