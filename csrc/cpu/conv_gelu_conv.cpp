@@ -1,6 +1,7 @@
 // Two convolutions with a GELU between them, by blocks whose hidden rows stay in the second-level cache.
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "../common/convolution.h"
 #include "matrix.h"
@@ -12,6 +13,8 @@ namespace {
 constexpr int64_t kBlockRows = 96;
 // What a sample is cut into for several threads has no fewer rows, and no fewer multiplications.
 constexpr int64_t kPieceRows = 8, kPieceWork = 7 << 19;
+// Rows that are few for any weights, and for this many.
+constexpr int64_t kFewRows = 32, kFewForMany = 64, kManyWeights = 1 << 15;
 
 // GELU and its derivative, for a vector at a time.
 template <class C>
@@ -152,9 +155,117 @@ struct Pieces {
   }
 };
 
+// Rows of `from` [batch, length, width], `pitch` apart, as weights [out, width, taps] meet them:
+// [batch * length, width * taps].
+template <class C>
+void windows(C *to, const C *from, int64_t rows, int64_t length, int64_t width, int64_t pitch, int64_t taps) {
+  for (int64_t row = 0; row < rows; ++row, to += width * taps)
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const int64_t shift = tap - taps / 2, l = row % length + shift;
+      const C *const source = l >= 0 && l < length ? from + (row + shift) * pitch : nullptr;
+      for (int64_t i = 0; i < width; ++i)
+        to[i * taps + tap] = source ? source[i] : C(0);
+    }
+}
+
+// out[row, o] = a[row] b[o] + bias[o] for kRows rows of a and kOuts of b, each of `k` elements.
+template <int kRows, int kOuts, class C>
+MODAFILL_INLINE void dot_products(C *out, int64_t out_row, const C *a, const C *b, const C *bias, int64_t k) {
+  Vector<C> sum[kRows][kOuts];
+#pragma GCC unroll 4
+  for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 4
+    for (int o = 0; o < kOuts; ++o)
+      sum[row][o] = Vector<C>{};
+  int64_t i = 0;
+  for (; i + kWidth<C> <= k; i += kWidth<C>) {
+    Vector<C> weights[kOuts];
+#pragma GCC unroll 4
+    for (int o = 0; o < kOuts; ++o)
+      weights[o] = load(b + o * k + i);
+#pragma GCC unroll 4
+    for (int row = 0; row < kRows; ++row) {
+      const Vector<C> value = load(a + row * k + i);
+#pragma GCC unroll 4
+      for (int o = 0; o < kOuts; ++o)
+        sum[row][o] += value * weights[o];
+    }
+  }
+  for (int row = 0; row < kRows; ++row)
+    for (int o = 0; o < kOuts; ++o) {
+      C total = lanes_sum<C>(sum[row][o]);
+      for (int64_t j = i; j < k; ++j)
+        total += a[row * k + j] * b[o * k + j];
+      out[row * out_row + o] = bias ? total + bias[o] : total;
+    }
+}
+
+template <int kOuts, class C>
+MODAFILL_INLINE void dot_rows(C *out, int64_t out_row, const C *a, const C *b, const C *bias, int64_t rows, int64_t k) {
+  int64_t row = 0;
+  for (; row + 4 <= rows; row += 4)
+    dot_products<4, kOuts>(out + row * out_row, out_row, a + row * k, b, bias, k);
+  for (; row < rows; ++row)
+    dot_products<1, kOuts>(out + row * out_row, out_row, a + row * k, b, bias, k);
+}
+
+// Columns [begin, end) of out [rows, ...] = a [rows, k] times b [..., k] transposed, plus the bias.
+template <class C>
+void dot_columns(C *out, int64_t out_row, const C *a, const C *b, const C *bias, int64_t rows, int64_t k, int64_t begin,
+                 int64_t end) {
+  constexpr int kOuts = kVectorBytes == 64 ? 4 : 2; // what the registers hold
+  int64_t o = begin;
+  for (; o + kOuts <= end; o += kOuts)
+    dot_rows<kOuts>(out + o, out_row, a, b + o * k, bias ? bias + o : nullptr, rows, k);
+  for (; o < end; ++o)
+    dot_rows<1>(out + o, out_row, a, b + o * k, bias ? bias + o : nullptr, rows, k);
+}
+
+// Few rows do not pay for packing the weights: products read both operands along their dense dimension.
+template <class C>
+void few_rows(const ConvGeluConvArgs &args, int threads) {
+  const int64_t rows = args.batch * args.length, count = args.hidden, hidden = padded<C>(count);
+  const int64_t first_depth = args.inputs * args.first_taps, second_depth = count * args.second_taps;
+  const bool first_direct = args.first_taps == 1, second_direct = args.second_taps == 1 && hidden == count;
+  const Scratch<C> first_windows(first_direct ? 0 : rows * first_depth), h(rows * hidden),
+      second_windows(second_direct ? 0 : rows * second_depth);
+  const C *const x = static_cast<const C *>(args.x), *const first = static_cast<const C *>(args.first);
+  if (!first_direct)
+    windows(first_windows.get(), x, rows, args.length, args.inputs, args.inputs, args.first_taps);
+  const auto columns = [&](int64_t total, int64_t depth, auto run) {
+    for_each_run((total + kWidth<C> - 1) / kWidth<C>, rows * total * depth, threads,
+                 [=](int64_t begin, int64_t end) { run(begin * kWidth<C>, std::min(total, end * kWidth<C>)); });
+  };
+  const C *const a = first_direct ? x : first_windows.get(), *const first_bias =
+                                                                 static_cast<const C *>(args.first_bias);
+  C *const made = h.get();
+  const bool tanh = args.tanh;
+  columns(count, first_depth, [=](int64_t begin, int64_t end) {
+    dot_columns(made, hidden, a, first, first_bias, rows, first_depth, begin, end);
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t i = end; i < padded<C>(end); ++i)
+        made[row * hidden + i] = C(0);
+      for (int64_t i = begin; i < end; i += kWidth<C>)
+        store(made + row * hidden + i, gelu<C>(load(made + row * hidden + i), tanh).value);
+    }
+  });
+  if (!second_direct)
+    windows(second_windows.get(), made, rows, args.length, count, hidden, args.second_taps);
+  const C *const b = second_direct ? made : second_windows.get();
+  columns(args.outputs, second_depth,
+          [=, out = static_cast<C *>(args.out), outputs = args.outputs, second = static_cast<const C *>(args.second),
+           second_bias = static_cast<const C *>(args.second_bias)](int64_t begin, int64_t end) {
+            dot_columns(out, outputs, b, second, second_bias, rows, second_depth, begin, end);
+          });
+}
+
 template <class T>
 void conv_gelu_conv_of(const ConvGeluConvArgs &args, int threads) {
   using C = Compute<T>;
+  const int64_t most = args.hidden * std::max(args.inputs * args.first_taps, args.outputs * args.second_taps);
+  if constexpr (std::is_same_v<T, C>)
+    if (args.batch * args.length < (most < kManyWeights ? kFewRows : kFewForMany))
+      return few_rows<C>(args, threads);
   const int64_t first_halo = args.first_taps / 2, second_halo = args.second_taps / 2;
   const int64_t hidden = padded<C>(args.hidden), outputs = padded<C>(args.outputs);
   const int64_t first_depth = args.first_taps * args.inputs, second_depth = args.second_taps * hidden;

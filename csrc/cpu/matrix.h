@@ -55,6 +55,11 @@ MODAFILL_INLINE C reduce(const C *lanes, F f) {
   }
 }
 
+template <class C>
+MODAFILL_INLINE C lanes_sum(Vector<C> value) {
+  return reduce(reinterpret_cast<const C *>(&value), [](auto a, auto b) { return a + b; });
+}
+
 // The lanes before `count`.
 template <class C>
 MODAFILL_INLINE auto first_lanes(int64_t count) {

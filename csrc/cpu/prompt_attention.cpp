@@ -121,11 +121,6 @@ MODAFILL_INLINE C row_maximum(const C *row, int64_t count) {
   return reduce(reinterpret_cast<const C *>(&most), [](auto a, auto b) { return (a > b) | (a != a) ? a : b; });
 }
 
-template <class C>
-MODAFILL_INLINE C lanes_sum(Vector<C> value) {
-  return reduce(reinterpret_cast<const C *>(&value), [](auto a, auto b) { return a + b; });
-}
-
 template <class T>
 void forward_of(const PromptAttentionForward &job, int threads) {
   using C = Compute<T>;

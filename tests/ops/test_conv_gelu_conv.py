@@ -270,7 +270,14 @@ def test_every_element_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "shape",
-    [(1, 8, 64, 64, 64), (1, 100, 128, 128, 128), (1, 250, 64, 64, 64), (32, 8, 96, 70, 20), (30, 50, 40, 70, 20)],
+    [
+        (1, 8, 64, 64, 64),
+        (5, 11, 128, 129, 131),
+        (1, 100, 128, 128, 128),
+        (1, 250, 64, 64, 64),
+        (32, 8, 96, 70, 20),
+        (30, 50, 40, 70, 20),
+    ],
 )
 def test_threads_and_repetition_change_no_bit(shape: tuple[int, ...]) -> None:
     inputs = make(*shape, 3, 3, torch.float32)
