@@ -247,6 +247,8 @@ def describe(value: Any) -> str:
 
 
 def number(name: str, value: Any) -> float:
+    if type(value) is float:
+        return value
     if value is None or isinstance(value, (str, list, tuple, dict)):
         raise TypeError(f"{name}: got {describe(value)}, expected a number")
     return float(value)
