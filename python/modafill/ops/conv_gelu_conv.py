@@ -279,7 +279,8 @@ def conv_gelu_conv(
 
     The hidden ``[B, L, hidden]`` tensor does not exist, forward or backward: it is made block by block, and made again
     for the gradient. Weight gradients are summed in a fixed order. The exception is ``"torch"``, PyTorch's own layers:
-    auto takes them where they were measured to be faster (``explain`` prints the rule), and where nothing else takes the dtype.
+    auto takes them where they were measured to be faster (``explain`` prints the rule), and where nothing else takes
+    the dtype.
 
     Args:
         x: ``[B, L, C]``; float32, float64 or bfloat16 on the CPU.
