@@ -155,6 +155,11 @@ struct Pieces {
   }
 };
 
+bool has_few_rows(const ConvGeluConvArgs &args) {
+  const int64_t most = args.hidden * std::max(args.inputs * args.first_taps, args.outputs * args.second_taps);
+  return args.batch * args.length < (most < kManyWeights ? kFewRows : kFewForMany);
+}
+
 // Rows of `from` [batch, length, width], `pitch` apart, as weights [out, width, taps] meet them:
 // [batch * length, width * taps].
 template <class C>
@@ -221,6 +226,110 @@ void dot_columns(C *out, int64_t out_row, const C *a, const C *b, const C *bias,
     dot_rows<1>(out + o, out_row, a, b + o * k, bias ? bias + o : nullptr, rows, k);
 }
 
+// kRows rows of out [m, n] (+)= a b for kVectors vectors of columns; a(row, i) lies at a[row * a_row + i * a_step].
+template <int kRows, int kVectors, class C>
+MODAFILL_INLINE void weigh_block(C *out, int64_t out_row, const C *a, int64_t a_row, int64_t a_step, const C *b,
+                                 int64_t b_row, int64_t k, bool add) {
+  Vector<C> sum[kRows][kVectors];
+#pragma GCC unroll 4
+  for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v)
+      sum[row][v] = Vector<C>{};
+  for (int64_t i = 0; i < k; ++i, b += b_row, a += a_step) {
+    Vector<C> values[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v)
+      values[v] = load(b + v * kWidth<C>);
+#pragma GCC unroll 4
+    for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v)
+        sum[row][v] += a[row * a_row] * values[v];
+  }
+#pragma GCC unroll 4
+  for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      C *const to = out + row * out_row + v * kWidth<C>;
+      store(to, add ? load(to) + sum[row][v] : sum[row][v]);
+    }
+}
+
+// Columns [begin, end) of out [m, n] = a [m, k] b [k, n], whose rows are dense and n apart.
+template <class C>
+void weigh_columns(C *out, const C *a, int64_t a_row, int64_t a_step, const C *b, int64_t m, int64_t n, int64_t k,
+                   int64_t begin, int64_t end) {
+  constexpr int kVectors = kPanelVectors;
+  for (int64_t term = 0; term == 0 || term < k; term += kTerms) {
+    const C *const a_term = a + term * a_step, *const b_term = b + term * n;
+    const int64_t terms = std::min(k - term, kTerms);
+    int64_t column = begin;
+    const auto rows = [&](auto vectors) {
+      constexpr int kCount = decltype(vectors)::value;
+      for (; column + kCount * kWidth<C> <= end; column += kCount * kWidth<C>) {
+        int64_t row = 0;
+        for (; row + 4 <= m; row += 4)
+          weigh_block<4, kCount>(out + row * n + column, n, a_term + row * a_row, a_row, a_step, b_term + column, n,
+                                 terms, term > 0);
+        for (; row < m; ++row)
+          weigh_block<1, kCount>(out + row * n + column, n, a_term + row * a_row, a_row, a_step, b_term + column, n,
+                                 terms, term > 0);
+      }
+    };
+    rows(std::integral_constant<int, kVectors>{});
+    rows(std::integral_constant<int, 1>{});
+    for (; column < end; ++column)
+      for (int64_t row = 0; row < m; ++row) {
+        C sum = 0;
+        for (int64_t i = 0; i < terms; ++i)
+          sum += a_term[row * a_row + i * a_step] * b_term[i * n + column];
+        out[row * n + column] = term ? out[row * n + column] + sum : sum;
+      }
+  }
+}
+
+// run(begin, end) for runs of columns, in whole vectors, of products that take `depth` multiplications a column.
+template <class C, class F>
+void for_columns(int64_t columns, int64_t depth, int threads, F run) {
+  for_each_run((columns + kWidth<C> - 1) / kWidth<C>, columns * depth, threads,
+               [=](int64_t begin, int64_t end) { run(begin * kWidth<C>, std::min(columns, end * kWidth<C>)); });
+}
+
+// out [m, n] = a b as in weigh_columns.
+template <class C>
+void weigh(C *out, const C *a, int64_t a_row, int64_t a_step, const C *b, int64_t m, int64_t n, int64_t k,
+           int threads) {
+  for_columns<C>(n, m * k, threads,
+                 [=](int64_t begin, int64_t end) { weigh_columns(out, a, a_row, a_step, b, m, n, k, begin, end); });
+}
+
+// The way back of `windows`: of [rows, width * taps] the sums [rows, width] of what each element was copied to.
+template <class C>
+void unwind(C *to, const C *from, int64_t rows, int64_t length, int64_t width, int64_t taps) {
+  for (int64_t row = 0; row < rows; ++row, to += width) {
+    std::fill_n(to, width, C(0));
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const int64_t shift = tap - taps / 2, l = row % length - shift;
+      if (l < 0 || l >= length)
+        continue;
+      const C *const source = from + (row - shift) * width * taps + tap;
+      for (int64_t i = 0; i < width; ++i)
+        to[i] += source[i * taps];
+    }
+  }
+}
+
+// What each column of rows [rows, width] sums to.
+template <class C>
+void sum_rows(void *to, const C *from, int64_t rows, int64_t width) {
+  C *const sums = static_cast<C *>(to);
+  std::fill_n(sums, width, C(0));
+  for (int64_t row = 0; row < rows; ++row)
+    for (int64_t i = 0; i < width; ++i)
+      sums[i] += from[row * width + i];
+}
+
 // Few rows do not pay for packing the weights: products read both operands along their dense dimension.
 template <class C>
 void few_rows(const ConvGeluConvArgs &args, int threads) {
@@ -232,15 +341,11 @@ void few_rows(const ConvGeluConvArgs &args, int threads) {
   const C *const x = static_cast<const C *>(args.x), *const first = static_cast<const C *>(args.first);
   if (!first_direct)
     windows(first_windows.get(), x, rows, args.length, args.inputs, args.inputs, args.first_taps);
-  const auto columns = [&](int64_t total, int64_t depth, auto run) {
-    for_each_run((total + kWidth<C> - 1) / kWidth<C>, rows * total * depth, threads,
-                 [=](int64_t begin, int64_t end) { run(begin * kWidth<C>, std::min(total, end * kWidth<C>)); });
-  };
   const C *const a = first_direct ? x : first_windows.get(), *const first_bias =
                                                                  static_cast<const C *>(args.first_bias);
   C *const made = h.get();
   const bool tanh = args.tanh;
-  columns(count, first_depth, [=](int64_t begin, int64_t end) {
+  for_columns<C>(count, rows * first_depth, threads, [=](int64_t begin, int64_t end) {
     dot_columns(made, hidden, a, first, first_bias, rows, first_depth, begin, end);
     for (int64_t row = 0; row < rows; ++row) {
       for (int64_t i = end; i < padded<C>(end); ++i)
@@ -252,19 +357,20 @@ void few_rows(const ConvGeluConvArgs &args, int threads) {
   if (!second_direct)
     windows(second_windows.get(), made, rows, args.length, count, hidden, args.second_taps);
   const C *const b = second_direct ? made : second_windows.get();
-  columns(args.outputs, second_depth,
-          [=, out = static_cast<C *>(args.out), outputs = args.outputs, second = static_cast<const C *>(args.second),
-           second_bias = static_cast<const C *>(args.second_bias)](int64_t begin, int64_t end) {
-            dot_columns(out, outputs, b, second, second_bias, rows, second_depth, begin, end);
-          });
+  C *const out = static_cast<C *>(args.out);
+  const C *const second = static_cast<const C *>(args.second), *const second_bias =
+                                                                   static_cast<const C *>(args.second_bias);
+  const int64_t outputs = args.outputs;
+  for_columns<C>(outputs, rows * second_depth, threads, [=](int64_t begin, int64_t end) {
+    dot_columns(out, outputs, b, second, second_bias, rows, second_depth, begin, end);
+  });
 }
 
 template <class T>
 void conv_gelu_conv_of(const ConvGeluConvArgs &args, int threads) {
   using C = Compute<T>;
-  const int64_t most = args.hidden * std::max(args.inputs * args.first_taps, args.outputs * args.second_taps);
   if constexpr (std::is_same_v<T, C>)
-    if (args.batch * args.length < (most < kManyWeights ? kFewRows : kFewForMany))
+    if (has_few_rows(args))
       return few_rows<C>(args, threads);
   const int64_t first_halo = args.first_taps / 2, second_halo = args.second_taps / 2;
   const int64_t hidden = padded<C>(args.hidden), outputs = padded<C>(args.outputs);
@@ -456,9 +562,63 @@ private:
   }
 };
 
+// As few_rows. Hidden rows here are `hidden` apart, and dense.
+template <class C>
+void few_rows_backward(const ConvGeluConvBackward &job, int threads) {
+  const ConvGeluConvArgs &args = job.forward;
+  const int64_t rows = args.batch * args.length, length = args.length, inputs = args.inputs, hidden = args.hidden,
+                outputs = args.outputs, first_depth = inputs * args.first_taps,
+                second_depth = hidden * args.second_taps;
+  const C *const x = static_cast<const C *>(args.x), *const grad = static_cast<const C *>(job.grad);
+  const C *const first = static_cast<const C *>(args.first), *const second = static_cast<const C *>(args.second);
+  const bool need_delta = job.x_grad || job.first_grad || job.first_bias_grad, tanh = args.tanh;
+  const Scratch<C> x_windows(args.first_taps == 1 ? 0 : rows * first_depth), pre(rows * hidden + kWidth<C>),
+      slope(rows * hidden + kWidth<C>), wide(rows * std::max(first_depth, second_depth)), delta(rows * hidden);
+  const C *const a = args.first_taps == 1 ? x : x_windows.get();
+  if (args.first_taps > 1)
+    windows(x_windows.get(), x, rows, length, inputs, inputs, args.first_taps);
+  C *const h = pre.get(), *const slopes = slope.get();
+  const C *const first_bias = static_cast<const C *>(args.first_bias);
+  for_columns<C>(hidden, rows * first_depth, threads, [=](int64_t begin, int64_t end) {
+    dot_columns(h, hidden, a, first, first_bias, rows, first_depth, begin, end);
+  });
+  for (int64_t i = 0; i < rows * hidden; i += kWidth<C>) {
+    const Gelu<C> g = gelu<C>(load(h + i), tanh);
+    store(h + i, g.value);
+    store(slopes + i, g.slope);
+  }
+  if (job.second_grad) {
+    const C *b = h;
+    if (args.second_taps > 1) {
+      windows(wide.get(), h, rows, length, hidden, hidden, args.second_taps);
+      b = wide.get();
+    }
+    weigh(static_cast<C *>(job.second_grad), grad, 1, outputs, b, outputs, second_depth, rows, threads);
+  }
+  if (job.second_bias_grad)
+    sum_rows(job.second_bias_grad, grad, rows, outputs);
+  if (!need_delta)
+    return;
+  weigh(wide.get(), grad, outputs, 1, second, rows, second_depth, outputs, threads);
+  unwind(delta.get(), wide.get(), rows, length, hidden, args.second_taps);
+  for (int64_t i = 0; i < rows * hidden; ++i)
+    delta.get()[i] *= slopes[i];
+  if (job.first_bias_grad)
+    sum_rows(job.first_bias_grad, delta.get(), rows, hidden);
+  if (job.first_grad)
+    weigh(static_cast<C *>(job.first_grad), delta.get(), 1, hidden, a, hidden, first_depth, rows, threads);
+  if (job.x_grad) {
+    weigh(wide.get(), delta.get(), hidden, 1, first, rows, first_depth, hidden, threads);
+    unwind(static_cast<C *>(job.x_grad), wide.get(), rows, length, inputs, args.first_taps);
+  }
+}
+
 template <class T>
 void conv_gelu_conv_backward_of(const ConvGeluConvBackward &job, int threads) {
   using C = Compute<T>;
+  if constexpr (std::is_same_v<T, C>)
+    if (has_few_rows(job.forward))
+      return few_rows_backward<C>(job, threads);
   const Backward<T> backward(job);
   const ConvGeluConvArgs &args = job.forward;
   const int64_t blocks = backward.pieces.blocks(), size = backward.group_size();

@@ -46,9 +46,9 @@ OPS = {
 }
 # What auto does call by call, measured on a CPU with AVX-512 (see modafill.ops.conv_gelu_conv).
 RULES = {
-    "conv_gelu_conv": "torch by size, with n = rows x weights of the larger convolution: in training for less than 64"
-    " rows from 16384 weights, for more rows from n = 1.5e7, but with less than 8192 weights from n = 5e7; in inference"
-    " with several taps from 256 rows and 196608 weights; for bfloat16 with AVX512-BF16 from n = 1e6",
+    "conv_gelu_conv": "torch by size, with n = rows x weights of the larger convolution: in training from 64 rows"
+    " and n = 1.5e7, with less than 8192 weights from n = 5e7; in inference with several taps from 256 rows and 196608"
+    " weights; for bfloat16 with AVX512-BF16 from n = 1e6",
 }
 
 # glibc maps blocks of this size and more anew for each allocation.

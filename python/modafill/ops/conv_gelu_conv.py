@@ -81,9 +81,7 @@ def _torch_is_faster(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: T
     if x.dtype == torch.bfloat16 and _HAS_BFLOAT16:
         return rows * weights >= 1_000_000
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (x, w1, b1, w2, b2)):
-        if 0 < rows < 64:
-            return weights >= 16_384
-        return rows * weights >= (15_000_000 if weights >= 8192 else 50_000_000)
+        return rows >= 64 and rows * weights >= (15_000_000 if weights >= 8192 else 50_000_000)
     return rows >= 256 and weights >= 196_608 and max(w1.shape[-1], w2.shape[-1]) > 1
 
 
