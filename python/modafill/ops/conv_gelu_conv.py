@@ -275,10 +275,10 @@ def conv_gelu_conv(
 ) -> Tensor:
     """Conv1D → GELU → Conv1D with same padding, the condition encoder of CDTP (§3.2).
 
-    The hidden ``[B, L, hidden]`` tensor does not exist, forward or backward: it is made block by block, and made again
-    for the gradient. Weight gradients are summed in a fixed order. The exception is ``"torch"``, PyTorch's own layers:
-    auto takes them where they were measured to be faster (``explain`` prints the rule), and where nothing else takes
-    the dtype.
+    The hidden ``[B, L, hidden]`` tensor does not exist, forward or backward: it is made block by block (less than 64
+    rows are one block), and made again for the gradient. Weight gradients are summed in a fixed order. The exception is
+    ``"torch"``, PyTorch's own layers: auto takes them where they were measured to be faster (``explain`` prints the
+    rule), and where nothing else takes the dtype.
 
     Args:
         x: ``[B, L, C]``; float32, float64 or bfloat16 on the CPU.
