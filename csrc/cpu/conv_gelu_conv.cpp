@@ -226,59 +226,26 @@ void dot_columns(C *out, int64_t out_row, const C *a, const C *b, const C *bias,
     dot_rows<1>(out + o, out_row, a, b + o * k, bias ? bias + o : nullptr, rows, k);
 }
 
-// kRows rows of out [m, n] (+)= a b for kVectors vectors of columns; a(row, i) lies at a[row * a_row + i * a_step].
-template <int kRows, int kVectors, class C>
-MODAFILL_INLINE void weigh_block(C *out, int64_t out_row, const C *a, int64_t a_row, int64_t a_step, const C *b,
-                                 int64_t b_row, int64_t k, bool add) {
-  Vector<C> sum[kRows][kVectors];
-#pragma GCC unroll 4
-  for (int row = 0; row < kRows; ++row)
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v)
-      sum[row][v] = Vector<C>{};
-  for (int64_t i = 0; i < k; ++i, b += b_row, a += a_step) {
-    Vector<C> values[kVectors];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v)
-      values[v] = load(b + v * kWidth<C>);
-#pragma GCC unroll 4
-    for (int row = 0; row < kRows; ++row)
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v)
-        sum[row][v] += a[row * a_row] * values[v];
-  }
-#pragma GCC unroll 4
-  for (int row = 0; row < kRows; ++row)
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) {
-      C *const to = out + row * out_row + v * kWidth<C>;
-      store(to, add ? load(to) + sum[row][v] : sum[row][v]);
-    }
-}
-
 // Columns [begin, end) of out [m, n] = a [m, k] b [k, n], whose rows are dense and n apart.
 template <class C>
 void weigh_columns(C *out, const C *a, int64_t a_row, int64_t a_step, const C *b, int64_t m, int64_t n, int64_t k,
                    int64_t begin, int64_t end) {
-  constexpr int kVectors = kPanelVectors;
   for (int64_t term = 0; term == 0 || term < k; term += kTerms) {
     const C *const a_term = a + term * a_step, *const b_term = b + term * n;
     const int64_t terms = std::min(k - term, kTerms);
     int64_t column = begin;
-    const auto rows = [&](auto vectors) {
+    const auto panels = [&](auto vectors) {
       constexpr int kCount = decltype(vectors)::value;
       for (; column + kCount * kWidth<C> <= end; column += kCount * kWidth<C>) {
-        int64_t row = 0;
-        for (; row + 4 <= m; row += 4)
-          weigh_block<4, kCount>(out + row * n + column, n, a_term + row * a_row, a_row, a_step, b_term + column, n,
-                                 terms, term > 0);
-        for (; row < m; ++row)
-          weigh_block<1, kCount>(out + row * n + column, n, a_term + row * a_row, a_row, a_step, b_term + column, n,
-                                 terms, term > 0);
+        C *const to = out + column;
+        if (term)
+          multiply_panel<kCount, true>(to, n, a_term, a_row, a_step, b_term + column, m, terms, n);
+        else
+          multiply_panel<kCount, false>(to, n, a_term, a_row, a_step, b_term + column, m, terms, n);
       }
     };
-    rows(std::integral_constant<int, kVectors>{});
-    rows(std::integral_constant<int, 1>{});
+    panels(std::integral_constant<int, kPanelVectors>{});
+    panels(std::integral_constant<int, 1>{});
     for (; column < end; ++column)
       for (int64_t row = 0; row < m; ++row) {
         C sum = 0;

@@ -182,17 +182,18 @@ MODAFILL_INLINE void pack_transposed(C *to, int64_t k, int64_t n, F row_of) {
   pack_transposed<T>(to, k, n, k, row_of, [](int64_t row) { return row; });
 }
 
-// kRows rows of out (+)= a b for one panel of kVectors vectors. a(row, i) lies at a[row * a_row + i * a_step].
+// kRows rows of out (+)= a b for one panel of kVectors vectors, whose rows are panel_row apart. a(row, i) lies at
+// a[row * a_row + i * a_step].
 template <int kRows, int kVectors, bool kAdd, class C>
 MODAFILL_INLINE void multiply_block(C *out, int64_t out_row, const C *a, int64_t a_row, int64_t a_step, const C *panel,
-                                    int64_t k) {
+                                    int64_t k, int64_t panel_row) {
   Vector<C> sum[kRows][kVectors];
 #pragma GCC unroll 8
   for (int row = 0; row < kRows; ++row)
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v)
       sum[row][v] = Vector<C>{};
-  for (int64_t i = 0; i < k; ++i, panel += kVectors * kWidth<C>, a += a_step) {
+  for (int64_t i = 0; i < k; ++i, panel += panel_row, a += a_step) {
     Vector<C> b[kVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v)
@@ -213,12 +214,13 @@ MODAFILL_INLINE void multiply_block(C *out, int64_t out_row, const C *a, int64_t
 
 template <int kVectors, bool kAdd, class C>
 MODAFILL_INLINE void multiply_panel(C *out, int64_t out_row, const C *a, int64_t a_row, int64_t a_step, const C *panel,
-                                    int64_t m, int64_t k) {
+                                    int64_t m, int64_t k, int64_t panel_row = kVectors * kWidth<C>) {
   int64_t row = 0;
   const auto block = [&](auto rows) {
     constexpr int kRows = decltype(rows)::value;
     for (; row + kRows <= m; row += kRows)
-      multiply_block<kRows, kVectors, kAdd>(out + row * out_row, out_row, a + row * a_row, a_row, a_step, panel, k);
+      multiply_block<kRows, kVectors, kAdd>(out + row * out_row, out_row, a + row * a_row, a_row, a_step, panel, k,
+                                            panel_row);
   };
   block(std::integral_constant<int, kRowBlock>{});
   if constexpr (kRowBlock > 4)
