@@ -63,6 +63,11 @@ def test_pytorchs_own_layers_as_the_registered_op() -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", EXACT)
+def test_few_rows_of_many_channels(dtype: torch.dtype) -> None:
+    compare(make(2, 9, 270, 300, 290, 1, 3, dtype), backend="cpu")
+
+
 def test_one_long_sample_in_torch() -> None:
     compare(make(1, 20, 256, 256, 256, 3, 3, torch.float32), backend="torch")
 
