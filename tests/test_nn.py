@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import pickle
 import re
 from pathlib import Path
@@ -12,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from modafill import ops
 from modafill.nn import ConvGeluConv, PromptAttention
+from modafill.ops import backends
 
 
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
@@ -39,20 +42,59 @@ def test_conv_gelu_conv(kernels: tuple[int, int], bias: bool, approximate: str) 
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("size", [2, 9, 0, 3.0, "3", (3,)])
+@pytest.mark.parametrize("size", [2, 9, 0, 3.0, "3", (3,), True])
 def test_kernels_that_do_not_fit(size: object) -> None:
-    with pytest.raises(ValueError, match=f"^kernel_size: got {re.escape(repr(size))}, expected an odd number in 1…7$"):
-        ConvGeluConv(2, 2, 2, size)
-    with pytest.raises(ValueError, match=f"^second_kernel_size: got {re.escape(repr(size))}, expected an odd number"):
-        ConvGeluConv(2, 2, 2, 3, size)
+    whole = type(size) is int
+    expected = f"got {size}, expected an odd number in 1…7$" if whole else f"got {backends.describe(size)}, expected an"
+    for name, sizes in (("kernel_size", (size,)), ("second_kernel_size", (3, size))):
+        with pytest.raises(ValueError if whole else TypeError, match=f"^{name}: {expected}"):
+            ConvGeluConv(2, 2, 2, *sizes)
 
 
-@pytest.mark.parametrize("width", [0, -1, 2.0, "2", None])
+@pytest.mark.parametrize("width", [0, -1, 2.0, "2", None, True])
 @pytest.mark.parametrize("name", ["in_channels", "hidden_channels", "out_channels"])
 def test_widths_that_do_not_fit(name: str, width: object) -> None:
     widths = {"in_channels": 2, "hidden_channels": 2, "out_channels": 2, name: width}
-    with pytest.raises(ValueError, match=f"^{name}: got {width!r}, expected a whole number, at least 1$"):
+    if type(width) is int:
+        error, expected = ValueError, f"got {width}, expected at least 1"
+    else:
+        error, expected = TypeError, f"got {backends.describe(width)}, expected an integer"
+    with pytest.raises(error, match=f"^{name}: {expected}$"):
         ConvGeluConv(**widths)
+
+
+def test_layers_that_change() -> None:
+    ours, other = ConvGeluConv(2, 2, 2), torch.nn.ReLU()
+    changes = (
+        lambda: ours.append(other),
+        lambda: ours.insert(0, other),
+        lambda: ours.extend([other]),
+        lambda: ours.pop(0),
+        lambda: ours.__setitem__(1, other),
+        lambda: ours.__delitem__(1),
+        lambda: ours.__iadd__(ours),
+    )
+    for change in changes:
+        with pytest.raises(TypeError, match=r"^ConvGeluConv: got a change of its layers, expected none"):
+            change()
+    assert len(ours) == 3
+
+
+def test_weights_that_hooks_make_are_refused_and_parametrized_ones_are_not() -> None:
+    x = torch.randn(2, 5, 2)
+    ours = ConvGeluConv(2, 2, 2)
+    prune.random_unstructured(ours[2], "weight", amount=1)
+    with pytest.raises(RuntimeError, match=r"^ConvGeluConv: got forward pre-hooks on a layer, expected none"):
+        ours(x)
+    ours = ConvGeluConv(2, 2, 2)
+    torch.nn.utils.parametrizations.weight_norm(ours[0])
+    before = ours(x)
+    with torch.no_grad():
+        ours[0].parametrizations.weight.original0.mul_(5.0)
+    convolved = torch.nn.functional.conv1d(x.mT, ours[0].weight, ours[0].bias, padding=1)
+    expected = ours[2](torch.nn.functional.gelu(convolved)).mT
+    torch.testing.assert_close(ours(x), expected)
+    assert not torch.equal(ours(x), before)
 
 
 def test_a_gelu_that_does_not_exist() -> None:
@@ -84,9 +126,9 @@ X = torch.zeros(4, 20, 12)
         (X.mT, ValueError, "x: got [4, 12, 20], expected [B, L, 12]; nn.Conv1d's [B, C, L] goes in as x.mT"),
         (X[..., :5], ValueError, "x: got [4, 20, 5], expected [B, L, 12]"),
         (X[0], ValueError, "x: got [20, 12], expected [B, L, 12]"),
-        (X.double(), ValueError, "x: got float64 [4, 20, 12] on cpu, expected torch.float32 on cpu, as the weights"),
-        (X.long(), ValueError, "x: got int64 [4, 20, 12] on cpu, expected torch.float32 on cpu, as the weights"),
-        (X.to("meta"), ValueError, "x: got float32 [4, 20, 12] on meta, expected torch.float32 on cpu, as the weights"),
+        (X.double(), ValueError, "x: got float64 [4, 20, 12] on cpu, expected float32 on cpu, as the weights"),
+        (X.long(), ValueError, "x: got int64 [4, 20, 12] on cpu, expected float32 on cpu, as the weights"),
+        (X.to("meta"), ValueError, "x: got float32 [4, 20, 12] on meta, expected float32 on cpu, as the weights"),
         (X.numpy(), TypeError, "x: got ndarray, expected a tensor"),
     ],
 )
@@ -97,7 +139,7 @@ def test_what_the_convolutions_do_not_read(x: object, error: type[Exception], me
 
 def test_autocast_casts_nothing_on_meta() -> None:
     module, x = ConvGeluConv(12, 8, 4, device="meta"), X.to("meta", torch.bfloat16)
-    with torch.autocast("cpu"), pytest.raises(ValueError, match=r"^x: got bfloat16 .* expected torch.float32 on meta"):
+    with torch.autocast("cpu"), pytest.raises(ValueError, match=r"^x: got bfloat16 .* expected float32 on meta"):
         module(x)
 
 
@@ -347,12 +389,12 @@ def test_under_autocast_inputs_may_have_any_dtype_that_it_casts() -> None:
         compiled = torch.compile(lambda x: convolve(attend(*[convolve(x)] * 3)[0]), fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(x), convolve(attend(*[convolve(x)] * 3)[0]), rtol=0.05, atol=0.02)
         for wrong in (x.double(), x.long()):
-            with pytest.raises(ValueError, match=r"^query: got \w+64 .* expected torch.float32 on cpu, as the"):
+            with pytest.raises(ValueError, match=r"^query: got \w+64 .* expected float32 on cpu, as the"):
                 attend(wrong, wrong, wrong)
-            with pytest.raises(ValueError, match=r"^x: got \w+64 .* expected torch.float32 on cpu, as the"):
+            with pytest.raises(ValueError, match=r"^x: got \w+64 .* expected float32 on cpu, as the"):
                 convolve(wrong)
         for module in (lambda x: attend(x, x, x), convolve):
-            with pytest.raises(ValueError, match=r": got float32 .* on meta, expected torch.float32 on cpu, as the"):
+            with pytest.raises(ValueError, match=r": got float32 .* on meta, expected float32 on cpu, as the"):
                 module(x.to("meta"))
         exact = attend.double()(*(t.double() for t in inputs()))[0]
         assert exact.dtype == torch.float64
@@ -419,11 +461,41 @@ def test_mistakes() -> None:
     for dropout in (1.0, -0.1):
         with pytest.raises(ValueError, match=rf"dropout: got {dropout}, expected a value in \[0, 1\)"):
             PromptAttention(24, 3, dropout=dropout)
-    with pytest.raises(ValueError, match="max_query_length, max_key_length: got 0 and 3"):
-        PromptAttention(24, 3, n_modes=1, max_key_length=3)
-    for modes in (-1, 1.0, None):
-        with pytest.raises(ValueError, match=f"^n_modes: got {modes}, expected a whole number, at least 0$"):
-            PromptAttention(24, 3, n_modes=modes, max_query_length=5, max_key_length=7)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"embed_dim": 24.0}, TypeError, "embed_dim: got float 24.0, expected an integer"),
+        ({"embed_dim": 0}, ValueError, "embed_dim: got 0, expected at least 1"),
+        ({"num_heads": 3.0}, TypeError, "num_heads: got float 3.0, expected an integer"),
+        ({"num_heads": True}, TypeError, "num_heads: got bool True, expected an integer"),
+        ({"num_heads": 0}, ValueError, "num_heads: got 0, expected at least 1"),
+        ({"dropout": None}, TypeError, "dropout: got NoneType None, expected a number"),
+        ({"dropout": "0.1"}, TypeError, "dropout: got str '0.1', expected a number"),
+        ({"n_modes": -1}, ValueError, "n_modes: got -1, expected at least 0"),
+        ({"n_modes": 1.0}, TypeError, "n_modes: got float 1.0, expected an integer"),
+        ({"n_modes": None}, TypeError, "n_modes: got NoneType None, expected an integer"),
+        ({"max_query_length": 0}, ValueError, "max_query_length: got 0, expected 1…2048"),
+        ({"max_key_length": 2049}, ValueError, "max_key_length: got 2049, expected 1…2048"),
+        ({"max_key_length": 3.0}, TypeError, "max_key_length: got float 3.0, expected an integer"),
+        ({"n_modes": 0}, ValueError, "max_query_length: got 5 without n_modes, expected 0: no table has a size"),
+        ({"init_std": math.nan}, ValueError, "init_std: got nan, expected a finite value, 0 or more"),
+        ({"init_std": -1}, ValueError, "init_std: got -1.0, expected a finite value, 0 or more"),
+        ({"init_std": "a"}, TypeError, "init_std: got str 'a', expected a number"),
+    ],
+)
+def test_what_attention_is_not_made_with(given: dict[str, object], error: type[Exception], message: str) -> None:
+    asked = {"embed_dim": 24, "num_heads": 3, "n_modes": 1, "max_query_length": 5, "max_key_length": 7, **given}
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        PromptAttention(**asked)
+
+
+def test_tables_on_meta_are_missing_after_other_weights() -> None:
+    theirs, _ = pair()
+    ours = PromptAttention(24, 3, n_modes=2, max_query_length=5, max_key_length=7, device="meta")
+    with pytest.raises(RuntimeError, match=r'Missing key.*"prompt_bias"'):
+        ours.load_state_dict(theirs.state_dict(), assign=True)
 
 
 Q, K, V = torch.zeros(2, 5, 24), torch.zeros(2, 7, 24), torch.zeros(2, 7, 24)
@@ -444,17 +516,17 @@ Q, K, V = torch.zeros(2, 5, 24), torch.zeros(2, 7, 24), torch.zeros(2, 7, 24)
         (
             (Q.double(), K, V),
             ValueError,
-            "query: got float64 [2, 5, 24] on cpu, expected torch.float32 on cpu, as the weights",
+            "query: got float64 [2, 5, 24] on cpu, expected float32 on cpu, as the weights",
         ),
         (
             (Q, K.bfloat16(), V),
             ValueError,
-            "key: got bfloat16 [2, 7, 24] on cpu, expected torch.float32 on cpu, as the weights",
+            "key: got bfloat16 [2, 7, 24] on cpu, expected float32 on cpu, as the weights",
         ),
         (
             (Q, K, V.to("meta")),
             ValueError,
-            "value: got float32 [2, 7, 24] on meta, expected torch.float32 on cpu, as the weights",
+            "value: got float32 [2, 7, 24] on meta, expected float32 on cpu, as the weights",
         ),
         ((Q.numpy(), K, V), TypeError, "query: got ndarray, expected a tensor"),
         ((Q, K, V.tolist()), TypeError, "value: got list, expected a tensor"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from numbers import Integral
+import math
 from typing import Any, cast
 
 import torch
@@ -22,8 +22,9 @@ class ConvGeluConv(nn.Sequential):
     told from its transpose. A state dict tells neither padding, stride and dilation (here zeros to the same length, 1
     and 1) nor the kind of GELU: one made with ``nn.GELU("tanh")`` needs ``approximate="tanh"``.
 
-    It is an nn.Sequential for its names alone: its layers are never called, and forward hooks on them not either;
-    ``append``, ``insert``, ``extend`` and slices are not for it.
+    It is an nn.Sequential for its names alone: its layers are fixed and never called, and forward hooks on them not
+    either. Weights that are made by pre-hooks (``nn.utils.weight_norm``, ``nn.utils.prune``) are refused; those of
+    ``nn.utils.parametrizations`` are not.
 
     Args:
         in_channels, hidden_channels, out_channels: widths, at least 1.
@@ -50,13 +51,13 @@ class ConvGeluConv(nn.Sequential):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        _check_whole("in_channels", in_channels, 1)
-        _check_whole("hidden_channels", hidden_channels, 1)
-        _check_whole("out_channels", out_channels, 1)
+        in_channels = backends.integer("in_channels", in_channels, low=1)
+        hidden_channels = backends.integer("hidden_channels", hidden_channels, low=1)
+        out_channels = backends.integer("out_channels", out_channels, low=1)
         sizes = kernel_size, kernel_size if second_kernel_size is None else second_kernel_size
         for name, size in zip(("kernel_size", "second_kernel_size"), sizes, strict=True):
-            if not isinstance(size, Integral) or size % 2 == 0 or not 1 <= size <= MAX_TAPS:
-                raise ValueError(f"{name}: got {size!r}, expected an odd number in 1…{MAX_TAPS}")
+            if backends.integer(name, size) % 2 == 0 or not 1 <= size <= MAX_TAPS:
+                raise ValueError(f"{name}: got {size}, expected an odd number in 1…{MAX_TAPS}")
         if approximate not in ("none", "tanh"):
             raise ValueError(f"approximate: got {approximate!r}, expected 'none' or 'tanh'")
         made: dict[str, Any] = {"bias": bias, "device": device, "dtype": dtype}
@@ -72,8 +73,14 @@ class ConvGeluConv(nn.Sequential):
         Raises:
             TypeError: ``x`` is no tensor.
             ValueError: ``x`` has another shape, dtype or device.
+            RuntimeError: a layer has forward pre-hooks, which would not run.
         """
         first, gelu, second = cast("tuple[nn.Conv1d, nn.GELU, nn.Conv1d]", tuple(self))
+        if first._forward_pre_hooks or second._forward_pre_hooks:
+            raise RuntimeError(
+                "ConvGeluConv: got forward pre-hooks on a layer, expected none, because its layers are never called;"
+                " nn.utils.parametrizations works"
+            )
         weights = first.weight, first.bias, second.weight, second.bias
         backends.check_tensor("x", x)
         weight, shape, channels = weights[0], x.shape, first.in_channels
@@ -83,6 +90,14 @@ class ConvGeluConv(nn.Sequential):
         if x.dtype != weight.dtype or x.device != weight.device:
             _check_cast("x", x, weight)
         return ops.conv_gelu_conv(x, *weights, approximate=gelu.approximate)
+
+
+def _refuse_change(self: ConvGeluConv, *args: Any, **kwargs: Any) -> Any:
+    raise TypeError("ConvGeluConv: got a change of its layers, expected none: they are fixed")
+
+
+for _name in ("append", "insert", "extend", "pop", "__setitem__", "__delitem__", "__iadd__", "__imul__"):
+    setattr(ConvGeluConv, _name, _refuse_change)
 
 
 class PromptAttention(nn.Module):
@@ -115,7 +130,7 @@ class PromptAttention(nn.Module):
         num_heads: a divisor of ``embed_dim``; heads must be a multiple of 4 wide, up to 128.
         dropout: of the attention weights, in training, 0 or more and less than 1.
         bias: whether the projections have biases.
-        batch_first: True.
+        batch_first: True; the attribute is not to be changed.
         device, dtype: of the parameters; None = torch's defaults.
         n_modes: P, how many tables of the prompt bias; 0 for none.
         max_query_length, max_key_length: their size ``[P, H or 1, Lq, Lk]``; shorter sequences use a corner.
@@ -151,28 +166,37 @@ class PromptAttention(nn.Module):
         init_std: float = 0.02,
     ) -> None:
         super().__init__()
-        if num_heads < 1 or embed_dim % num_heads:
+        embed_dim = backends.integer("embed_dim", embed_dim, low=1)
+        num_heads = backends.integer("num_heads", num_heads, low=1)
+        if embed_dim % num_heads:
             raise ValueError(f"num_heads: got {num_heads}, expected a divisor of embed_dim, {embed_dim}")
         width = embed_dim // num_heads
         if width % 4 or not 4 <= width <= MAX_WIDTH:
             raise ValueError(
                 f"embed_dim, num_heads: got heads of width {width}, expected a multiple of 4 in 4…{MAX_WIDTH}"
             )
+        dropout = backends.number("dropout", dropout)
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout: got {dropout}, expected a value in [0, 1)")
         if not batch_first:
             raise ValueError("batch_first: got False, expected True; nn.MultiheadAttention's [L, B, E] is transposed")
-        _check_whole("n_modes", n_modes, 0)
-        if n_modes and min(max_query_length, max_key_length) < 1:
-            got = f"{max_query_length} and {max_key_length}"
-            raise ValueError(f"max_query_length, max_key_length: got {got}, expected at least 1 with n_modes > 0")
+        n_modes = backends.integer("n_modes", n_modes, low=0)
+        lengths = {"max_query_length": max_query_length, "max_key_length": max_key_length}
+        for name, length in lengths.items():
+            if n_modes:
+                lengths[name] = backends.integer(name, length, low=1, high=MAX_LENGTH)
+            elif length != 0:
+                raise ValueError(f"{name}: got {length!r} without n_modes, expected 0: no table has a size")
+        init_std = backends.number("init_std", init_std)
+        if not 0.0 <= init_std < math.inf:
+            raise ValueError(f"init_std: got {init_std}, expected a finite value, 0 or more")
         self.embed_dim, self.num_heads, self.dropout = embed_dim, num_heads, dropout
         # Built by PyTorch's own module, so that names, shapes and initialisation are its.
         twin = nn.MultiheadAttention(embed_dim, num_heads, bias=bias, batch_first=True, device=device, dtype=dtype)
         self.in_proj_weight, self.in_proj_bias, self.out_proj = twin.in_proj_weight, twin.in_proj_bias, twin.out_proj
         self.prompt_bias: nn.Parameter | None = None
         if n_modes:
-            shape = (n_modes, 1 if shared_heads else num_heads, max_query_length, max_key_length)
+            shape = (n_modes, 1 if shared_heads else num_heads, *lengths.values())
             self.prompt_bias = nn.Parameter(torch.randn(shape, device=device, dtype=dtype) * init_std)
 
     def extra_repr(self) -> str:
@@ -186,8 +210,11 @@ class PromptAttention(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
-        if self.prompt_bias is not None and local_metadata.get("version") == nn.MultiheadAttention._version:
-            state_dict.setdefault(f"{prefix}prompt_bias", self.prompt_bias.detach())
+        tables = self.prompt_bias
+        made_there = local_metadata.get("version") == nn.MultiheadAttention._version
+        # Tables on meta hold nothing that could be kept: they are reported as missing.
+        if made_there and tables is not None and not tables.is_meta:
+            state_dict.setdefault(f"{prefix}prompt_bias", tables.detach())
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def forward(
@@ -220,7 +247,7 @@ class PromptAttention(nn.Module):
             is_causal: nn.MultiheadAttention's hint that ``attn_mask`` is causal. The mask is what counts.
             mode: int64 ``[B]``, which table of the prompt bias a sample gets.
             key_lengths: int64 ``[B]``, how many keys exist.
-            causal: MulT's mask (:func:`modafill.ops.prompt_attention`).
+            causal: MulT's mask (:func:`modafill.ops.prompt_attention`), a bool.
             seed: of the dropout, an integer or int64 ``[]``; None = from torch's generator.
             row_id: int64 ``[B]``, the identity of each sample's dropout: with ``seed``, the same in any batch.
 
@@ -334,17 +361,12 @@ class PromptAttention(nn.Module):
         return mask.unflatten(0, (batch, heads)), torch.arange(batch, device=q.device)
 
 
-def _check_whole(name: str, value: int, least: int) -> None:
-    if not isinstance(value, Integral) or value < least:
-        raise ValueError(f"{name}: got {value!r}, expected a whole number, at least {least}")
-
-
 def _check_cast(name: str, x: Tensor, weight: Tensor) -> None:
     """``x``, of another dtype or device than ``weight``, comes to have the same under autocast."""
     device = weight.device.type
     casts = device != "meta" and torch.is_autocast_enabled(device)
     if x.device != weight.device or not (casts and _is_cast(x) and _is_cast(weight)):
-        got, expected = backends.describe(x), f"{weight.dtype} on {weight.device}"
+        got, expected = backends.describe(x), f"{backends.dtype_name(weight.dtype)} on {weight.device}"
         raise ValueError(f"{name}: got {got}, expected {expected}, as the weights")
 
 

@@ -614,7 +614,7 @@ def test_drawn_seeds_stay() -> None:
         (lambda: RePaintScheduler(eta=1.5), r"eta: got 1.5, expected a value in \[0, 1\]"),
         (lambda: DDPMScheduler(clip_sample_range=0.0), "clip_sample_range: got 0.0, expected a positive bound"),
         (lambda: DDIMScheduler(trained_betas=[0.1, 0.2]), "num_train_timesteps: got 1000, expected 2, the length of"),
-        (lambda: RePaintScheduler().set_timesteps(9, jump_length=0), "jump_length, jump_n_sample: got 0, 10"),
+        (lambda: RePaintScheduler().set_timesteps(9, jump_length=0), "jump_length: got 0, expected at least 1"),
         (
             lambda: DDIMScheduler().add_noise(ZEROS, ZEROS[:1], 5),
             r"noise: got shape \[1, 3\], expected \[2, 3\], as ori",

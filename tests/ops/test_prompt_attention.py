@@ -642,6 +642,8 @@ BAD: list[tuple[str, dict[str, Any], type[Exception]]] = [
     ("scale", {"scale": math.inf}, ValueError),
     ("scale", {"scale": "1"}, TypeError),
     ("dropout", {"dropout": None}, TypeError),
+    ("causal", {"causal": "no"}, TypeError),
+    ("causal", {"causal": 1}, TypeError),
     ("dropout", {"dropout": 1.0, "seed": 0}, ValueError),
     ("dropout", {"dropout": -0.1, "seed": 0}, ValueError),
     ("seed", {"dropout": 0.1}, ValueError),

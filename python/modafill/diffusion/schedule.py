@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from modafill.ops import reference
+from modafill.ops import backends, reference
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,13 +59,13 @@ class Schedule:
 
         The defaults are ADMC's (§4.2); CDTP's public code uses 1e-4 → 0.02.
         """
-        _check_steps(steps)
+        steps = backends.integer("steps", steps, low=1)
         return cls(torch.linspace(beta_start, beta_end, steps, dtype=torch.float64))
 
     @classmethod
     def cosine(cls, steps: int = 1000, offset: float = 0.008, max_beta: float = 0.999) -> Schedule:
         """ᾱ_n ∝ cos²((n/N + s)/(1 + s) · π/2), β clipped at ``max_beta`` (Nichol & Dhariwal 2021, eq. 17)."""
-        _check_steps(steps)
+        steps = backends.integer("steps", steps, low=1)
         n = torch.arange(steps + 1, dtype=torch.float64) / steps
         f = torch.cos((n + offset) / (1 + offset) * math.pi / 2) ** 2
         return cls((1 - f[1:] / f[:-1]).clamp(max=max_beta))
@@ -80,8 +80,3 @@ class Schedule:
         """Raise ValueError unless 1 ≤ ``step`` ≤ N."""
         if not 1 <= step <= self.steps:
             raise ValueError(f"{name}: got {step}, expected a diffusion step in 1…{self.steps}")
-
-
-def _check_steps(steps: int) -> None:
-    if steps < 1:
-        raise ValueError(f"steps: got {steps}, expected at least 1")

@@ -25,7 +25,6 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from numbers import Integral
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -67,7 +66,7 @@ class _ScheduleConfig(Mapping[str, Any]):
         return len(fields(self))
 
     def __post_init__(self) -> None:
-        _integer("num_train_timesteps", self.num_train_timesteps)
+        backends.integer("num_train_timesteps", self.num_train_timesteps, low=1)
         _check_choice("beta_schedule", self.beta_schedule, ("linear", "scaled_linear", "squaredcos_cap_v2"))
         n = self.num_train_timesteps if self.trained_betas is None else len(self.trained_betas)
         if n != self.num_train_timesteps:
@@ -138,12 +137,6 @@ class RePaintConfig(_ScheduleConfig):
 def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(known)}")
-
-
-def _integer(name: str, value: Any, expected: str = "an integer") -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name}: got {backends.describe(value)}, expected {expected}")
-    return int(value)
 
 
 def _check_shape(name: str, value: Tensor, like: str, x: Tensor) -> None:
@@ -318,9 +311,8 @@ class _Scheduler:
         self._plan(chosen, previous.clamp(min=-1), device)
 
     def _spaced(self, num_inference_steps: Any) -> Tensor:
-        n, k = self.schedule.steps, _integer("num_inference_steps", num_inference_steps)
-        if not 1 <= k <= n:
-            raise ValueError(f"num_inference_steps: got {k}, expected 1…{n}")
+        n = self.schedule.steps
+        k = backends.integer("num_inference_steps", num_inference_steps, low=1, high=n)
         spacing = self.config.timestep_spacing
         if spacing == "leading":
             timesteps = torch.arange(k).flip(0) * (n // k) + self.config.steps_offset
@@ -412,7 +404,7 @@ class _Scheduler:
             found: int | Tensor = moved if timestep.ndim else values[0]
             values = [min(values), max(values)] if values else []
         else:
-            found = _integer(name, timestep, "an integer or an int64 tensor")
+            found = backends.integer(name, timestep, "an integer or an int64 tensor")
             values = [found]
         for t in values:
             if not 0 <= t <= last:
@@ -648,9 +640,7 @@ class RePaintScheduler(_Scheduler):
         never happens.
         """
         for name, value in (("jump_length", jump_length), ("jump_n_sample", jump_n_sample)):
-            _integer(name, value)
-        if jump_length < 1 or jump_n_sample < 1:
-            raise ValueError(f"jump_length, jump_n_sample: got {jump_length}, {jump_n_sample}, expected at least 1")
+            backends.integer(name, value, low=1)
         super().set_timesteps(num_inference_steps)
         jumps = dict.fromkeys(range(0, num_inference_steps - jump_length, jump_length), jump_n_sample - 1)
         places, at = [], num_inference_steps

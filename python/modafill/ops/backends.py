@@ -254,6 +254,33 @@ def number(name: str, value: Any) -> float:
     return float(value)
 
 
+_STEP = "an integer or an int64 tensor"
+
+
+def integer(
+    name: str, value: Any, expected: str = "an integer", low: int | None = None, high: int | None = None
+) -> int:
+    """``value`` as an integer in ``low``…``high``; one that is a symbol while something traces stays one.
+
+    Raises:
+        TypeError: it is none: a bool, a float, a tensor (whose value on a GPU would have to be waited for).
+        ValueError: it is out of range.
+    """
+    if isinstance(value, torch.SymInt):
+        return value  # type: ignore[return-value]
+    try:
+        if isinstance(value, (bool, Tensor)):
+            raise TypeError
+        found = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: got {describe(value)}, expected {expected}") from None
+    if low is not None and high is not None and not low <= found <= high:
+        raise ValueError(f"{name}: got {found}, expected {low}…{high}")
+    if low is not None and found < low:
+        raise ValueError(f"{name}: got {found}, expected at least {low}")
+    return found
+
+
 def check_tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {describe(value)}, expected a tensor")
@@ -380,29 +407,17 @@ def split_step(name: str, step: int | Tensor) -> tuple[int, Tensor | None]:
     """A step argument as the registered ops take it."""
     if isinstance(step, Tensor):
         return 0, step
-    return (step if type(step) is int else _integer(name, step)), None
+    return (step if type(step) is int else integer(name, step, _STEP)), None
 
 
 def split_seed(seed: int | Tensor) -> tuple[int, Tensor | None]:
     """A seed argument as the registered ops take it: 64 bits, two's complement."""
     if isinstance(seed, Tensor):
         return 0, seed
-    seed = seed if type(seed) is int else _integer("seed", seed)
+    seed = seed if type(seed) is int else integer("seed", seed, _STEP)
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed: got {seed}, expected a 64-bit integer")
     return (seed - 2**64 if seed >= 2**63 else seed), None
-
-
-def _integer(name: str, value: Any) -> Any:
-    """``value`` as an integer; one that is a symbol while something traces stays one."""
-    if isinstance(value, torch.SymInt):
-        return value
-    try:
-        if not isinstance(value, bool):
-            return operator.index(value)
-    except TypeError:
-        pass
-    raise TypeError(f"{name}: got {describe(value)}, expected an integer or an int64 tensor")
 
 
 def check_out_allowed(out: Tensor | None) -> None:

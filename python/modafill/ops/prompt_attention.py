@@ -473,6 +473,7 @@ def prompt_attention(
         (:mod:`modafill.ops.backends`); differentiable once in ``q``, ``k``, ``v`` and ``bias``.
 
     Raises:
+        TypeError: an argument is no tensor, number or bool where one is expected.
         ValueError: a shape, dtype, device or value does not fit, or ``seed`` is missing.
         NotImplementedError: a second derivative is asked for.
         RuntimeError: ``backend`` names one that cannot run here.
@@ -482,6 +483,8 @@ def prompt_attention(
         # A tensor without a width is refused below.
         scale = q.shape[-1] ** -0.5 if q.ndim and q.shape[-1] else 1.0
     dropout = backends.number("dropout", dropout)
+    if causal is not True and causal is not False:
+        raise TypeError(f"causal: got {backends.describe(causal)}, expected a bool")
     if dropout > 0.0 and seed is None:
         raise ValueError("seed: got None, expected an integer because dropout > 0")
     q, k, v, bias = backends.autocast(q, k, v, bias)
