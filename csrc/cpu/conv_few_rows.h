@@ -12,7 +12,7 @@
 namespace modafill {
 namespace {
 
-// Rows that are few for any weights, and for this many.
+// Less than 32 rows are few; where a convolution has 32768 weights and more, less than 64 are.
 constexpr int64_t kFewRows = 32, kFewForMany = 64, kManyWeights = 1 << 15;
 
 bool has_few_rows(const ConvGeluConvArgs &args) {
@@ -152,9 +152,7 @@ template <class C>
 void sum_rows(void *to, const C *from, int64_t rows, int64_t width) {
   C *const sums = static_cast<C *>(to);
   std::fill_n(sums, width, C(0));
-  for (int64_t row = 0; row < rows; ++row)
-    for (int64_t i = 0; i < width; ++i)
-      sums[i] += from[row * width + i];
+  add_rows(sums, from, rows, width);
 }
 
 template <class C>
@@ -173,12 +171,10 @@ void few_rows(const ConvGeluConvArgs &args, int threads) {
   const bool tanh = args.tanh;
   for_columns<C>(count, rows * first_depth, threads, [=](int64_t begin, int64_t end) {
     dot_columns(made, hidden, a, first, first_bias, rows, first_depth, begin, end);
-    for (int64_t row = 0; row < rows; ++row) {
-      for (int64_t i = end; i < padded<C>(end); ++i)
-        made[row * hidden + i] = C(0);
+    // What lies behind the last column is never read.
+    for (int64_t row = 0; row < rows; ++row)
       for (int64_t i = begin; i < end; i += kWidth<C>)
         store(made + row * hidden + i, gelu<C>(load(made + row * hidden + i), tanh).value);
-    }
   });
   if (!second_direct)
     windows(second_windows.get(), made, rows, args.length, count, hidden, args.second_taps);

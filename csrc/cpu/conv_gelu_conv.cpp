@@ -10,7 +10,7 @@
 namespace modafill {
 namespace {
 
-// Hidden rows that are worked on at a time, and the longest piece of one sample.
+// Rows of the result that are worked on at a time, and the longest piece of one sample.
 constexpr int64_t kBlockRows = 96;
 // What a sample is cut into for several threads has no fewer rows, and no fewer multiplications.
 constexpr int64_t kPieceRows = 8, kPieceWork = 7 << 19;
@@ -38,6 +38,7 @@ void pack_weights(C *to, const void *weights, int64_t outputs, int64_t inputs, i
                   int threads) {
   constexpr int64_t kPanel = kPanelVectors * kWidth<C>;
   const int64_t panels = (outputs + kPanel - 1) / kPanel;
+  // A copy takes about as long as three multiplications.
   for_each_run(panels, 3 * outputs * inputs * taps, threads, [=](int64_t begin, int64_t end) {
     const int64_t first = begin * kPanel;
     pack_weights<T>(to + taps * stride * first, static_cast<const T *>(weights) + first * inputs * taps,
@@ -86,6 +87,8 @@ struct Pieces {
     const int64_t even = std::min(count, (least + threads - 1) / threads * threads);
     per_block = (count + even - 1) / even;
   }
+  // Of `halo` rows at each end of a piece, those that are known to lie outside its sample.
+  int64_t around(int64_t halo) const { return per_sample == 1 ? halo : 0; }
   int64_t blocks() const { return (count + per_block - 1) / per_block; }
   int64_t in_block(int64_t block) const { return std::min(per_block, count - block * per_block); }
   int64_t sample(int64_t block, int64_t piece) const { return (block * per_block + piece) / per_sample; }
@@ -125,6 +128,7 @@ void conv_gelu_conv_of(const ConvGeluConvArgs &args, int threads) {
   const int64_t work = args.batch * args.length * (first_depth * args.hidden + second_depth * args.outputs);
   const Pieces pieces(args, std::clamp<int64_t>(work / kWorkPerThread, 1, threads), work);
   const int64_t rows = pieces.rows, hidden_rows = rows + 2 * second_halo, input_rows = hidden_rows + 2 * first_halo;
+  const int64_t outside = pieces.around(second_halo);
   for_each_run(pieces.blocks(), work, threads, [&](int64_t begin, int64_t end) {
     const Scratch<C> x(pieces.per_block * input_rows * args.inputs), h(pieces.per_block * hidden_rows * hidden),
         y(pieces.per_block * rows * outputs);
@@ -132,9 +136,9 @@ void conv_gelu_conv_of(const ConvGeluConvArgs &args, int threads) {
       const int64_t count = pieces.in_block(block);
       pieces.gather(x.get(), static_cast<const T *>(args.x), block, args.inputs, first_halo + second_halo, input_rows);
       // Rows of neighbouring taps lie behind each other, so a window of them is one long row of the left operand.
-      multiply<false>(Product<C>{h.get(), hidden, x.get(), args.inputs, 1, first.get(), hidden_rows, args.hidden,
-                                 first_depth, args.hidden, first_depth, count, hidden_rows * hidden,
-                                 input_rows * args.inputs});
+      multiply<false>(Product<C>{h.get() + outside * hidden, hidden, x.get() + outside * args.inputs, args.inputs, 1,
+                                 first.get(), hidden_rows - 2 * outside, args.hidden, first_depth, args.hidden,
+                                 first_depth, count, hidden_rows * hidden, input_rows * args.inputs});
       for (int64_t piece = 0; piece < count; ++piece)
         for (int64_t row = 0; row < hidden_rows; ++row) {
           const int64_t l = pieces.start(block, piece) + row - second_halo;
@@ -171,20 +175,23 @@ struct Backward {
 
   const ConvGeluConvBackward &job;
   const ConvGeluConvArgs &args = job.forward;
-  const Pieces pieces{args};
+  const Pieces pieces{args}; // not for several threads: their number is not to change the sums
   const int64_t first_halo = args.first_taps / 2, second_halo = args.second_taps / 2;
   const int64_t halo = std::max(first_halo, second_halo);
   const int64_t inputs = padded<C>(args.inputs), hidden = padded<C>(args.hidden);
-  const int64_t rows = pieces.rows, hidden_rows = rows + 2 * halo;
+  const int64_t rows = pieces.rows, hidden_rows = rows + 2 * halo, outside = pieces.around(halo);
   const int64_t input_rows = hidden_rows + 2 * first_halo, grad_rows = hidden_rows + 2 * second_halo;
   const int64_t first_depth = args.first_taps * args.inputs, grad_depth = args.second_taps * args.outputs;
   const int64_t delta_depth = args.first_taps * hidden;
   const bool need_delta = job.x_grad || job.first_grad || job.first_bias_grad;
+  const bool need_hidden = need_delta || job.second_grad;
   // Right operands of the products: of conv 1, and of both convolutions backwards.
   Scratch<C> first{first_depth * hidden}, second_back{grad_depth * hidden}, first_back{delta_depth * inputs},
       first_bias{hidden};
 
   explicit Backward(const ConvGeluConvBackward &job) : job(job) {
+    if (!need_hidden)
+      return;
     pack_weights<T>(first.get(), args.first, args.hidden, args.inputs, args.first_taps, args.inputs, 1);
     copy_bias<T>(first_bias.get(), args.first_bias, args.hidden);
     if (need_delta)
@@ -207,8 +214,8 @@ struct Backward {
 
   // Sums of a group: [taps][outputs, hidden] of the second weights, [taps][hidden, inputs] of the first, and the
   // biases.
-  int64_t second_size() const { return args.second_taps * args.outputs * hidden; }
-  int64_t first_size() const { return args.first_taps * hidden * inputs; }
+  int64_t second_size() const { return job.second_grad ? args.second_taps * args.outputs * hidden : 0; }
+  int64_t first_size() const { return job.first_grad ? args.first_taps * hidden * inputs : 0; }
   int64_t group_size() const {
     const bool sums = job.first_grad || job.first_bias_grad || job.second_grad || job.second_bias_grad;
     return sums ? second_size() + first_size() + hidden + padded<C>(args.outputs) : 0;
@@ -220,14 +227,15 @@ struct Backward {
              *const bias_sum = first_sum + first_size();
     pieces.gather(r.x.get(), static_cast<const T *>(args.x), index, args.inputs, halo + first_halo, input_rows);
     pieces.gather(r.grad.get(), static_cast<const T *>(job.grad), index, args.outputs, halo + second_halo, grad_rows);
-    multiply<false>(Product<C>{r.h.get(), hidden, r.x.get(), args.inputs, 1, first.get(), hidden_rows, args.hidden,
-                               first_depth, args.hidden, first_depth, count, hidden_rows * hidden,
-                               input_rows * args.inputs});
+    if (need_hidden)
+      multiply<false>(Product<C>{r.h.get() + outside * hidden, hidden, r.x.get() + outside * args.inputs, args.inputs,
+                                 1, first.get(), hidden_rows - 2 * outside, args.hidden, first_depth, args.hidden,
+                                 first_depth, count, hidden_rows * hidden, input_rows * args.inputs});
     if (need_delta)
-      multiply<false>(Product<C>{r.delta.get(), hidden, r.grad.get(), args.outputs, 1, second_back.get(), hidden_rows,
-                                 args.hidden, grad_depth, args.hidden, grad_depth, count, hidden_rows * hidden,
-                                 grad_rows * args.outputs});
-    for (int64_t piece = 0; piece < count; ++piece)
+      multiply<false>(Product<C>{r.delta.get() + outside * hidden, hidden, r.grad.get() + outside * args.outputs,
+                                 args.outputs, 1, second_back.get(), hidden_rows - 2 * outside, args.hidden, grad_depth,
+                                 args.hidden, grad_depth, count, hidden_rows * hidden, grad_rows * args.outputs});
+    for (int64_t piece = 0; piece < count && need_hidden; ++piece)
       for (int64_t row = 0; row < hidden_rows; ++row) {
         const int64_t l = pieces.start(index, piece) + row - halo;
         C *const h = r.h.get() + (piece * hidden_rows + row) * hidden;
@@ -249,14 +257,14 @@ struct Backward {
     if (job.second_grad || job.second_bias_grad)
       own_rows(r.own.get(), r.grad.get(), index, args.outputs, args.outputs, halo + second_halo, grad_rows);
     if (job.second_bias_grad)
-      add_rows(bias_sum + hidden, r.own.get(), count * rows, args.outputs, args.outputs);
+      add_rows(bias_sum + hidden, r.own.get(), count * rows, args.outputs);
     for (int64_t tap = 0; tap < args.second_taps && job.second_grad; ++tap)
       add_product(second_sum + tap * args.outputs * hidden, hidden, r, args.outputs, args.outputs, r.h.get(), index,
                   args.hidden, hidden, halo - second_halo + tap, hidden_rows);
     if (job.first_grad || job.first_bias_grad)
       own_rows(r.own.get(), r.delta.get(), index, hidden, hidden, halo, hidden_rows);
     if (job.first_bias_grad)
-      add_rows(bias_sum, r.own.get(), count * rows, hidden, hidden);
+      add_rows(bias_sum, r.own.get(), count * rows, hidden);
     for (int64_t tap = 0; tap < args.first_taps && job.first_grad; ++tap)
       add_product(first_sum + tap * hidden * inputs, inputs, r, hidden, args.hidden, r.x.get(), index, args.inputs,
                   args.inputs, halo + tap, input_rows);
@@ -285,12 +293,6 @@ private:
         else
           std::fill_n(to, width, C(0));
       }
-  }
-
-  static MODAFILL_INLINE void add_rows(C *sum, const C *from, int64_t count, int64_t width, int64_t stride) {
-    for (int64_t row = 0; row < count; ++row)
-      for (int64_t i = 0; i < width; ++i)
-        sum[i] += from[row * stride + i];
   }
 
   // sum [m, n] += own [rows, m] transposed times the rows of `from` that begin `before` rows into each piece.

@@ -77,7 +77,7 @@ constexpr int64_t padded(int64_t n) {
   return (n + kWidth<C> - 1) / kWidth<C> * kWidth<C>;
 }
 
-// Memory for one thread, aligned to cache lines and not cleared.
+// Memory for the length of a call, aligned to cache lines and not cleared.
 template <class C>
 class Scratch {
 public:
@@ -93,6 +93,14 @@ public:
 private:
   C *data_;
 };
+
+// sums [width] += each of `count` rows.
+template <class C>
+MODAFILL_INLINE void add_rows(C *sums, const C *from, int64_t count, int64_t width) {
+  for (int64_t row = 0; row < count; ++row)
+    for (int64_t i = 0; i < width; ++i)
+      sums[i] += from[row * width + i];
+}
 
 // Fewer multiplications than this do not pay for a second thread.
 constexpr int64_t kWorkPerThread = 1 << 18;

@@ -110,7 +110,7 @@ MODAFILL_INLINE void write_row(T *to, const C *from, int64_t count, C factor) {
     to[i] = Element<T>::store(from[i] * factor);
 }
 
-// Sum and maximum of a row whose length is a multiple of a vector's width.
+// Maximum of a row whose length is a multiple of a vector's width.
 template <class C>
 MODAFILL_INLINE C row_maximum(const C *row, int64_t count) {
   Vector<C> most = load(row);

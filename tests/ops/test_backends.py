@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -82,6 +83,25 @@ def test_the_environment_names_a_backend_and_an_argument_overrides_it(monkeypatc
     monkeypatch.setenv(backends.ENVIRONMENT, "cuda")
     with pytest.raises(RuntimeError, match="cuda backend cannot run"):
         ops.randn((2, 3), seed=1)
+
+
+def test_the_rule_is_that_of_the_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("modafill.ops.conv_gelu_conv")
+    backends._choose.cache_clear()
+    monkeypatch.setattr(module, "_HAS_BFLOAT16", True)
+    training, small = "rows >= 256 and weights >= 8,192 and n >= 15,000,000", "rows >= 256 and n >= 50,000,000"
+    assert f"in training where {training}, or {small}. Not with out=" in str(ops.explain("conv_gelu_conv"))
+    half = str(ops.explain("conv_gelu_conv", dtype=torch.bfloat16))
+    assert "larger convolution: where n >= 1,000,000. Not with out=" in half
+    assert "training" not in half
+    for choice in (
+        ops.explain("conv_gelu_conv", dtype=torch.float64),
+        ops.explain("conv_gelu_conv", backend="cpu"),
+        ops.explain("conv_gelu_conv", backend="torch", device="meta"),
+        ops.explain("prompt_attention"),
+    ):
+        assert choice.rule == ""
+    backends._choose.cache_clear()
 
 
 def test_unknown_names_are_refused() -> None:

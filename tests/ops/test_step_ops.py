@@ -78,8 +78,8 @@ def test_ops_agree_with_the_reference(
         strict=True,
     ):
         close(ours, exact)
-    for eta, clip in itertools.product((0.0, 0.4, 1.0), (None, 0.8)):
-        prev_step = step // 2
+    previous = (step // 2, _steps(shape[0], "rows").clamp(max=step - 1)) if kind == "integer" else (step // 2, 0)
+    for eta, clip, prev_step in itertools.product((0.0, 0.4, 1.0), (None, 0.8), previous):
         out.fill_(math.nan)
         ops.ddim_step(x, eps, table, step, prev_step, eta=eta, clip=clip, **common, out=out, backend="cpu")
         close(out, reference.ddim_step(x, eps, table, step, prev_step, eta=eta, clip=clip, **common))
@@ -148,6 +148,8 @@ def test_large_outputs_that_bypass_the_caches_have_the_same_bits(schedule: Sched
             ops.masked_reverse_step(x, eps, observed, available, schedule.table, 9, **noise),
             *ops.add_noise(x, schedule.table, 9, **noise),
             ops.ddim_step(x, eps, schedule.table, 9, 3, eta=0.5, **noise),
+            ops.ddim_step(x, eps, schedule.table, 9, 3),
+            ops.ddim_step(x, eps, schedule.table, 9, 3, clip=0.5),
         ]
 
     large = every_op(x, eps, observed, available, torch.arange(rows))

@@ -7,7 +7,8 @@ What every op keeps to, as PyTorch's own do:
   have the dtype of the tensors that they belong to. All other ops run in the dtype of their inputs.
 - :func:`torch.vmap` gives what a loop over the mapped dimension gives, and is one. Equal seeds and row ids are equal
   noise there too: map one of them where noise is to differ.
-- Gradients are those of reverse mode; forward mode (``jvp``, ``jacfwd``, dual numbers) is refused.
+- Gradients are those of reverse mode; forward mode (``jvp``, ``jacfwd``, dual numbers) is refused, and so are second
+  derivatives of the two networks' ops, unless they run as PyTorch's own layers.
 - Tensors on ``meta`` give shapes, dtypes and strides alone.
 """
 
@@ -44,12 +45,8 @@ OPS = {
     "prompt_attention": ("cpu", "triton"),
     "conv_gelu_conv": ("cpu", "triton", "torch"),
 }
-# What auto does call by call, measured on a CPU with AVX-512 (see modafill.ops.conv_gelu_conv).
-RULES = {
-    "conv_gelu_conv": "torch by size, with n = rows x weights of the larger convolution: in training from 64 rows"
-    " and n = 1.5e7, with less than 8192 weights from n = 5e7; in inference with several taps from 256 rows and 196608"
-    " weights; for bfloat16 with AVX512-BF16 from n = 1e6",
-}
+# What auto does call by call on a CPU, by dtype: ops that have such a rule say it here.
+RULES: dict[str, Callable[[torch.dtype], str]] = {}
 
 # glibc maps blocks of this size and more anew for each allocation.
 _MAPPED_BYTES = 32 * 2**20
@@ -146,7 +143,7 @@ def _choose(op: str, device: torch.device, dtype: torch.dtype, backend: str) -> 
             continue
         why = _why_not(op, name, device, dtype)
         if why is None:
-            rule = RULES.get(op, "") if name == "cpu" else ""
+            rule = RULES[op](dtype) if name == "cpu" and op in RULES else ""
             return Choice(op, name, f"preferred for {dtype_name(dtype)} on {device.type}", rejected, rule)
         rejected[name] = why
     return Choice(op, "reference", "nothing faster can run", rejected)
@@ -159,7 +156,7 @@ def _why_not(op: str, backend: str, device: torch.device, dtype: torch.dtype) ->
     if backend not in OPS[op]:
         return f"{op} has no such backend"
     if backend == "torch":
-        return "the tensors are on meta" if device.type == "meta" else None
+        return None
     interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     if device.type != ("cpu" if backend == "cpu" else "cuda") and not (interpreted and device.type == "cpu"):
         return f"the tensors are on {device.type}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ def _check(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | No
         backends.check_tensor(name, w)
         inputs = w1.shape[0] if inputs is None else inputs
         if w.ndim != 3 or w.shape[1] != inputs or w.dtype != dtype or w.device != device or w.shape[0] < 1:
-            expected = f"{dtype} [out, {inputs} ({what}), taps] on {device}"
+            expected = f"{backends.dtype_name(dtype)} [out, {inputs} ({what}), taps] on {device}"
             raise ValueError(f"{name}: got {backends.describe(w)}, expected {expected}")
         if w.shape[2] % 2 == 0 or w.shape[2] > MAX_TAPS:
             raise ValueError(f"{name}: got {w.shape[2]} taps, expected an odd number up to {MAX_TAPS}")
@@ -67,8 +68,45 @@ def _one_long_sample(x: Tensor, w1: Tensor, w2: Tensor) -> bool:
     return max(w1.shape[2], w2.shape[2]) > 1 and max(w1.numel(), w2.numel()) >= 150_000
 
 
+@dataclass(frozen=True)
+class _Rule:
+    """Where PyTorch's layers were measured to be faster: from so many rows, weights of the larger convolution and n."""
+
+    rows: int = 0
+    weights: int = 0
+    n: int = 0
+
+    def holds(self, rows: int, weights: int) -> bool:
+        return rows >= self.rows and weights >= self.weights and rows * weights >= self.n
+
+    def __str__(self) -> str:
+        named = (("rows", self.rows), ("weights", self.weights), ("n", self.n))
+        return " and ".join(f"{name} >= {least:,}" for name, least in named if least)
+
+
+# Measured on a CPU with AVX-512. The gradient makes hidden rows again, which costs a sixth.
+_TRAINING, _TRAINING_SMALL = _Rule(rows=256, weights=8192, n=15_000_000), _Rule(rows=256, n=50_000_000)
+_BFLOAT16 = _Rule(n=1_000_000)
+
+
+def _rule(dtype: torch.dtype) -> str:
+    """What :func:`modafill.ops.explain` says of ``dtype`` on a CPU."""
+    if dtype == torch.float64:
+        return ""
+    if dtype == torch.bfloat16 and _HAS_BFLOAT16:
+        where = f"where {_BFLOAT16}"
+    else:
+        where = f"in training where {_TRAINING}, or {_TRAINING_SMALL}"
+    return (
+        f"torch by size, n = rows x weights of the larger convolution: {where}. Not with out= or in an exported program"
+    )
+
+
+backends.RULES["conv_gelu_conv"] = _rule
+
+
 def _torch_is_faster(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None) -> bool:
-    """The rule of :data:`modafill.ops.backends.RULES`: the gradient makes hidden rows again, which costs a sixth."""
+    """The rule that :func:`modafill.ops.explain` prints."""
     if not x.is_cpu or x.ndim != 3 or x.dtype == torch.float64:
         return False
     if torch.compiler.is_exporting():
@@ -79,10 +117,15 @@ def _torch_is_faster(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: T
         return True
     rows, weights = x.shape[0] * x.shape[1], max(w1.numel(), w2.numel())
     if x.dtype == torch.bfloat16 and _HAS_BFLOAT16:
-        return rows * weights >= 1_000_000
-    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (x, w1, b1, w2, b2)):
-        return rows >= 64 and rows * weights >= (15_000_000 if weights >= 8192 else 50_000_000)
-    return rows >= 256 and weights >= 196_608 and max(w1.shape[-1], w2.shape[-1]) > 1
+        return _BFLOAT16.holds(rows, weights)
+    training = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (x, w1, b1, w2, b2))
+    return training and (_TRAINING.holds(rows, weights) or _TRAINING_SMALL.holds(rows, weights))
+
+
+def _within_reach(x: Tensor, w: Tensor) -> Tensor:
+    """``w`` without the taps that meet nothing but padding: in samples of length 1, all but the middle one."""
+    reach = x.shape[1] - 1
+    return w if w.shape[2] <= 2 * reach + 1 else w.narrow(2, w.shape[2] // 2 - reach, 2 * reach + 1)
 
 
 def _description(
@@ -275,10 +318,12 @@ def conv_gelu_conv(
 ) -> Tensor:
     """Conv1D → GELU → Conv1D with same padding, the condition encoder of CDTP (§3.2).
 
-    The hidden ``[B, L, hidden]`` tensor does not exist, forward or backward: it is made block by block (less than 64
-    rows are one block), and made again for the gradient. Weight gradients are summed in a fixed order. The exception is
-    ``"torch"``, PyTorch's own layers: auto takes them where they were measured to be faster (``explain`` prints the
-    rule), and where nothing else takes the dtype.
+    The hidden ``[B, L, hidden]`` tensor does not exist, forward or backward: on a CPU a thread makes the hidden rows of
+    at most 96 rows of the result at a time (a small batch is one such block), and again for the gradient. Weight
+    gradients are summed in a fixed order, in parts of the weights' size in float32 or more: up to 4, or as many as 16
+    MiB hold, at most 16. The exception is ``"torch"``, PyTorch's own layers: auto takes them where they were measured
+    to be faster (``explain`` prints the rule), and where nothing else takes the dtype. They keep the hidden tensor, lay
+    the result out as they please, and have second and forward-mode derivatives, which all else refuses.
 
     Args:
         x: ``[B, L, C]``; float32, float64 or bfloat16 on the CPU.
@@ -291,16 +336,19 @@ def conv_gelu_conv(
 
     Returns:
         ``[B, L, out]`` in the dtype of ``x``, under autocast in its dtype (:mod:`modafill.ops.backends`);
-        differentiable once in every tensor.
+        differentiable in every tensor, once.
 
     Raises:
         ValueError: a shape, dtype or device does not fit.
-        NotImplementedError: a second derivative is asked for.
+        NotImplementedError: a second or forward-mode derivative is asked for, and ``"torch"`` does not run.
         RuntimeError: ``backend`` names one that cannot run here.
     """
     backends.check_tensor("x", x)
     x, w1, b1, w2, b2 = backends.autocast(x, w1, b1, w2, b2)
     backend = backends.requested(backend)
+    if x.ndim == 3 and 0 < x.shape[1] <= MAX_TAPS // 2 and not torch.compiler.is_compiling():
+        _check(x, w1, b1, w2, b2, approximate)
+        w1, w2 = _within_reach(x, w1), _within_reach(x, w2)
     if out is None and (backend == "torch" or (backend == "auto" and _torch_is_faster(x, w1, b1, w2, b2))):
         _check(x, w1, b1, w2, b2, approximate)
         return _in_torch(x, w1, b1, w2, b2, approximate)
