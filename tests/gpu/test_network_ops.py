@@ -134,8 +134,16 @@ def test_the_convolutions_error_is_at_most_twice_torchs(
     torchs = convolution.results(_eager_convolution, inputs, grad, approximate=approximate)
     doubles = [x.double() for x in inputs]
     exact = convolution.results(reference.conv_gelu_conv, doubles, grad.double(), approximate=approximate)
-    # TF32 has ten bits; Triton cuts the others off, PyTorch may round or not use it.
-    _no_worse_than_torch(ours, torchs, exact, ratio, 2**-8 if precision == "tf32" else 2**-19)
+    # TF32 has ten bits; Triton cuts the others off of both factors, PyTorch may round or not use it.
+    _no_worse_than_torch(ours, torchs, exact, ratio, 2**-9 if precision == "tf32" else 2**-19)
+
+
+def test_tf32_is_used_where_pytorch_allows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, found = _convolution(9, 50, 64, 96, 64, 3, 3), {}
+    for precision in ("ieee", "tf32"):
+        monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", precision)
+        found[precision] = ops.conv_gelu_conv(*inputs, backend="triton")
+    assert not torch.equal(found["ieee"], found["tf32"])
 
 
 def test_dropout_drops_what_the_cpu_drops() -> None:
