@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import accuracy_score, f1_score, log_loss, recall_score
 
-from modafill.evaluation.metrics import crps, nrmse, recognition
+from modafill.evaluation.metrics import crps, nrmse, recognition, sentiment
 
 
 @pytest.mark.parametrize("classes, n, seed", [(2, 40, 0), (3, 200, 1), (7, 60, 2)])
@@ -82,3 +83,43 @@ def test_crps_does_not_favour_many_samples():
 @pytest.mark.parametrize("samples", [torch.tensor([[1.0, -2.0]]), torch.tensor([[1.0, -2.0]]).expand(4, 2)])
 def test_crps_of_a_point_forecast(samples):
     assert crps(samples, torch.tensor([0.0, 1.0]), 2.0) == pytest.approx((1 + 3) / 2 / 2)
+
+
+def test_sentiment_by_hand() -> None:
+    target = torch.tensor([-3.0, -1.5, 0.0, 0.0, 0.4, 2.5, 3.0, -0.6])
+    prediction = torch.tensor([-4.0, 0.2, -0.1, 0.1, 0.6, 2.4, 1.0, -0.2])
+    found = sentiment(prediction, target)
+    # Rounded targets -3 -2 0 0 0 2 3 -1, predictions -3 0 0 0 1 2 1 0.
+    assert found["ACC-7"] == pytest.approx(4 / 8)
+    # Non-negative: targets 0 0 1 1 1 1 1 0, predictions 0 1 0 1 1 1 1 0.
+    assert found["ACC-2"] == pytest.approx(6 / 8)
+    # Of class 1 (5 targets) precision and recall are 4/5, of class 0 (3 targets) 2/3.
+    assert found["F1"] == pytest.approx((5 * 4 / 5 + 3 * 2 / 3) / 8)
+    # Without zeros: targets 0 0 1 1 1 0, predictions 0 1 1 1 1 0; precision and recall 3/4 and 1, and 1 and 2/3.
+    assert found["ACC-2 nonzero"] == pytest.approx(5 / 6)
+    assert found["F1 nonzero"] == pytest.approx((3 * 6 / 7 + 3 * 4 / 5) / 6)
+    assert found["MAE"] == pytest.approx((1 + 1.7 + 0.1 + 0.1 + 0.2 + 0.1 + 2 + 0.4) / 8)
+    assert found["Corr"] == pytest.approx(np.corrcoef(prediction, target)[0, 1])
+
+
+def test_the_weights_of_f1_are_the_targets_classes() -> None:
+    """The argument order matters: swapped, the weights are those of the predictions."""
+    target, prediction = torch.tensor([1.0, 1, 1, -1]), torch.tensor([1.0, -1, -1, -1])
+    # Class 1: precision 1, recall 1/3, F1 1/2, 3 targets; class 0: precision 1/3, recall 1, F1 1/2, 1 target.
+    assert sentiment(prediction, target)["F1"] == pytest.approx(0.5)
+    target, prediction = torch.tensor([1.0, 1, 1, -1, -1]), torch.tensor([1.0, 1, 1, 1, -1])
+    # Class 1: F1 6/7, 3 targets; class 0: F1 2/3, 2 targets. By the predictions it would be (4 · 6/7 + 2/3) / 5.
+    assert sentiment(prediction, target)["F1"] == pytest.approx((3 * 6 / 7 + 2 * 2 / 3) / 5)
+    assert sentiment(target, prediction)["F1"] == pytest.approx((4 * 6 / 7 + 2 / 3) / 5)
+
+
+def test_sentiment_of_what_it_cannot_read() -> None:
+    good = torch.tensor([1.0, -1.0])
+    for prediction, target, message in (
+        (good[:1], good, "prediction: got [1], expected [B] as target, [2]"),
+        (good * math.nan, good, "prediction: got NaN or infinity, expected finite values"),
+        (good, good / 0, "target: got NaN or infinity, expected finite values"),
+        (good, good * 0, "target: got zeros alone, expected at least one other value"),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            sentiment(prediction, target)

@@ -90,7 +90,8 @@ def test_the_rule_is_that_of_the_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
     backends._choose.cache_clear()
     monkeypatch.setattr(module, "_HAS_BFLOAT16", True)
     training, small = "rows >= 256 and weights >= 8,192 and n >= 15,000,000", "rows >= 256 and n >= 50,000,000"
-    assert f"in training where {training}, or {small}. Not with out=" in str(ops.explain("conv_gelu_conv"))
+    several = "in inference with several taps where n >= 150,000,000"
+    assert f"in training where {training}, or {small}; {several}. Not with out=" in str(ops.explain("conv_gelu_conv"))
     half = str(ops.explain("conv_gelu_conv", dtype=torch.bfloat16))
     assert "larger convolution: where n >= 1,000,000. Not with out=" in half
     assert "training" not in half

@@ -46,3 +46,37 @@ def crps(samples: Tensor, truth: Tensor, scale: float) -> float:
     weight = weight.reshape(-1, *[1] * truth.ndim)
     spread = 2 * (weight * ordered).sum(0).mean() / (k * (k - 1))
     return float(error - spread / 2) / scale
+
+
+def sentiment(prediction: Tensor, target: Tensor) -> dict[str, float]:
+    """Figures of CDTP §4.1 for intensities in −3…3: ``prediction [B]`` against ``target [B]``.
+
+    As in MulT: ``"ACC-7"`` compares what both round to within ±3 (halves to even). ``"ACC-2"`` and ``"F1"`` tell
+    negative from non-negative; ``"ACC-2 nonzero"`` and ``"F1 nonzero"`` negative from positive, on the samples whose
+    target is not 0. F1 is weighted by the targets' classes; MulT's code swaps the arguments and weights by the
+    predicted ones. ``"MAE"`` is the mean absolute error, ``"Corr"`` Pearson's correlation, NaN where one is constant.
+
+    Raises:
+        ValueError: other shapes, NaN or infinity, or no target that is not 0.
+    """
+    if prediction.shape != target.shape or prediction.ndim != 1:
+        raise ValueError(f"prediction: got {list(prediction.shape)}, expected [B] as target, {list(target.shape)}")
+    for name, values in (("prediction", prediction), ("target", target)):
+        if not bool(torch.isfinite(values).all()):
+            raise ValueError(f"{name}: got NaN or infinity, expected finite values")
+    nonzero = target != 0
+    if not bool(nonzero.any()):
+        raise ValueError("target: got zeros alone, expected at least one other value")
+    prediction, target = prediction.to(torch.float64), target.to(torch.float64)
+    levels = [values.clamp(-3, 3).round() for values in (prediction, target)]
+    figures = {"ACC-7": float((levels[0] == levels[1]).to(torch.float64).mean())}
+    for suffix, said, true in (
+        ("", prediction >= 0, target >= 0),
+        (" nonzero", prediction[nonzero] > 0, target[nonzero] > 0),
+    ):
+        figures[f"ACC-2{suffix}"] = float((said == true).to(torch.float64).mean())
+        f1 = multiclass_f1_score(said.long(), true.long(), num_classes=2, average="weighted")
+        figures[f"F1{suffix}"] = float(f1)
+    figures["MAE"] = float((prediction - target).abs().mean())
+    figures["Corr"] = float(torch.corrcoef(torch.stack([prediction, target]))[0, 1])
+    return figures

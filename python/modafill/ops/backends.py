@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from modafill.ops import reference
 
@@ -51,7 +52,17 @@ RULES: dict[str, Callable[[torch.dtype], str]] = {}
 # glibc maps blocks of this size and more anew for each allocation.
 _MAPPED_BYTES = 32 * 2**20
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+# What os.environ looks names up in, encoded.
+_ENVIRON: Any = getattr(os.environ, "_data", os.environ)
+_KEY: Any = getattr(os.environ, "encodekey", str)(ENVIRONMENT)
+
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+
+# Bound here, because they are asked at every call.
+_is_compiling, _profiles = torch.compiler.is_compiling, torch.autograd._profiler_enabled
+_is_tracing = torch._C._is_tracing
+_dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+_functorch_level = torch._C._functorch.peek_interpreter_stack
 
 library = torch.library.Library("modafill", "DEF")
 
@@ -125,7 +136,13 @@ def native_build() -> dict[str, Any]:
 
 def requested(backend: str) -> str:
     """The backend asked for by argument or, for ``"auto"``, by the environment."""
-    return os.environ.get(ENVIRONMENT) or "auto" if backend == "auto" else backend
+    return _environment() or "auto" if backend == "auto" else backend
+
+
+def _environment() -> str | None:
+    # os.environ raises and catches two errors where a name is not set, which takes longer than all else here.
+    found = _ENVIRON.get(_KEY)
+    return None if found is None else os.environ[ENVIRONMENT]
 
 
 @functools.lru_cache(maxsize=256)
@@ -189,12 +206,15 @@ def select(op: str, device: torch.device, dtype: torch.dtype, backend: str) -> s
 
 def runs_directly(*tensors: Any) -> bool:
     """Whether a call of the extension stands in for one of the registered op: as :func:`runs_eagerly`, without grad."""
-    if not runs_eagerly(*tensors):
+    if _is_watched():
         return False
-    if torch.is_grad_enabled():
-        for t in tensors:
-            if isinstance(t, Tensor) and t.requires_grad:
+    grad = torch.is_grad_enabled()
+    for t in tensors:
+        if type(t) in _PLAIN:
+            if grad and t.requires_grad:
                 return False
+        elif isinstance(t, Tensor):
+            return False
     return True
 
 
@@ -204,20 +224,24 @@ def runs_eagerly(*tensors: Any) -> bool:
     Nothing traces or profiles, no dispatch or function mode and no functorch transform is active, and every tensor is
     a plain one.
     """
-    if torch.compiler.is_compiling() or torch.autograd._profiler_enabled():
-        return False
-    if (
-        torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._is_tracing()
-        or torch.autograd.forward_ad._current_level >= 0
-    ):
+    if _is_watched():
         return False
     for t in tensors:  # noqa: SIM110 (a generator takes longer than a small op)
         if type(t) not in _PLAIN and isinstance(t, Tensor):
             return False
     return True
+
+
+def _is_watched() -> int | bool:
+    return (
+        _is_compiling()
+        or _profiles()
+        or _dispatch_modes()
+        or _function_modes()
+        or _functorch_level() is not None
+        or _is_tracing()
+        or forward_ad._current_level >= 0
+    )
 
 
 def autocast(*tensors: Any) -> tuple[Any, ...]:

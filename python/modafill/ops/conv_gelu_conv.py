@@ -86,7 +86,7 @@ class _Rule:
 
 # Measured on a CPU with AVX-512. The gradient makes hidden rows again, which costs a sixth.
 _TRAINING, _TRAINING_SMALL = _Rule(rows=256, weights=8192, n=15_000_000), _Rule(rows=256, n=50_000_000)
-_BFLOAT16 = _Rule(n=1_000_000)
+_INFERENCE, _BFLOAT16 = _Rule(n=150_000_000), _Rule(n=1_000_000)
 
 
 def _rule(dtype: torch.dtype) -> str:
@@ -96,7 +96,8 @@ def _rule(dtype: torch.dtype) -> str:
     if dtype == torch.bfloat16 and _HAS_BFLOAT16:
         where = f"where {_BFLOAT16}"
     else:
-        where = f"in training where {_TRAINING}, or {_TRAINING_SMALL}"
+        training = f"in training where {_TRAINING}, or {_TRAINING_SMALL}"
+        where = f"{training}; in inference with several taps where {_INFERENCE}"
     return (
         f"torch by size, n = rows x weights of the larger convolution: {where}. Not with out= or in an exported program"
     )
@@ -119,7 +120,9 @@ def _torch_is_faster(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: T
     if x.dtype == torch.bfloat16 and _HAS_BFLOAT16:
         return _BFLOAT16.holds(rows, weights)
     training = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in (x, w1, b1, w2, b2))
-    return training and (_TRAINING.holds(rows, weights) or _TRAINING_SMALL.holds(rows, weights))
+    if training:
+        return _TRAINING.holds(rows, weights) or _TRAINING_SMALL.holds(rows, weights)
+    return any(w.ndim == 3 and w.shape[2] > 1 for w in (w1, w2)) and _INFERENCE.holds(rows, weights)
 
 
 def _within_reach(x: Tensor, w: Tensor) -> Tensor:

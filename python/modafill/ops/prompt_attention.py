@@ -51,7 +51,9 @@ def _check(
         if x.ndim != 4 or not dtype.is_floating_point:
             raise ValueError(f"{name}: got {backends.describe(x)}, expected a floating-point tensor [B, H, L, d]")
         if x.dtype != dtype or x.device != device:
-            raise ValueError(f"{name}: got {backends.describe(x)}, expected {dtype} on {device}, as q")
+            raise ValueError(
+                f"{name}: got {backends.describe(x)}, expected {backends.dtype_name(dtype)} on {device}, as q"
+            )
     batch, heads, queries, width = q.shape
     keys = k.shape[2]
     if k.shape != (batch, heads, keys, width):
@@ -74,7 +76,7 @@ def _check(
             or bias.dtype != dtype
             or bias.device != device
         ):
-            expected = f"{dtype} [P, {heads} or 1, {queries}, {keys}] on {device}"
+            expected = f"{backends.dtype_name(dtype)} [P, {heads} or 1, {queries}, {keys}] on {device}"
             raise ValueError(f"bias: got {backends.describe(bias)}, expected {expected}")
         if mode is None and shape[0] > 1:
             raise ValueError(f"mode: got None, expected int64 [{batch}] because bias has {bias.shape[0]} tables")
