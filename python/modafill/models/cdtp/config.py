@@ -1,0 +1,188 @@
+"""CDTP's numbers in one place: the defaults are §4.3 of the paper."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from modafill.diffusion import Schedule
+
+COMPLETIONS = ("diffusion", "linear", "none")
+TYPE_PROMPTS = ("bias", "append", "none")
+PREDICTIONS = ("epsilon", "v")
+TRAININGS = ("two-stage", "joint")
+RANGES = {
+    "dropout": (0.0, 0.99),
+    "input_dropout": (0.0, 0.99),
+    "min_alpha_bar": (1e-9, 0.99),
+    "eta": (0.0, 1.0),
+    "drop_rate": (0.0, 1.0),
+    "diffusion_weight": (0.0, 1e6),
+    "ema_decay": (0.0, 0.999999),
+    "learning_rate": (1e-9, 10.0),
+}
+
+
+@dataclass(frozen=True)
+class SequenceSpec:
+    """What CDTP must know of a modality: its feature width D and the longest sequence L. Vectors have length 1."""
+
+    width: int
+    length: int
+
+
+@dataclass(frozen=True)
+class CDTPConfig:
+    """Every number of CDTP. Fields without a source in the paper say whose they are.
+
+    Attributes:
+        width: of every projected modality, 256 (§4.3).
+        projection_kernel: taps of the projection, 1 ("equivalent to a linear layer", §3.2.2).
+        heads, layers: 8 and 6 (§4.3), of the crossmodal encoders.
+        self_layers: of the self-attention encoders; None = ``layers``, at least 3 (MulT).
+        dropout: of attention, feed-forward layers and residuals, 0.1 (§4.3).
+        input_dropout: of the features, 0 (MPLMM: 0.25 on text).
+        causal: MulT's mask in all encoders (on by default there and in MPLMM).
+        completion: ``"diffusion"`` (the paper), ``"linear"`` (MPLMM's map over channels) or ``"none"`` (missing
+            modalities stay empty).
+        generative_prompt, signal_prompt: whether they are used (§3.3.1, §3.3.2).
+        type_prompt: ``"bias"`` (the paper: added to the logits), ``"append"`` (MPLMM: tokens behind the sequence) or
+            ``"none"`` (§3.3.3).
+        prompt_length: ℓp, 16 (MPLMM).
+        condition_width: channels of the condition encoder; None = ``width``.
+        condition_kernels: taps of its two convolutions, 3 and 1 (the authors' code).
+        unet_channels: of each level of the U-Net, 128, 256, 512 (the authors' code).
+        unet_blocks: residual blocks per level, 2 (the authors' code).
+        shared_denoiser: one network for all pairs, told which by an embedding, instead of one for each.
+        diffusion_steps, beta_start, beta_end: 1000, 1e-4, 0.02 (the authors' code).
+        prediction: ``"epsilon"`` (eq. 5) or ``"v"`` (Salimans & Ho 2022), which few sampling steps need less luck with.
+        min_alpha_bar: steps up to the one with this ᾱ are used; beyond it there is no signal.
+        sampling_steps: evaluations of the DDIM sampler (eq. 8–9), 10.
+        eta: 0 deterministic, 1 ancestral.
+        drop_rate: p_drop, how often a training sample loses modalities, 0.2 (§4.3).
+        diffusion_weight: λ of the diffusion loss beside the task's in joint training (the paper names none).
+        training: ``"two-stage"`` (diffusion first, §3) or ``"joint"``.
+        ema_decay: of the denoisers' averaged weights in the first stage; 0 turns it off (own choice).
+        learning_rate: Adam, 1e-4 (§4.3).
+        batch_size, epochs: 32 and 50 (§4.3).
+        diffusion_epochs: of the first stage (own choice).
+        patience: epochs without a lower validation loss before the backbone stops.
+    """
+
+    width: int = 256
+    projection_kernel: int = 1
+    heads: int = 8
+    layers: int = 6
+    self_layers: int | None = None
+    dropout: float = 0.1
+    input_dropout: float = 0.0
+    causal: bool = True
+    completion: str = "diffusion"
+    generative_prompt: bool = True
+    signal_prompt: bool = True
+    type_prompt: str = "bias"
+    prompt_length: int = 16
+    condition_width: int | None = None
+    condition_kernels: tuple[int, int] = (3, 1)
+    unet_channels: tuple[int, ...] = (128, 256, 512)
+    unet_blocks: int = 2
+    shared_denoiser: bool = False
+    diffusion_steps: int = 1000
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    prediction: str = "epsilon"
+    min_alpha_bar: float = 1e-3
+    sampling_steps: int = 10
+    eta: float = 0.0
+    drop_rate: float = 0.2
+    diffusion_weight: float = 1.0
+    training: str = "two-stage"
+    ema_decay: float = 0.995
+    learning_rate: float = 1e-4
+    batch_size: int = 32
+    epochs: int = 50
+    diffusion_epochs: int = 50
+    patience: int = 10
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("completion", COMPLETIONS),
+            ("type_prompt", TYPE_PROMPTS),
+            ("prediction", PREDICTIONS),
+            ("training", TRAININGS),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(known)}")
+        object.__setattr__(self, "condition_kernels", tuple(self.condition_kernels))
+        object.__setattr__(self, "unet_channels", tuple(self.unet_channels))
+        for number in fields(self):
+            value, least = getattr(self, number.name), 0 if number.name.endswith("epochs") else 1
+            whole = number.type == "int" or (number.type == "int | None" and value is not None)
+            if whole and (type(value) is not int or value < least):
+                raise ValueError(f"{number.name}: got {value!r}, expected a whole number, at least {least}")
+            if number.type == "bool" and type(value) is not bool:
+                raise ValueError(f"{number.name}: got {value!r}, expected a bool")
+        for name, (low, high) in RANGES.items():
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected a number from {low} to {high}")
+        for name, taps in (
+            ("projection_kernel", self.projection_kernel),
+            *(("condition_kernels", k) for k in self.condition_kernels),
+        ):
+            if type(taps) is not int or taps not in (1, 3, 5, 7):
+                raise ValueError(f"{name}: got {taps!r}, expected 1, 3, 5 or 7")
+        if len(self.condition_kernels) != 2:
+            raise ValueError(f"condition_kernels: got {list(self.condition_kernels)}, expected two")
+        if not self.unet_channels or not all(type(c) is int and c > 0 for c in self.unet_channels):
+            raise ValueError(f"unet_channels: got {list(self.unet_channels)}, expected whole numbers, at least 1")
+        for name, width in (("width", self.width), ("unet_channels", self.unet_channels[-1])):
+            if width % self.heads or width // self.heads % 4 or width // self.heads > 128:
+                raise ValueError(
+                    f"{name}: got {width} with {self.heads} heads, expected heads of a multiple of 4 wide, up to 128"
+                )
+        last = self.schedule().last_step(self.min_alpha_bar)
+        if self.sampling_steps > last:
+            raise ValueError(f"sampling_steps: got {self.sampling_steps}, expected at most {last}, the steps in use")
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> CDTPConfig:
+        """``"paper"``: §4.3. ``"small"``: trains on two CPU cores in minutes."""
+        if name not in PRESETS:
+            raise ValueError(f"preset: got {name!r}, expected one of {', '.join(PRESETS)}")
+        return replace(cls(**PRESETS[name]), **changes)
+
+    def schedule(self) -> Schedule:
+        """The linear schedule of the denoisers."""
+        return Schedule.linear(self.diffusion_steps, self.beta_start, self.beta_end)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able fields."""
+        lists = {"condition_kernels": list(self.condition_kernels), "unet_channels": list(self.unet_channels)}
+        return {**asdict(self), **lists}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> CDTPConfig:
+        """Inverse of :meth:`to_dict`; unknown fields raise ValueError."""
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ValueError(f"CDTP config: unknown fields {', '.join(unknown)}")
+        return cls(**values)
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "small": {
+        "width": 32,
+        "heads": 4,
+        "layers": 2,
+        "self_layers": 2,
+        "prompt_length": 8,
+        "unet_channels": (32, 64),
+        "unet_blocks": 1,
+        "learning_rate": 1e-3,
+        "batch_size": 32,
+        "epochs": 30,
+        "diffusion_epochs": 30,
+        "patience": 8,
+    },
+}

@@ -1,0 +1,284 @@
+"""CDTP's networks against plain reimplementations, and what a batch, its order and its padding must not change."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from modafill.data import Batch, all_patterns
+from modafill.models.cdtp import CDTP, CDTPConfig, MulT, SequenceSpec, positions
+from modafill.models.cdtp.backbone import StackedEncoder
+from modafill.models.cdtp.stacked import StackedConv, StackedLinear, StackedNorm, choose
+from modafill.models.cdtp.unet import StackedUNet
+
+SPECS = {"text": SequenceSpec(6, 5), "audio": SequenceSpec(4, 9), "vision": SequenceSpec(3, 5)}
+
+
+def small(**changes: object) -> CDTPConfig:
+    numbers: dict[str, object] = {
+        "width": 16,
+        "heads": 2,
+        "layers": 2,
+        "self_layers": 1,
+        "prompt_length": 3,
+        "unet_channels": (8, 16),
+        "unet_blocks": 1,
+        "diffusion_steps": 100,
+        "sampling_steps": 3,
+        "min_alpha_bar": 0.01,
+        "beta_end": 0.1,
+    }
+    return CDTPConfig(**{**numbers, **changes})
+
+
+def make_batch(rows: int = 7, seed: int = 0, specs: dict[str, SequenceSpec] = SPECS) -> Batch:
+    """Complete samples of different lengths, the first ones as long as they may be."""
+    g = torch.Generator().manual_seed(seed)
+    features, lengths = {}, {}
+    for name, spec in specs.items():
+        n = torch.randint(1, spec.length + 1, (rows,), generator=g)
+        n[0] = spec.length
+        keep = torch.arange(spec.length) < n[:, None]
+        features[name] = torch.randn(rows, spec.length, spec.width, generator=g) * keep[..., None]
+        lengths[name] = n
+    return Batch(features, torch.ones(rows, len(specs), dtype=torch.bool), torch.arange(rows) * 3 + 1, lengths)
+
+
+def mixed(rows: int = 7) -> Batch:
+    """One sample of each missing pattern."""
+    return make_batch(rows).hide(all_patterns(3)[torch.arange(rows) % 7])
+
+
+def make(**changes: object) -> CDTP:
+    torch.manual_seed(0)
+    model = CDTP(SPECS, 4, small(**changes))
+    # Residual branches start at zero: without this much would be equal by accident.
+    for parameter in model.parameters():
+        if not parameter.detach().any():
+            nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+def test_positions_are_those_of_the_formula() -> None:
+    found = positions(40, 7)
+    for pos in (0, 1, 17, 39):
+        for i in range(3):
+            angle = pos / 10000 ** (2 * i / 7)
+            assert float(found[pos, 2 * i]) == pytest.approx(math.sin(angle), abs=1e-6)
+            assert float(found[pos, 2 * i + 1]) == pytest.approx(math.cos(angle), abs=1e-6)
+    assert torch.equal(positions(90, 7)[:40], found)
+
+
+@pytest.mark.parametrize("which", [[0, 1, 2], [1, 2], [0, 2], [1]])
+def test_stacked_layers_are_layers_side_by_side(which: list[int]) -> None:
+    torch.manual_seed(0)
+    linear, norm = StackedLinear(3, 5, 4), StackedNorm(3, 5)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    chosen = choose(which, 3)
+    x = torch.randn(len(which), 2, 7, 5)
+    for i, (n, ours, normal) in enumerate(zip(which, linear(x, chosen), norm(x, chosen), strict=True)):
+        torch.testing.assert_close(ours, nn.functional.linear(x[i], linear.weight[n].mT, linear.bias[n, 0]))
+        torch.testing.assert_close(normal, nn.functional.layer_norm(x[i], (5,), norm.weight[n], norm.bias[n]))
+    for taps, stride in ((1, 1), (3, 1), (5, 1), (3, 2)):
+        conv = StackedConv(3, 5, 4, taps=taps, stride=stride)
+        for i, (n, ours) in enumerate(zip(which, conv(x, chosen), strict=True)):
+            weight = conv.linear.weight[n].view(taps, 5, 4).permute(2, 1, 0)
+            expected = nn.functional.conv1d(x[i].mT, weight, conv.linear.bias[n, 0], stride=stride, padding=taps // 2)
+            torch.testing.assert_close(ours, expected.mT)
+
+
+def _plain_encoder(
+    encoder: StackedEncoder, n: int, x: Tensor, source: Tensor | None, lengths: Tensor, bias: Tensor | None
+) -> Tensor:
+    """MulT's encoder number ``n`` on ``x [B, Lq, d]``, written down from its equations, a head at a time."""
+
+    def embed(t: Tensor) -> Tensor:
+        place = torch.arange(t.shape[1], dtype=t.dtype)[:, None]
+        i = (torch.arange(t.shape[2]) // 2).to(t.dtype)
+        angle = place / 10000 ** (2 * i / t.shape[2])
+        even = torch.arange(t.shape[2]) % 2 == 0
+        return t * t.shape[2] ** 0.5 + torch.where(even, angle.sin(), angle.cos())
+
+    def norm(layer: StackedNorm, t: Tensor) -> Tensor:
+        centred = t - t.mean(-1, keepdim=True)
+        return centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt() * layer.weight[n] + layer.bias[n]
+
+    def linear(layer: StackedLinear, t: Tensor) -> Tensor:
+        return t @ layer.weight[n] + layer.bias[n]
+
+    h, s = embed(x), None if source is None else embed(source)
+    for layer in encoder.layers:
+        read = norm(layer.attention_norm, h if s is None else s)
+        q, (k, v) = linear(layer.query, norm(layer.attention_norm, h)), linear(layer.key_value, read).chunk(2, -1)
+        heads = []
+        for qh, kh, vh in zip(
+            q.chunk(layer.heads, -1), k.chunk(layer.heads, -1), v.chunk(layer.heads, -1), strict=True
+        ):
+            logits = qh @ kh.mT / qh.shape[-1] ** 0.5
+            if bias is not None:
+                logits = logits + bias
+            behind = torch.arange(kh.shape[1]) >= lengths[:, None, None]
+            future = torch.ones(qh.shape[1], kh.shape[1]).triu(1 + abs(qh.shape[1] - kh.shape[1])).bool()
+            heads.append(logits.masked_fill(behind | future, -torch.inf).softmax(-1) @ vh)
+        h = h + linear(layer.out, torch.cat(heads, -1))
+        h = h + linear(layer.narrow, linear(layer.widen, norm(layer.feedforward_norm, h)).relu())
+    return norm(encoder.norm, h)
+
+
+@pytest.mark.parametrize("self_attention", [False, True])
+def test_mults_encoder_against_plain_float64(self_attention: bool) -> None:
+    torch.manual_seed(0)
+    encoder = StackedEncoder(3, 16, 2, 2, dropout=0.3, causal=True).double().eval()
+    for parameter in encoder.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    x = torch.randn(3, 4, 6, 16, dtype=torch.float64)
+    source = None if self_attention else torch.randn(3, 4, 9, 16, dtype=torch.float64)
+    keys = 6 if self_attention else 9
+    lengths = torch.randint(1, keys + 1, (3, 4))
+    bias = torch.randn(3, 5, 1, 6, keys, dtype=torch.float64) if self_attention else None
+    mode = torch.tensor([4, 0, 2, 0])
+    found = encoder(x, source, lengths, bias=bias, mode=mode if self_attention else None)
+    for n in range(3):
+        expected = _plain_encoder(
+            encoder,
+            n,
+            x[n],
+            None if source is None else source[n],
+            lengths[n],
+            None if bias is None else bias[n, mode, 0],
+        )
+        torch.testing.assert_close(found[n], expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 7, 8])
+def test_the_denoisers_are_those_of_a_loop_over_pairs(length: int) -> None:
+    torch.manual_seed(0)
+    stack = StackedUNet(4, 6, 8, (8, 16, 24), 2, 2)
+    for parameter in stack.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    x, step = torch.randn(3, 5, length, 6), torch.randint(1, 100, (3, 5))
+    beside, sources = torch.randn(3, 5, length, 8), torch.randn(3, 5, 4, 8)
+    key_lengths, lengths = torch.randint(1, 5, (3, 5)), torch.randint(1, length + 1, (3, 5))
+    chosen = choose([0, 1, 3], 4)
+    together = stack(x, step, stack.condition(beside, sources, key_lengths, chosen), lengths, chosen)
+    for i, n in enumerate((0, 1, 3)):
+        alone = StackedUNet(1, 6, 8, (8, 16, 24), 2, 2)
+        alone.load_state_dict({name: value[n : n + 1] for name, value in stack.state_dict().items()})
+        for b in range(5):
+            # Without padding, one sample at a time.
+            end, keys = int(lengths[i, b]), int(key_lengths[i, b])
+            at = (slice(i, i + 1), slice(b, b + 1))
+            condition = alone.condition(beside[at][:, :, :end], sources[at][:, :, :keys], key_lengths[at])
+            expected = alone(x[at][:, :, :end], step[at], condition, lengths[at])
+            torch.testing.assert_close(together[at][:, :, :end], expected, rtol=1e-4, atol=1e-4)
+            assert not together[at][:, :, end:].any()
+
+
+OPTIONS: list[dict[str, object]] = [
+    {},
+    {"type_prompt": "append"},
+    {"type_prompt": "none", "signal_prompt": False, "generative_prompt": False},
+    {"completion": "linear"},
+    {"completion": "none"},
+    {"shared_denoiser": True, "prediction": "v", "eta": 0.7},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_every_parameter_gets_a_gradient(options: dict[str, object]) -> None:
+    torch.manual_seed(0)
+    model = make(**options).train()
+    batch = mixed(14)
+    given = model.project(make_batch(14))
+    loss = model(batch, seed=1).logsumexp(1).sum()
+    if model.diffusion is not None:
+        step = torch.randint(1, model.diffusion.last_step + 1, (14, 6))
+        loss = loss + model.diffusion.loss(given.x, given.lengths, given.available, step, seed=2, row_id=given.row_id)
+    loss.backward()
+    config = model.config
+    unused = set()
+    if not config.generative_prompt or config.completion == "none":
+        unused.add("prompts.generative")
+    if config.type_prompt == "none":
+        unused |= {"prompts.missing_type", *(f"prompts.projection.{m}" for m in range(3))}
+        if not config.signal_prompt:
+            unused |= {f"prompts.signal.{m}" for m in range(3)}
+    for name, parameter in model.named_parameters():
+        assert (name in unused) == (parameter.grad is None or not parameter.grad.any()), name
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_hidden_modality_changes_no_bit(options: dict[str, object]) -> None:
+    model = make(**options)
+    batch = mixed()
+    expected = model(batch, seed=3)
+    for value in (7.0, math.nan, math.inf):
+        spoilt = Batch(
+            {
+                name: torch.where(batch.available[:, m, None, None], x, value)
+                for m, (name, x) in enumerate(batch.features.items())
+            },
+            batch.available,
+            batch.row_id,
+            {name: torch.where(batch.available[:, m], n, 4) for m, (name, n) in enumerate(batch.lengths.items())},
+        )
+        assert torch.equal(model(spoilt, seed=3), expected)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_the_batch_and_its_order_change_nothing(options: dict[str, object]) -> None:
+    model = make(**options)
+    batch = mixed()
+    expected = model(batch, seed=3)
+    order = torch.tensor([4, 2, 6, 0, 1, 5, 3])
+    torch.testing.assert_close(model(batch.select(order), seed=3), expected[order], rtol=1e-5, atol=1e-5)
+    for i in range(len(batch)):
+        alone = batch.select(slice(i, i + 1))
+        torch.testing.assert_close(model(alone, seed=3)[0], expected[i], rtol=1e-5, atol=1e-5)
+
+
+def test_a_batch_that_is_padded_less_gives_the_same() -> None:
+    model = make()
+    batch = mixed().select(slice(1, None))
+    longest = {name: max(1, int(n.max())) for name, n in batch.lengths.items()}
+    cut = Batch(
+        {name: x[:, : longest[name]] for name, x in batch.features.items()},
+        batch.available,
+        batch.row_id,
+        batch.lengths,
+    )
+    torch.testing.assert_close(model(cut, seed=3), model(batch, seed=3))
+
+
+def test_complete_samples_bypass_generation(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make()
+    assert model.diffusion is not None
+    expected = model(make_batch())
+    monkeypatch.setattr(model.diffusion, "generate", None)
+    assert torch.equal(model(make_batch()), expected)
+
+
+def test_the_backbone_alone_reads_only_what_is_there() -> None:
+    torch.manual_seed(0)
+    model = MulT(SPECS, 4, small()).eval()
+    batch = mixed()
+    features, lengths = list(batch.features.values()), list(batch.lengths.values())
+    expected = model(features, lengths)
+    assert expected.shape == (7, 4)
+    behind = [
+        torch.where(torch.arange(x.shape[1])[:, None] < n[:, None, None], x, math.nan)
+        for x, n in zip(features, lengths, strict=True)
+    ]
+    assert torch.equal(model(behind, lengths), expected)
+
+
+def test_prompts_do_not_start_at_a_saddle() -> None:
+    model = make()
+    types = model.prompts.types()
+    assert types.shape == (7, 3, 3, 3)
+    assert 0.005 < float(types.std()) < 0.08
+    assert not torch.equal(types[0], types[1])
