@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from modafill import ops
+from modafill.diffusion import step_embedding
 from modafill.models.admc import ADN, ADMCConfig, Fusion, ModalityEncoder, TokenScaler
-from modafill.models.admc.adn import step_embedding
 
 SMALL = ADMCConfig(
     width=16,

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from modafill.diffusion import Schedule, angular_steps, check_samples, sample_clean, sample_replace, sample_row_ids
+from modafill.diffusion import (
+    Schedule,
+    angular_steps,
+    check_samples,
+    sample_clean,
+    sample_replace,
+    sample_row_ids,
+    step_embedding,
+)
 from modafill.models.admc.config import ADMCConfig
-
-
-def step_embedding(step: Tensor, width: int) -> Tensor:
-    """Sinusoids ``[B, width]`` of diffusion steps ``[B]`` (Ho et al. 2020)."""
-    half = width // 2
-    frequency = torch.exp(torch.arange(half, device=step.device) * (-math.log(10_000.0) / half))
-    angle = step[:, None].to(frequency.dtype) * frequency
-    return torch.cat([angle.sin(), angle.cos(), angle.new_zeros(len(step), width - 2 * half)], dim=1)
 
 
 class ADN(nn.Module):

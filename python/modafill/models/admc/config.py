@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import ClassVar
 
-from modafill.diffusion import Schedule
+from modafill.models.config import ModelConfig
 
 CONDITIONINGS = ("replace", "clean")
 INITS = ("unit", "scaled")
-RANGES = {
-    "textcnn_dropout": (0.0, 0.99),
-    "encoder_dropout": (0.0, 0.99),
-    "fusion_dropout": (0.0, 0.99),
-    "min_alpha_bar": (1e-9, 0.99),
-    "ema_decay": (0.0, 0.999999),
-    "condition_noise": (0.0, 100.0),
-    "latent_scale": (1e-6, 1e6),
-    "learning_rate": (1e-9, 10.0),
-}
 ENCODERS = ("auto", "lstm", "textcnn", "mlp")
 
 
 @dataclass(frozen=True)
-class ADMCConfig:
+class ADMCConfig(ModelConfig):
     """Every number of ADMC. Fields without a source in the paper say whose they are.
 
     Attributes:
@@ -90,26 +80,43 @@ class ADMCConfig:
     fusion_epochs: int = 60
     patience: int = 10
 
+    CHOICES: ClassVar = {"conditioning": CONDITIONINGS, "init": INITS}
+    RANGES: ClassVar = {
+        "textcnn_dropout": (0.0, 0.99),
+        "encoder_dropout": (0.0, 0.99),
+        "fusion_dropout": (0.0, 0.99),
+        "min_alpha_bar": (1e-9, 0.99),
+        "ema_decay": (0.0, 0.999999),
+        "condition_noise": (0.0, 100.0),
+        "latent_scale": (1e-6, 1e6),
+        "learning_rate": (1e-9, 10.0),
+    }
+    PRESETS: ClassVar = {
+        "paper": {},
+        "small": {
+            "width": 64,
+            "textcnn_filters": 64,
+            "mlp_hidden": 128,
+            "encoder_dropout": 0.5,
+            "adn_width": 96,
+            "adn_layers": 2,
+            "adn_heads": 4,
+            "adn_feedforward": 192,
+            "condition_noise": 0.5,
+            "fusion_feedforward": 256,
+            "learning_rate": 1e-3,
+            "encoder_epochs": 30,
+            "adn_epochs": 60,
+            "fusion_epochs": 20,
+            "patience": 5,
+        },
+    }
+
     def __post_init__(self) -> None:
-        if self.conditioning not in CONDITIONINGS:
-            raise ValueError(f"conditioning: got {self.conditioning!r}, expected one of {', '.join(CONDITIONINGS)}")
+        super().__post_init__()
         for name, encoder in self.encoders.items():
             if encoder not in ENCODERS:
                 raise ValueError(f"encoders[{name!r}]: got {encoder!r}, expected one of {', '.join(ENCODERS)}")
-        if self.init not in INITS:
-            raise ValueError(f"init: got {self.init!r}, expected one of {', '.join(INITS)}")
-        object.__setattr__(self, "textcnn_kernels", tuple(self.textcnn_kernels))
-        for number in fields(self):
-            value, least = getattr(self, number.name), 0 if number.name.endswith("_epochs") else 1
-            whole = number.type == "int" or (number.type == "int | None" and value is not None)
-            if whole and (type(value) is not int or value < least):
-                raise ValueError(f"{number.name}: got {value!r}, expected a whole number, at least {least}")
-        for name, (low, high) in RANGES.items():
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected a number from {low} to {high}")
-        kernels = self.textcnn_kernels
-        if not kernels or not all(type(kernel) is int and kernel > 0 for kernel in kernels):
-            raise ValueError(f"textcnn_kernels: got {list(kernels)}, expected whole numbers, at least 1")
         for width, heads in ((self.adn_width or self.width, self.adn_heads), (self.width, self.fusion_heads)):
             if width % heads:
                 raise ValueError(f"heads: got {heads}, expected a divisor of the width {width}")
@@ -118,48 +125,3 @@ class ADMCConfig:
         last = schedule.last_step(self.min_alpha_bar)
         if self.conditioning == "clean" and self.sampling_steps > last:
             raise ValueError(f"sampling_steps: got {self.sampling_steps}, expected at most {last}, the steps in use")
-
-    @classmethod
-    def preset(cls, name: str, **changes: Any) -> ADMCConfig:
-        """``"paper"``: §4.2. ``"small"``: about a tenth of the parameters, trains on two CPU cores in minutes."""
-        if name not in PRESETS:
-            raise ValueError(f"preset: got {name!r}, expected one of {', '.join(PRESETS)}")
-        return replace(cls(**PRESETS[name]), **changes)
-
-    def schedule(self) -> Schedule:
-        """The linear schedule of §4.2."""
-        return Schedule.linear(self.diffusion_steps, self.beta_start, self.beta_end)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able fields."""
-        return {**asdict(self), "textcnn_kernels": list(self.textcnn_kernels)}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> ADMCConfig:
-        """Inverse of :meth:`to_dict`; unknown fields raise ValueError."""
-        unknown = sorted(set(values) - {f.name for f in fields(cls)})
-        if unknown:
-            raise ValueError(f"ADMC config: unknown fields {', '.join(unknown)}")
-        return cls(**values)
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {},
-    "small": {
-        "width": 64,
-        "textcnn_filters": 64,
-        "mlp_hidden": 128,
-        "encoder_dropout": 0.5,
-        "adn_width": 96,
-        "adn_layers": 2,
-        "adn_heads": 4,
-        "adn_feedforward": 192,
-        "condition_noise": 0.5,
-        "fusion_feedforward": 256,
-        "learning_rate": 1e-3,
-        "encoder_epochs": 30,
-        "adn_epochs": 60,
-        "fusion_epochs": 20,
-        "patience": 5,
-    },
-}

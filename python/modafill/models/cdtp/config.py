@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
-from modafill.diffusion import Schedule
+from modafill.models.config import ModelConfig
 
 COMPLETIONS = ("diffusion", "linear", "none")
 TYPE_PROMPTS = ("bias", "append", "none")
 PREDICTIONS = ("epsilon", "v")
 TRAININGS = ("two-stage", "joint")
-RANGES = {
-    "dropout": (0.0, 0.99),
-    "input_dropout": (0.0, 0.99),
-    "min_alpha_bar": (1e-9, 0.99),
-    "eta": (0.0, 1.0),
-    "drop_rate": (0.0, 1.0),
-    "diffusion_weight": (0.0, 1e6),
-    "ema_decay": (0.0, 0.999999),
-    "learning_rate": (1e-9, 10.0),
-}
 
 
 @dataclass(frozen=True)
@@ -32,7 +22,7 @@ class SequenceSpec:
 
 
 @dataclass(frozen=True)
-class CDTPConfig:
+class CDTPConfig(ModelConfig):
     """Every number of CDTP. Fields without a source in the paper say whose they are.
 
     Attributes:
@@ -104,27 +94,42 @@ class CDTPConfig:
     diffusion_epochs: int = 50
     patience: int = 10
 
+    CHOICES: ClassVar = {
+        "completion": COMPLETIONS,
+        "type_prompt": TYPE_PROMPTS,
+        "prediction": PREDICTIONS,
+        "training": TRAININGS,
+    }
+    RANGES: ClassVar = {
+        "dropout": (0.0, 0.99),
+        "input_dropout": (0.0, 0.99),
+        "min_alpha_bar": (1e-9, 0.99),
+        "eta": (0.0, 1.0),
+        "drop_rate": (0.0, 1.0),
+        "diffusion_weight": (0.0, 1e6),
+        "ema_decay": (0.0, 0.999999),
+        "learning_rate": (1e-9, 10.0),
+    }
+    PRESETS: ClassVar = {
+        "paper": {},
+        "small": {
+            "width": 32,
+            "heads": 4,
+            "layers": 2,
+            "self_layers": 2,
+            "prompt_length": 8,
+            "unet_channels": (32, 64),
+            "unet_blocks": 1,
+            "learning_rate": 1e-3,
+            "batch_size": 32,
+            "epochs": 30,
+            "diffusion_epochs": 30,
+            "patience": 8,
+        },
+    }
+
     def __post_init__(self) -> None:
-        for name, known in (
-            ("completion", COMPLETIONS),
-            ("type_prompt", TYPE_PROMPTS),
-            ("prediction", PREDICTIONS),
-            ("training", TRAININGS),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(known)}")
-        object.__setattr__(self, "condition_kernels", tuple(self.condition_kernels))
-        object.__setattr__(self, "unet_channels", tuple(self.unet_channels))
-        for number in fields(self):
-            value, least = getattr(self, number.name), 0 if number.name.endswith("epochs") else 1
-            whole = number.type == "int" or (number.type == "int | None" and value is not None)
-            if whole and (type(value) is not int or value < least):
-                raise ValueError(f"{number.name}: got {value!r}, expected a whole number, at least {least}")
-            if number.type == "bool" and type(value) is not bool:
-                raise ValueError(f"{number.name}: got {value!r}, expected a bool")
-        for name, (low, high) in RANGES.items():
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected a number from {low} to {high}")
+        super().__post_init__()
         for name, taps in (
             ("projection_kernel", self.projection_kernel),
             *(("condition_kernels", k) for k in self.condition_kernels),
@@ -133,8 +138,6 @@ class CDTPConfig:
                 raise ValueError(f"{name}: got {taps!r}, expected 1, 3, 5 or 7")
         if len(self.condition_kernels) != 2:
             raise ValueError(f"condition_kernels: got {list(self.condition_kernels)}, expected two")
-        if not self.unet_channels or not all(type(c) is int and c > 0 for c in self.unet_channels):
-            raise ValueError(f"unet_channels: got {list(self.unet_channels)}, expected whole numbers, at least 1")
         for name, width in (("width", self.width), ("unet_channels", self.unet_channels[-1])):
             if width % self.heads or width // self.heads % 4 or width // self.heads > 128:
                 raise ValueError(
@@ -143,46 +146,3 @@ class CDTPConfig:
         last = self.schedule().last_step(self.min_alpha_bar)
         if self.sampling_steps > last:
             raise ValueError(f"sampling_steps: got {self.sampling_steps}, expected at most {last}, the steps in use")
-
-    @classmethod
-    def preset(cls, name: str, **changes: Any) -> CDTPConfig:
-        """``"paper"``: §4.3. ``"small"``: trains on two CPU cores in minutes."""
-        if name not in PRESETS:
-            raise ValueError(f"preset: got {name!r}, expected one of {', '.join(PRESETS)}")
-        return replace(cls(**PRESETS[name]), **changes)
-
-    def schedule(self) -> Schedule:
-        """The linear schedule of the denoisers."""
-        return Schedule.linear(self.diffusion_steps, self.beta_start, self.beta_end)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able fields."""
-        lists = {"condition_kernels": list(self.condition_kernels), "unet_channels": list(self.unet_channels)}
-        return {**asdict(self), **lists}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> CDTPConfig:
-        """Inverse of :meth:`to_dict`; unknown fields raise ValueError."""
-        unknown = sorted(set(values) - {f.name for f in fields(cls)})
-        if unknown:
-            raise ValueError(f"CDTP config: unknown fields {', '.join(unknown)}")
-        return cls(**values)
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {},
-    "small": {
-        "width": 32,
-        "heads": 4,
-        "layers": 2,
-        "self_layers": 2,
-        "prompt_length": 8,
-        "unet_channels": (32, 64),
-        "unet_blocks": 1,
-        "learning_rate": 1e-3,
-        "batch_size": 32,
-        "epochs": 30,
-        "diffusion_epochs": 30,
-        "patience": 8,
-    },
-}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from modafill import ops
-from modafill.models.admc.adn import step_embedding
+from modafill.diffusion import step_embedding
 from modafill.models.cdtp.stacked import ALL, StackedConv, StackedLinear, StackedNorm, Which, valid_mask
 
 

@@ -1,0 +1,69 @@
+"""What the configurations of all models share: checks of their numbers, presets, JSON, the noise schedule."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, ClassVar, TypeVar
+
+from modafill.diffusion import Schedule
+
+_Config = TypeVar("_Config", bound="ModelConfig")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Base of a frozen dataclass of numbers; a subclass has the fields named in :meth:`schedule` too.
+
+    Attributes:
+        CHOICES: field → the strings it may be.
+        RANGES: field → its least and its largest value.
+        PRESETS: name → what differs from the defaults.
+    """
+
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {}
+    RANGES: ClassVar[dict[str, tuple[float, float]]] = {}
+    PRESETS: ClassVar[dict[str, dict[str, Any]]] = {}
+
+    def __post_init__(self) -> None:
+        """Raise ValueError, naming the field, unless strings, whole numbers, bools and ranges are what they may be."""
+        for name, known in self.CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(known)}")
+        for number in fields(self):
+            value, least = getattr(self, number.name), 0 if number.name.endswith("epochs") else 1
+            whole = number.type == "int" or (number.type == "int | None" and value is not None)
+            if whole and (type(value) is not int or value < least):
+                raise ValueError(f"{number.name}: got {value!r}, expected a whole number, at least {least}")
+            if number.type == "bool" and type(value) is not bool:
+                raise ValueError(f"{number.name}: got {value!r}, expected a bool")
+            if str(number.type).startswith("tuple[int"):
+                object.__setattr__(self, number.name, tuple(value))
+                if not value or not all(type(v) is int and v > 0 for v in value):
+                    raise ValueError(f"{number.name}: got {list(value)}, expected whole numbers, at least 1")
+        for name, (low, high) in self.RANGES.items():
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected a number from {low} to {high}")
+
+    @classmethod
+    def preset(cls: type[_Config], name: str, **changes: Any) -> _Config:
+        """``"paper"``: the paper's numbers. ``"small"``: a model that trains on two CPU cores in minutes."""
+        if name not in cls.PRESETS:
+            raise ValueError(f"preset: got {name!r}, expected one of {', '.join(cls.PRESETS)}")
+        return replace(cls(**cls.PRESETS[name]), **changes)
+
+    def schedule(self) -> Schedule:
+        """The linear noise schedule of ``diffusion_steps``, ``beta_start`` and ``beta_end``."""
+        numbers: Any = self
+        return Schedule.linear(numbers.diffusion_steps, numbers.beta_start, numbers.beta_end)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able fields."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls: type[_Config], values: dict[str, Any]) -> _Config:
+        """Inverse of :meth:`to_dict`; unknown fields raise ValueError."""
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if unknown:
+            raise ValueError(f"{cls.__name__.removesuffix('Config')} config: unknown fields {', '.join(unknown)}")
+        return cls(**values)
