@@ -39,8 +39,10 @@ def run(
         progress: show a bar and what is left out on standard error, and the table on standard output.
 
     Raises:
-        ValueError: no such suite or device, or a thread count below 1.
+        ValueError: no such suite or device, a thread count below 1, or a ``json_path`` that is no place for a file.
     """
+    if json_path is not None and json_path.is_dir():
+        raise ValueError(f"json: got {str(json_path)!r}, a folder, expected a file")
     where = _device(device)
     if threads is None:
         threads = sorted({1, torch.get_num_threads()})

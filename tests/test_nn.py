@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import prune
 
 from modafill import ops
@@ -73,6 +74,11 @@ def test_layers_that_change() -> None:
         lambda: ours.__setitem__(1, other),
         lambda: ours.__delitem__(1),
         lambda: ours.__iadd__(ours),
+        lambda: ours * 2,
+        lambda: ours + ours,
+        lambda: setattr(ours, "0", other),
+        lambda: ours.add_module("1", other),
+        lambda: ours.register_module("2", other),
     )
     for change in changes:
         with pytest.raises(TypeError, match=r"^ConvGeluConv: got a change of its layers, expected none"):
@@ -421,6 +427,22 @@ def test_exports_for_any_batch() -> None:
     program = torch.export.export(network, network_inputs(), dynamic_shapes=({0: batch},) * 3)
     five = [torch.cat([t, t, t])[:5] for t in network_inputs()]
     torch.testing.assert_close(program.module()(*five), network(*five))
+
+
+@pytest.mark.parametrize("trace", ["export", "make_fx", "jit"])
+def test_what_is_traced_on_a_short_sample_reads_long_ones(trace: str) -> None:
+    network = ConvGeluConv(6, 10, 6, 5, 3).eval().requires_grad_(False)
+    short = torch.randn(40, 2, 6)
+    if trace == "export":
+        length = torch.export.Dim("length", min=1, max=500)
+        traced = torch.export.export(network, (short,), dynamic_shapes=({1: length},)).module()
+    elif trace == "make_fx":
+        traced = make_fx(network)(short)
+    else:
+        traced = torch.jit.trace(network, short, check_trace=False)
+    for steps in (1, 2, 3, 20):
+        x = torch.randn(40, steps, 6)
+        torch.testing.assert_close(traced(x), network(x))
 
 
 def test_copies_and_files_hold_the_same_module(tmp_path: Path) -> None:

@@ -171,7 +171,7 @@ void few_rows(const ConvGeluConvArgs &args, int threads) {
   const bool tanh = args.tanh;
   for_columns<C>(count, rows * first_depth, threads, [=](int64_t begin, int64_t end) {
     dot_columns(made, hidden, a, first, first_bias, rows, first_depth, begin, end);
-    // What lies behind the last column is never read.
+    // What lies behind the last column is read here and nowhere else.
     for (int64_t row = 0; row < rows; ++row)
       for (int64_t i = begin; i < end; i += kWidth<C>)
         store(made + row * hidden + i, gelu<C>(load(made + row * hidden + i), tanh).value);
@@ -198,6 +198,10 @@ void few_rows_backward(const ConvGeluConvBackward &job, int threads) {
   const C *const x = static_cast<const C *>(args.x), *const grad = static_cast<const C *>(job.grad);
   const C *const first = static_cast<const C *>(args.first), *const second = static_cast<const C *>(args.second);
   const bool need_delta = job.x_grad || job.first_grad || job.first_bias_grad, tanh = args.tanh;
+  if (job.second_bias_grad)
+    sum_rows(job.second_bias_grad, grad, rows, outputs);
+  if (!need_delta && !job.second_grad)
+    return;
   const Scratch<C> x_windows(args.first_taps == 1 ? 0 : rows * first_depth), pre(rows * hidden + kWidth<C>),
       slope(rows * hidden + kWidth<C>), wide(rows * std::max(first_depth, second_depth)), delta(rows * hidden);
   const C *const a = args.first_taps == 1 ? x : x_windows.get();
@@ -221,8 +225,6 @@ void few_rows_backward(const ConvGeluConvBackward &job, int threads) {
     }
     weigh(static_cast<C *>(job.second_grad), grad, 1, outputs, b, outputs, second_depth, rows, threads);
   }
-  if (job.second_bias_grad)
-    sum_rows(job.second_bias_grad, grad, rows, outputs);
   if (!need_delta)
     return;
   weigh(wide.get(), grad, outputs, 1, second, rows, second_depth, outputs, threads);

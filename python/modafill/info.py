@@ -33,12 +33,16 @@ def info() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name(device) if gpu else _why_no_gpu(),
         "compute_capability": ".".join(map(str, torch.cuda.get_device_capability(device))) if gpu else None,
         **native,
-        "ops": {
-            op: {"backend": choice.backend, "reason": choice.reason, "rejected": choice.rejected}
-            for op in backends.OPS
-            for choice in [backends.explain(op, device=device)]
-        },
+        "ops": {op: _choice(op, device) for op in backends.OPS},
     }
+
+
+def _choice(op: str, device: torch.device) -> dict[str, Any]:
+    try:
+        choice = backends.explain(op, device=device)
+    except backends.BackendError as error:
+        return {"backend": "none", "reason": str(error), "rejected": {}}
+    return {"backend": choice.backend, "reason": choice.reason, "rejected": choice.rejected}
 
 
 def _why_no_gpu() -> str:

@@ -67,6 +67,25 @@ class ConvGeluConv(nn.Sequential):
             nn.Conv1d(hidden_channels, out_channels, sizes[1], padding=sizes[1] // 2, **made),
         )
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Module):
+            _refuse_change(self)
+        super().__setattr__(name, value)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Refused once the three layers are there."""
+        if len(self) == 3:
+            _refuse_change(self)
+        super().add_module(name, module)
+
+    register_module = add_module
+
+    def __getitem__(self, index: Any) -> Any:
+        """One of the three layers; a slice is refused."""
+        if isinstance(index, slice):
+            raise TypeError("ConvGeluConv: got a slice, expected the number of a layer")
+        return super().__getitem__(index)
+
     def forward(self, x: Tensor) -> Tensor:
         """``[B, L, out_channels]`` of ``x [B, L, in_channels]``, in the weights' dtype unless autocast casts both.
 
@@ -96,7 +115,10 @@ def _refuse_change(self: ConvGeluConv, *args: Any, **kwargs: Any) -> Any:
     raise TypeError("ConvGeluConv: got a change of its layers, expected none: they are fixed")
 
 
-for _name in ("append", "insert", "extend", "pop", "__setitem__", "__delitem__", "__iadd__", "__imul__"):
+for _name in (
+    *("append", "insert", "extend", "pop", "__setitem__", "__delitem__"),
+    *("__add__", "__iadd__", "__mul__", "__rmul__", "__imul__"),
+):
     setattr(ConvGeluConv, _name, _refuse_change)
 
 

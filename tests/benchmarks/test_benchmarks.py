@@ -120,6 +120,11 @@ def test_every_provider_of_the_step_suite_passes_its_gate(quick: tuple[dict[str,
     }
 
 
+def test_a_folder_in_the_place_of_the_file_is_refused_first(tmp_path):
+    with pytest.raises(ValueError, match="a folder, expected a file"):
+        benchmarks.run("step", json_path=tmp_path, threads=[0])
+
+
 def test_the_file_holds_the_result_and_nothing_else_is_left(quick: tuple[dict[str, Any], Path]) -> None:
     result, path = quick
     assert json.loads(path.read_text()) == result

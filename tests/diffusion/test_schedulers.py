@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -783,6 +785,16 @@ BAD_MASKS = [
 ]
 X = torch.ones(SHAPE)
 LIKE = r"expected floating-point \[4, 3, 10\] on cpu, as sample"
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda output: pickle.loads(pickle.dumps(output))])
+def test_a_copy_of_an_output_has_its_estimate(duplicate: Any) -> None:
+    output = DDIMScheduler(**UNCLIPPED).step(X, 500, X + 1)
+    again = duplicate(output)
+    assert torch.equal(again.prev_sample, output.prev_sample)
+    assert torch.equal(again.pred_original_sample, output.pred_original_sample)
+
+
 BAD_STEPS: list[tuple[dict[str, Any], str]] = [
     ({"sample": X.long()}, r"sample: got int64 \[4, 3, 10\] on cpu, expected a floating-point tensor"),
     ({"sample": 1.0}, "sample: got float 1.0, expected a tensor"),
@@ -799,12 +811,17 @@ BAD_STEPS: list[tuple[dict[str, Any], str]] = [
     ({"row_id": [0, 1, 2, 3]}, "row_id: got list, expected a tensor"),
     ({"generator": [torch.Generator()] * 4}, "generator: got list, expected one torch.Generator or None"),
     ({"generator": torch.Generator(), "seed": 1}, "seed: got it beside generator, expected one of them"),
+    ({"return_dict": "no"}, "return_dict: got str 'no', expected a bool"),
 ]
 ONLY = {
     "DDIM": [
         ({"eta": 1.5}, r"eta: got 1.5, expected a value in \[0, 1\]"),
         ({"eta": None}, "eta: got NoneType None, expected a number"),
         ({"eta": "0"}, "eta: got str '0', expected a number"),
+        ({"eta": True}, "eta: got bool True, expected a number"),
+        ({"eta": object()}, "eta: got object, expected a number"),
+        ({"eta": torch.tensor(0.0)}, "eta: got float32 .*, expected a number"),
+        ({"use_clipped_model_output": torch.Generator()}, "use_clipped_model_output: got Generator, expected a bool"),
         ({"variance_noise": X.long()}, rf"variance_noise: got int64 \[4, 3, 10\] on cpu, {LIKE}"),
         (
             {"variance_noise": X, "row_id": torch.arange(4)},
@@ -853,7 +870,9 @@ def test_a_step_checks_its_arguments_before_any_work(
     assert torch.equal(scheduler.step(**right, seed=SEED).prev_sample, expected)
 
 
-@pytest.mark.parametrize(("wrong", "message"), [case for case in BAD_STEPS if not case[0].keys() & {"model_output"}])
+@pytest.mark.parametrize(
+    ("wrong", "message"), [case for case in BAD_STEPS if not case[0].keys() & {"model_output", "return_dict"}]
+)
 def test_undoing_checks_its_arguments(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         RePaintScheduler().undo_step(**{"sample": X, "timestep": 500, **wrong})

@@ -113,6 +113,13 @@ def test_the_weights_of_f1_are_the_targets_classes() -> None:
     assert sentiment(target, prediction)["F1"] == pytest.approx((4 * 6 / 7 + 2 / 3) / 5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_nothing_correlates_with_a_constant(dtype: torch.dtype) -> None:
+    target = torch.linspace(-3, 3, 50, dtype=dtype)
+    for value in torch.linspace(-2, 2, 41, dtype=dtype):
+        assert math.isnan(sentiment(value.expand(50), target)["Corr"])
+
+
 def test_sentiment_of_what_it_cannot_read() -> None:
     good = torch.tensor([1.0, -1.0])
     for prediction, target, message in (

@@ -7,7 +7,9 @@ compiled step torch's own is what the compiler makes of it: other draws under in
 
 Timesteps are diffusers', and results agree within float32 rounding, but for these departures:
 
-- The noise: it does not depend on the batch, its order or the device. ``variance_noise`` takes diffusers' own.
+- The noise: it does not depend on the batch, its order or the device; RePaint's is of the seed, the row, the timestep
+  and the number of calls since ``set_timesteps``, so parts of a batch want a scheduler each. ``variance_noise`` takes
+  diffusers' own.
 - A DDIM step goes from each of the n timesteps to the next one, and from the last to x̂₀. diffusers goes to t − N // n,
   which for ``"linspace"``, and for ``"trailing"`` where n does not divide N, is not where the next step begins: the
   sample then has another noise level than the network is told. For ``"leading"`` with ``steps_offset`` of N // n or
@@ -24,6 +26,8 @@ Timesteps are diffusers', and results agree within float32 rounding, but for the
   ``generator`` beside ``seed``, ``variance_noise`` beside what else tells the noise.
 - ``pred_original_sample`` has the dtype of ``prev_sample``; diffusers leaves a predicted x₀ in the model's.
 - An output unpacks into its two tensors, diffusers' into their names.
+- They are for loops of one's own: diffusers' pipelines make schedulers of theirs from a configuration, and there is no
+  ``from_pretrained`` and ``save_pretrained``. ``dict(scheduler.config)`` is what diffusers' ``from_config`` takes.
 
 Where an argument does not fit, a step raises before it draws or computes anything. Backends are those of
 :mod:`modafill.ops`: one that ``MODAFILL_BACKEND`` names runs the ops, not the passes of PyTorch that some settings take
@@ -96,6 +100,10 @@ class SchedulerOutput:
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self.to_tuple())
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has x̂₀ itself, and not the scheduler that would make it.
+        return {"prev_sample": self.prev_sample, "_original": self.pred_original_sample}
 
     def to_tuple(self) -> tuple[Tensor, Tensor]:
         """``(prev_sample, pred_original_sample)``."""
@@ -537,6 +545,8 @@ class DDIMScheduler(_Scheduler):
             RuntimeError: ``MODAFILL_BACKEND`` names a backend that cannot run here.
         """
         eta = check_share("eta", eta)
+        backends.check_flag("use_clipped_model_output", use_clipped_model_output)
+        backends.check_flag("return_dict", return_dict)
         inputs = {"model_output": model_output}
         if variance_noise is not None:
             for name, other in (("generator", generator), ("seed", seed), ("row_id", row_id)):
@@ -577,6 +587,7 @@ class DDPMScheduler(_Scheduler):
         row_id: Tensor | None = None,
     ) -> SchedulerOutput | tuple[Tensor, Tensor]:
         """The sample one timestep earlier; arguments, results and errors as in :meth:`DDIMScheduler.step`."""
+        backends.check_flag("return_dict", return_dict)
         stride, (model_output,) = self._begin(timestep, sample, generator, seed, row_id, {"model_output": model_output})
         done, x0 = self._advance(model_output, stride, 1.0, True)
         return self._output(done, x0, model_output, stride, return_dict)
@@ -670,6 +681,7 @@ class RePaintScheduler(_Scheduler):
 
         Results and errors are those of :meth:`DDIMScheduler.step`.
         """
+        backends.check_flag("return_dict", return_dict)
         known_there = _full_mask(mask, sample)
         inputs = {"model_output": model_output, "original_image": original_image}
         if mask.is_floating_point():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score, multiclass_recall
@@ -51,10 +53,11 @@ def crps(samples: Tensor, truth: Tensor, scale: float) -> float:
 def sentiment(prediction: Tensor, target: Tensor) -> dict[str, float]:
     """Figures of CDTP §4.1 for intensities in −3…3: ``prediction [B]`` against ``target [B]``.
 
-    As in MulT: ``"ACC-7"`` compares what both round to within ±3 (halves to even). ``"ACC-2"`` and ``"F1"`` tell
-    negative from non-negative; ``"ACC-2 nonzero"`` and ``"F1 nonzero"`` negative from positive, on the samples whose
-    target is not 0. F1 is weighted by the targets' classes; MulT's code swaps the arguments and weights by the
-    predicted ones. ``"MAE"`` is the mean absolute error, ``"Corr"`` Pearson's correlation, NaN where one is constant.
+    ``"ACC-7"`` compares what both round to within ±3 (halves to even). ``"ACC-2"`` and ``"F1"`` tell negative from
+    non-negative (Zadeh et al. 2018); ``"ACC-2 nonzero"`` and ``"F1 nonzero"`` negative from positive, on the samples
+    whose target is not 0 (MulT, whose code counts 0 as negative where it keeps it). F1 is weighted by the targets'
+    classes; MulT's code swaps the arguments and weights by the predicted ones. ``"MAE"`` is the mean absolute error,
+    ``"Corr"`` Pearson's correlation, NaN where one is constant.
 
     Raises:
         ValueError: other shapes, NaN or infinity, or no target that is not 0.
@@ -78,5 +81,6 @@ def sentiment(prediction: Tensor, target: Tensor) -> dict[str, float]:
         f1 = multiclass_f1_score(said.long(), true.long(), num_classes=2, average="weighted")
         figures[f"F1{suffix}"] = float(f1)
     figures["MAE"] = float((prediction - target).abs().mean())
-    figures["Corr"] = float(torch.corrcoef(torch.stack([prediction, target]))[0, 1])
+    varies = all(bool((values != values[0]).any()) for values in (prediction, target))
+    figures["Corr"] = float(torch.corrcoef(torch.stack([prediction, target]))[0, 1]) if varies else math.nan
     return figures

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, TypeVar
 
@@ -13,6 +14,8 @@ _Config = TypeVar("_Config", bound="ModelConfig")
 @dataclass(frozen=True)
 class ModelConfig:
     """Base of a frozen dataclass of numbers; a subclass has the fields named in :meth:`schedule` too.
+
+    Types are read as text: a subclass's module has ``from __future__ import annotations``.
 
     Attributes:
         CHOICES: field → the strings it may be.
@@ -37,9 +40,13 @@ class ModelConfig:
             if number.type == "bool" and type(value) is not bool:
                 raise ValueError(f"{number.name}: got {value!r}, expected a bool")
             if str(number.type).startswith("tuple[int"):
-                object.__setattr__(self, number.name, tuple(value))
-                if not value or not all(type(v) is int and v > 0 for v in value):
-                    raise ValueError(f"{number.name}: got {list(value)}, expected whole numbers, at least 1")
+                values = tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else ()
+                if not values or not all(type(v) is int and v > 0 for v in values):
+                    got = list(values) if values else repr(value)
+                    raise ValueError(f"{number.name}: got {got}, expected whole numbers, at least 1")
+                object.__setattr__(self, number.name, values)
+            if number.type == "float" and (type(value) is bool or not isinstance(value, (int, float))):
+                raise ValueError(f"{number.name}: got {value!r}, expected a number")
         for name, (low, high) in self.RANGES.items():
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected a number from {low} to {high}")

@@ -67,6 +67,10 @@ _functorch_level = torch._C._functorch.peek_interpreter_stack
 library = torch.library.Library("modafill", "DEF")
 
 
+class BackendError(RuntimeError):
+    """A backend or a device was named that cannot run here."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """What a call would run, and why not something faster.
@@ -118,7 +122,7 @@ def explain(
     if where.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (where.index or 0) >= count:
-            raise RuntimeError(f"device: got {str(device)!r}, but torch sees {count} CUDA devices")
+            raise BackendError(f"device: got {str(device)!r}, but torch sees {count} CUDA devices")
     return _choose(op, where, dtype, requested(backend))
 
 
@@ -152,7 +156,7 @@ def _choose(op: str, device: torch.device, dtype: torch.dtype, backend: str) -> 
             raise ValueError(f"backend: got {backend!r}, expected auto, {', '.join(BACKENDS)}")
         why = _why_not(op, backend, device, dtype)
         if why is not None:
-            raise RuntimeError(f"{op}: the {backend} backend cannot run: {why}")
+            raise BackendError(f"{op}: the {backend} backend cannot run: {why}")
         return Choice(op, backend, "asked for by name", {})
     rejected: dict[str, str] = {}
     for name in ("cpu", "torch") if device.type == "cpu" else ("cuda", "triton", "torch"):
@@ -270,9 +274,19 @@ def describe(value: Any) -> str:
 def number(name: str, value: Any) -> float:
     if type(value) is float:
         return value
-    if value is None or isinstance(value, (str, list, tuple, dict)):
-        raise TypeError(f"{name}: got {describe(value)}, expected a number")
-    return float(value)
+    try:
+        # A tensor's value on a GPU would have to be waited for.
+        if isinstance(value, (bool, str, Tensor)):
+            raise TypeError
+        return float(value)
+    except TypeError:
+        raise TypeError(f"{name}: got {describe(value)}, expected a number") from None
+
+
+def check_flag(name: str, value: Any) -> None:
+    """TypeError unless ``value`` is True or False."""
+    if value is not True and value is not False:
+        raise TypeError(f"{name}: got {describe(value)}, expected a bool")
 
 
 _STEP = "an integer or an int64 tensor"
@@ -305,6 +319,8 @@ def integer(
 def check_tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: got {describe(value)}, expected a tensor")
+    if value.layout is not torch.strided:
+        raise ValueError(f"{name}: got a {value.layout} tensor, expected a dense one")
 
 
 def check_dtype(dtype: Any) -> None:

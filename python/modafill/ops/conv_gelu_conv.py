@@ -23,18 +23,22 @@ _HAS_BFLOAT16 = torch.cpu._is_avx512_bf16_supported()
 _GROUP_BYTES = 1 << 24
 _GROUP_ROWS = 96
 _FEW_GROUPS, _MAX_GROUPS = 4, 16
+# Fewer rows do not pay for a copy of the weights.
+_ROWS_FOR_A_COPY = 64
 
 
 def _check(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, approximate: str) -> None:
     dtype, device = x.dtype, x.device
     if x.ndim != 3 or not dtype.is_floating_point:
         raise ValueError(f"x: got {backends.describe(x)}, expected a floating-point tensor [B, L, C]")
-    for name, w, inputs, what in (("w1", w1, x.shape[2], "C"), ("w2", w2, None, "hidden")):
+    for name, w, inputs, what in (("w1", w1, x.shape[2], "hidden, {} (C)"), ("w2", w2, None, "out, {} (hidden)")):
         backends.check_tensor(name, w)
         inputs = w1.shape[0] if inputs is None else inputs
         if w.ndim != 3 or w.shape[1] != inputs or w.dtype != dtype or w.device != device or w.shape[0] < 1:
-            expected = f"{backends.dtype_name(dtype)} [out, {inputs} ({what}), taps] on {device}"
-            raise ValueError(f"{name}: got {backends.describe(w)}, expected {expected}")
+            expected = f"{backends.dtype_name(dtype)} [{what.format(inputs)}, taps] on {device}"
+            turned = name == "w1" and w.ndim == 3 and w.shape[1] == x.shape[1]
+            hint = f"; an x {list(x.shape)} that is nn.Conv1d's [B, C, L] goes in as x.mT" if turned else ""
+            raise ValueError(f"{name}: got {backends.describe(w)}, expected {expected}{hint}")
         if w.shape[2] % 2 == 0 or w.shape[2] > MAX_TAPS:
             raise ValueError(f"{name}: got {w.shape[2]} taps, expected an odd number up to {MAX_TAPS}")
     if w1.shape[1] < 1:
@@ -43,7 +47,8 @@ def _check(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | No
         if b is not None:
             backends.check_tensor(name, b)
             if b.shape != w.shape[:1] or b.dtype != dtype or b.device != device:
-                raise ValueError(f"{name}: got {backends.describe(b)}, expected {dtype} [{w.shape[0]}] on {device}")
+                expected = f"{backends.dtype_name(dtype)} [{w.shape[0]}] on {device}"
+                raise ValueError(f"{name}: got {backends.describe(b)}, expected {expected}")
     if approximate not in ("none", "tanh"):
         raise ValueError(f"approximate: got {approximate!r}, expected 'none' or 'tanh'")
 
@@ -127,8 +132,10 @@ def _torch_is_faster(x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: T
 
 def _within_reach(x: Tensor, w: Tensor) -> Tensor:
     """``w`` without the taps that meet nothing but padding: in samples of length 1, all but the middle one."""
-    reach = x.shape[1] - 1
-    return w if w.shape[2] <= 2 * reach + 1 else w.narrow(2, w.shape[2] // 2 - reach, 2 * reach + 1)
+    taps = 2 * x.shape[1] - 1
+    if w.shape[2] <= taps or x.shape[0] * x.shape[1] < _ROWS_FOR_A_COPY:
+        return w.contiguous()
+    return w.narrow(2, (w.shape[2] - taps) // 2, taps).contiguous()
 
 
 def _description(
@@ -166,7 +173,7 @@ def _run(
         op = _in_torch if backend == "torch" else reference.conv_gelu_conv
         result = op(x, w1, b1, w2, b2, approximate=approximate)
         return result.to(x.dtype).contiguous() if out is None else out.copy_(result)
-    x, w1, w2 = x.contiguous(), w1.contiguous(), w2.contiguous()
+    x, w1, w2 = x.contiguous(), _within_reach(x, w1), _within_reach(x, w2)
     b1, b2 = backends.contiguous(b1), backends.contiguous(b2)
     if out is None:
         out = backends.fresh(torch.empty(shape, dtype=x.dtype, device=x.device), backend)
@@ -220,7 +227,8 @@ def _run_backward(
         convolutions = functools.partial(op, approximate=approximate)
         out = _fake_backward(grad, x, w1, b1, w2, b2, approximate, need, backend)
         return backends.gradients(convolutions, (x, w1, b1, w2, b2), need, grad, out, dtype)
-    grad, x, w1, w2 = grad.contiguous(), x.contiguous(), w1.contiguous(), w2.contiguous()
+    grad, x, all_taps = grad.contiguous(), x.contiguous(), (w1.shape[2], w2.shape[2])
+    w1, w2 = _within_reach(x, w1), _within_reach(x, w2)
     b1, b2 = backends.contiguous(b1), backends.contiguous(b2)
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     made: list[Tensor | None] = [torch.empty_like(x) if need[0] else None]
@@ -243,6 +251,10 @@ def _run_backward(
             *map(backends.pointer, made),
             _groups(x, w1, w2),
         )
+    for i, taps in ((1, all_taps[0]), (3, all_taps[1])):
+        t = made[i]
+        if t is not None and t.shape[2] < taps:
+            made[i] = F.pad(t, [(taps - t.shape[2]) // 2] * 2)
     return [t.to(x.dtype) for t in made if t is not None]
 
 
@@ -349,9 +361,6 @@ def conv_gelu_conv(
     backends.check_tensor("x", x)
     x, w1, b1, w2, b2 = backends.autocast(x, w1, b1, w2, b2)
     backend = backends.requested(backend)
-    if x.ndim == 3 and 0 < x.shape[1] <= MAX_TAPS // 2 and not torch.compiler.is_compiling():
-        _check(x, w1, b1, w2, b2, approximate)
-        w1, w2 = _within_reach(x, w1), _within_reach(x, w2)
     if out is None and (backend == "torch" or (backend == "auto" and _torch_is_faster(x, w1, b1, w2, b2))):
         _check(x, w1, b1, w2, b2, approximate)
         return _in_torch(x, w1, b1, w2, b2, approximate)

@@ -481,12 +481,13 @@ def prompt_attention(
         RuntimeError: ``backend`` names one that cannot run here.
     """
     backends.check_tensor("q", q)
-    if scale is None:
+    if scale is not None:
+        scale = backends.number("scale", scale)
+    else:
         # A tensor without a width is refused below.
         scale = q.shape[-1] ** -0.5 if q.ndim and q.shape[-1] else 1.0
     dropout = backends.number("dropout", dropout)
-    if causal is not True and causal is not False:
-        raise TypeError(f"causal: got {backends.describe(causal)}, expected a bool")
+    backends.check_flag("causal", causal)
     if dropout > 0.0 and seed is None:
         raise ValueError("seed: got None, expected an integer because dropout > 0")
     q, k, v, bias = backends.autocast(q, k, v, bias)
@@ -498,7 +499,7 @@ def prompt_attention(
         mode,
         causal,
         key_lengths,
-        backends.number("scale", scale),
+        scale,
         dropout,
         *backends.split_seed(0 if seed is None else seed),
         row_id,

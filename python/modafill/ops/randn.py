@@ -142,7 +142,11 @@ def randn(
         device = next((t.device for t in (out, row_id, step, seed) if isinstance(t, Tensor)), "cpu")
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
+        if not torch.cuda.is_available():
+            raise backends.BackendError("device: got 'cuda', but torch sees 0 CUDA devices")
         device = torch.device("cuda", torch.cuda.current_device())
+    if not isinstance(shape, Sequence):
+        raise TypeError(f"shape: got {backends.describe(shape)}, expected a sequence of integers [B, ...]")
     args = (
         list(shape),
         *backends.split_step("step", step),
