@@ -21,7 +21,19 @@ from modafill.data import FeatureStore, convert_npz
 from modafill.imputer import ModalityImputer
 from modafill.models.admc import ADMC
 
-COMMANDS = ("info", "inspect", "convert", "demo", "train", "train admc", "evaluate", "impute", "recognise", "bench")
+COMMANDS = (
+    "info",
+    "inspect",
+    "convert",
+    "demo",
+    "train",
+    "train admc",
+    "train cdtp",
+    "evaluate",
+    "impute",
+    "recognise",
+    "bench",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -92,6 +104,21 @@ def test_python_m_modafill():
 
 def test_version(modafill):
     assert modafill("--version") == (0, importlib.metadata.version("modafill") + "\n", "")
+
+
+def test_a_backend_that_cannot_run_is_one_line(modafill, monkeypatch):
+    monkeypatch.setenv("MODAFILL_BACKEND", "torch")
+    status, out, _ = modafill("info", "--json")
+    ops = json.loads(out)["ops"]
+    assert status == 0
+    assert ops["conv_gelu_conv"]["backend"] == "torch"
+    assert ops["randn"] == {
+        "backend": "none", "reason": "randn: the torch backend cannot run: randn has no such backend", "rejected": {}
+    }  # fmt: skip
+    status, _, err = modafill("bench", "--quick")
+    assert status == 2
+    assert err.splitlines()[-1].startswith("modafill: masked_reverse_step: the torch backend cannot run")
+    assert "Traceback" not in err
 
 
 def test_info(modafill):

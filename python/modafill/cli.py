@@ -88,10 +88,27 @@ def convert(
     _say(f"wrote {out}")
 
 
+Data = Annotated[Path, typer.Option(help="A feature store (.h5) or an archive (.npz).")]
+Out = Annotated[Path, typer.Option(help="Folder of the run.")]
+Folds = Annotated[int, typer.Option(help="Cross-validation folds; 1 uses the data's own split.")]
+Seeds = Annotated[int, typer.Option(help="Trainings per fold.")]
+FirstSeed = Annotated[int, typer.Option(help="The seeds are first-seed, first-seed + 1, …")]
+Window = Annotated[int | None, typer.Option(help="Turns per sample; 0 for single vectors. Default: what the data say.")]
+Label = Annotated[
+    str | None, typer.Option(help="Another label that the mapping has under 'labels'. Default: its 'label'.")
+]
+IgnoreSplit = Annotated[bool, typer.Option(help="Divide all samples anew, though the data come with a split.")]
+Jobs = Annotated[int, typer.Option(help="Folds and seeds trained at a time, sharing the cores.")]
+Change = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Change one number of the model, such as batch_size=64. Repeat for more."),
+]
+
+
 @train_app.command("admc")
 def train_admc(
-    data: Annotated[Path, typer.Option(help="A feature store (.h5) or an archive (.npz).")],
-    out: Annotated[Path, typer.Option(help="Folder of the run.")],
+    data: Data,
+    out: Out,
     mapping: Mapping = None,
     preset: Annotated[
         str, typer.Option(help="'paper' (the numbers of §4.2 of ADMC) or 'small' (two CPU cores, minutes).")
@@ -102,41 +119,98 @@ def train_admc(
             help="'clean' (observed tokens enter as they are) or 'replace' (the paper); repeat for both. Default: clean"
         ),
     ] = None,
-    folds: Annotated[int, typer.Option(help="Cross-validation folds; 1 uses the data's own split.")] = 1,
-    seeds: Annotated[int, typer.Option(help="Trainings per fold.")] = 1,
-    first_seed: Annotated[int, typer.Option(help="The seeds are first-seed, first-seed + 1, …")] = 0,
-    window: Annotated[
-        int | None, typer.Option(help="Turns per sample; 0 for single vectors. Default: what the data say.")
-    ] = None,
-    jobs: Annotated[int, typer.Option(help="Folds and seeds trained at a time, sharing the cores.")] = 1,
-    change: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Change one number of the model, such as adn_epochs=20. Repeat for more."),
-    ] = None,
+    folds: Folds = 1,
+    seeds: Seeds = 1,
+    first_seed: FirstSeed = 0,
+    window: Window = None,
+    label: Label = None,
+    ignore_split: IgnoreSplit = False,
+    jobs: Jobs = 1,
+    change: Change = None,
 ) -> None:
     """Train ADMC: encoders, diffusion networks, fusion networks, and the rivals' fusion networks.
 
     Example: **modafill train admc --data hazumi2012.npz --out runs/hazumi --preset small --folds 5 --seeds 3**
     """
     from modafill.models.admc import ADMCConfig
-    from modafill.training import Run, train
 
     conditionings = tuple(dict.fromkeys(conditioning or ["clean"]))
-    config = ADMCConfig.preset(preset, conditioning=conditionings[0], **_changes(change or []))
+    config = ADMCConfig.preset(preset, conditioning=conditionings[0], **_changes(ADMCConfig, change, "conditioning"))
     for other in conditionings[1:]:
         ADMCConfig.preset(preset, conditioning=other)
+    _train(
+        "admc", config, conditionings, data, out, mapping, folds, seeds, first_seed, window, label, ignore_split, jobs
+    )
+
+
+@train_app.command("cdtp")
+def train_cdtp(
+    data: Data,
+    out: Out,
+    mapping: Mapping = None,
+    preset: Annotated[
+        str, typer.Option(help="'paper' (the numbers of §4.3 of CDTP) or 'small' (two CPU cores, minutes).")
+    ] = "paper",
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="'full', or an ablation to train beside it: 'no-generative', 'no-signal', 'no-type' (prompts), "
+            "'append' (missing-type prompts as tokens), 'linear' (a linear map instead of diffusion, as in MPLMM), "
+            "'plain' (MulT, missing modalities empty). Repeat for more; the first is the run's model. Default: full"
+        ),
+    ] = None,
+    folds: Folds = 1,
+    seeds: Seeds = 1,
+    first_seed: FirstSeed = 0,
+    window: Window = None,
+    label: Label = None,
+    ignore_split: IgnoreSplit = False,
+    jobs: Jobs = 1,
+    change: Change = None,
+) -> None:
+    """Train CDTP: a MulT backbone, conditional diffusion between modalities, prompts, and ablations.
+
+    Example: **modafill train cdtp --data hazumi2012.npz --out runs/cdtp --preset small --variant full --variant plain**
+    """
+    from modafill.models.cdtp import CDTPConfig
+
+    variants = tuple(dict.fromkeys(variant or ["full"]))
+    config = CDTPConfig.preset(preset, **_changes(CDTPConfig, change))
+    _train("cdtp", config, variants, data, out, mapping, folds, seeds, first_seed, window, label, ignore_split, jobs)
+
+
+def _train(
+    model: str,
+    config: Any,
+    variants: tuple[str, ...],
+    data: Path,
+    out: Path,
+    mapping: str | None,
+    folds: int,
+    seeds: int,
+    first_seed: int,
+    window: int | None,
+    label: str | None,
+    ignore_split: bool,
+    jobs: int,
+) -> None:
+    from modafill.training import Run, train
+
     if seeds < 1:
         raise ValueError(f"seeds: got {seeds}, expected at least 1")
     _must_exist(data)
     run = Run(
         folder=out.resolve(),
+        model=model,
         data=str(data.resolve()),
         mapping=mapping,
         config=config,
-        conditionings=conditionings,
+        variants=variants,
         folds=folds,
         seeds=tuple(range(first_seed, first_seed + seeds)),
         window=window,
+        label=label,
+        own_split=not ignore_split,
     )
     with _training_progress() as report:
         train(run, report, jobs, _announce)
@@ -260,10 +334,11 @@ def demo(
         _must_exist(data)
     run = Run(
         folder=out.resolve(),
+        model="admc",
         data=str((data or demo_path()).resolve()),
         mapping=mapping,
         config=ADMCConfig.preset("small", conditioning="clean"),
-        conditionings=("clean",),
+        variants=("clean",),
         folds=1,
         seeds=(seed,),
     )
@@ -311,13 +386,11 @@ def bench(
     run_suite(suite, json_path=json_path, threads=counts, device=device, quick=quick)
 
 
-def _changes(pairs: list[str]) -> dict[str, Any]:
-    """``name=value`` pairs with JSON values, checked against the fields of the configuration."""
-    from modafill.models.admc import ADMCConfig
-
-    known = {k: v for k, v in ADMCConfig().to_dict().items() if k != "conditioning"}
+def _changes(config: Any, pairs: list[str] | None, *fixed: str) -> dict[str, Any]:
+    """``name=value`` pairs with JSON values, checked against the fields of the configuration but ``fixed``."""
+    known = {k: v for k, v in config().to_dict().items() if k not in fixed}
     changes: dict[str, Any] = {}
-    for pair in pairs:
+    for pair in pairs or []:
         name, _, text = pair.partition("=")
         if name not in known:
             raise ValueError(f"set: got {name!r}, expected one of {', '.join(known)}")
@@ -467,6 +540,7 @@ def _training_progress() -> Iterator[Any]:
 
 def main() -> None:
     """Run the command line; a user's mistake is one line on standard error and exit status 2."""
+    from modafill.ops.backends import BackendError
     from modafill.training.loop import TrainingError
 
     try:
@@ -476,7 +550,7 @@ def main() -> None:
         if message:
             print(f"modafill: {' '.join(message.split())}", file=sys.stderr)
         raise SystemExit(2) from None
-    except (ValueError, OSError, TrainingError) as error:
+    except (ValueError, OSError, TrainingError, BackendError) as error:
         print(f"modafill: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     except (KeyboardInterrupt, typer.Abort):

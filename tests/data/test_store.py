@@ -152,6 +152,8 @@ def test_columns(make_store: MakeStore) -> None:
     assert store.split().tolist() == ["train"] * 4 + ["test"] * 2
     assert store.order().tolist() == [5, 4, 3, 2, 1, 0]
     assert store.task == {"label": {"name": "mood", "kind": "class"}}
+    assert store.labels().tolist() == list("abcabc")
+    store.task.clear()
     with pytest.raises(ValueError, match=r"expected one of the labels \['mood', 'score'\] to be named"):
         store.labels()
     with pytest.raises(ValueError, match="no groups named 'nobody'"):

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from modafill.data import Batch, all_patterns
 from modafill.models import folder as folder_module
 from modafill.models.admc import ADMC, ADMCConfig, ModalitySpec
-from modafill.models.admc import system as system_module
 
 MakeADMC = Callable[..., ADMC]
 
@@ -234,14 +233,14 @@ def test_what_is_no_name_on_the_hub(path: str) -> None:
 
 def test_the_hub(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
-    monkeypatch.setattr(system_module, "snapshot_download", lambda name, **_: asked.append(name) or str(saved))
+    monkeypatch.setattr(folder_module, "snapshot_download", lambda name, **_: asked.append(name) or str(saved))
     assert ADMC.from_pretrained("someone/model").n_classes == 4
     assert asked == ["someone/model"]
 
     def unreachable(name: str, **_: object) -> str:
         raise ConnectionError("offline\nand so on")
 
-    monkeypatch.setattr(system_module, "snapshot_download", unreachable)
+    monkeypatch.setattr(folder_module, "snapshot_download", unreachable)
     with pytest.raises(ValueError, match=r"path: got 'runs/model', no folder and no model on the hub \(offline\)"):
         ADMC.from_pretrained("runs/model")
 

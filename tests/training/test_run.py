@@ -32,7 +32,9 @@ def ignore(*_):
 @pytest.fixture
 def run(tiny, tmp_path) -> Run:
     config = ADMCConfig(conditioning="clean", **SETTINGS)
-    return Run(tmp_path / "run", str(tiny.archive), str(tiny.mapping), config, ("clean",), folds=2, seeds=(4, 5))
+    return Run(
+        tmp_path / "run", "admc", str(tiny.archive), str(tiny.mapping), config, ("clean",), folds=2, seeds=(4, 5)
+    )
 
 
 def weights(run: Run, fold: int, seed: int) -> dict[str, torch.Tensor]:
@@ -57,7 +59,7 @@ def test_round_trip(run):
         ({"seeds": (4,)}, "other seeds;"),
         ({"folds": 1, "window": 2}, "other folds, window;"),
         ({"data": "/elsewhere.npz"}, "other data;"),
-        ({"conditionings": ("clean", "replace")}, "other conditionings;"),
+        ({"variants": ("clean", "replace")}, "other variants;"),
         ({"config": ADMCConfig(conditioning="clean", **{**SETTINGS, "adn_epochs": 2})}, "other config;"),
     ],
 )
@@ -75,7 +77,7 @@ def test_folder_without_a_run(tmp_path):
         Run.load(tmp_path)
 
 
-@pytest.mark.parametrize("change", [{"format_version": 2}, {"model": "cdtp"}])
+@pytest.mark.parametrize("change", [{"format_version": 1}, {"model": "other"}])
 def test_other_version_is_refused(run, change):
     run.write()
     file = run.folder / "run.json"
@@ -146,7 +148,7 @@ def check_numbers(reports: list[EpochDone]) -> None:
 
 @pytest.mark.parametrize("conditionings", [("clean",), ("replace", "clean")])
 def test_every_stage_has_its_number(run, conditionings):
-    run = replace(run, folds=1, seeds=(0,), conditionings=conditionings)
+    run = replace(run, folds=1, seeds=(0,), variants=conditionings)
     reports: list[EpochDone] = []
     said: list[str] = []
     train(run, reports.append, announce=said.append)

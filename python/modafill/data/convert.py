@@ -162,7 +162,7 @@ class MappedNpz:
             streams[modality] = (
                 self.npz.blocks(template.replace(SPLIT, part), rows) if present else self._zeros(modality, n, rows)
             )
-        labels = {} if mapping.label is None else {column_name(mapping.label["name"]): mapping.label["name"]}
+        labels = {column_name(spec["name"]): spec["name"] for spec in mapping.label_specs}
         groups = {} if mapping.group is None else {column_name(mapping.group): mapping.group}
         label_values = {name: self._load(template, part) for name, template in labels.items()}
         group_values = {name: self._load(template, part) for name, template in groups.items()}
@@ -286,6 +286,10 @@ def file_format(path: str | os.PathLike[str]) -> str:
     raise ValueError(f"{path}: neither a feature store (.h5) nor an .npz file")
 
 
+def _in_store(spec: dict[str, Any]) -> dict[str, Any]:
+    return {**spec, "name": column_name(spec["name"])}
+
+
 def _is_hdf5(path: Path) -> bool:
     with open(path, "rb") as file:
         return file.read(len(HDF5_MAGIC)) == HDF5_MAGIC
@@ -295,7 +299,9 @@ def _convert(data: MappedNpz, out: Path, task: dict[str, Any]) -> None:
     mapping = data.mapping
     task = {"mapping": mapping.name, **task}
     if mapping.label is not None:
-        task["label"] = {**mapping.label, "name": column_name(mapping.label["name"])}
+        task["label"] = _in_store(mapping.label)
+    if mapping.labels:
+        task["labels"] = {name: _in_store(spec) for name, spec in mapping.labels.items()}
     if mapping.group is not None:
         task["group"] = column_name(mapping.group)
     if mapping.window is not None:

@@ -95,7 +95,8 @@ def _inspect_npz(npz: NpzFile, given: MappingLike | None) -> dict[str, Any]:
     parts: list[np.ndarray] = []
     for block in data.blocks(BATCH_ROWS):
         available.append(block.available)
-        values.extend(block.labels.values())
+        if mapping.label is not None:
+            values.append(block.labels[column_name(mapping.label["name"])])
         groups.extend(block.groups.values())
         parts.extend(block.splits.values())
         for m, (name, x) in enumerate(block.features.items()):
@@ -154,9 +155,11 @@ def _label(spec: Mapping[str, Any], values: np.ndarray) -> dict[str, Any]:
         labels = Labels.fit(spec, values, np.arange(len(values)))
     except ValueError as error:
         return {**report, "problem": str(error)}
-    counts = np.bincount(labels.encode(values), minlength=labels.n_classes)
-    report["classes"] = dict(zip(labels.class_names, counts.tolist(), strict=True))
-    if spec["kind"] == "quantiles":
+    report["classes"] = {}
+    if not labels.regression:
+        counts = np.bincount(labels.encode(values), minlength=labels.n_classes)
+        report["classes"] = dict(zip(labels.class_names, counts.tolist(), strict=True))
+    if spec["kind"] != "class":
         distinct, counts = np.unique(values, return_counts=True)
         if len(distinct) > MAX_BARS:
             counts, edges = np.histogram(values, BINS)
@@ -226,7 +229,8 @@ def render_inspection(report: Mapping[str, Any]) -> RenderableType:
         if "problem" in label:
             parts.append(Text(label["problem"], style="yellow"))
         else:
-            parts.append(_counts(f"label {label['name']} ({label['kind']})", label["classes"]))
+            if label["classes"]:
+                parts.append(_counts(f"label {label['name']} ({label['kind']})", label["classes"]))
             if "histogram" in label:
                 parts.append(_counts(label["name"], label["histogram"]))
     parts += [Text(f"group {name}: {n} groups") for name, n in report.get("groups", {}).items()]

@@ -1,4 +1,4 @@
-"""Labels as class numbers: given classes, or quantiles of a score with thresholds from the training part."""
+"""Labels: given classes, quantiles of a score with thresholds from the training part, or the score itself."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-KINDS = ("class", "quantiles")
+KINDS = ("class", "quantiles", "score")
 
 
 def check_label_spec(spec: Mapping[str, Any]) -> None:
@@ -27,11 +27,11 @@ def check_label_spec(spec: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class Labels:
-    """A fitted rule from label values to classes 0 … n_classes - 1.
+    """A fitted rule from label values to classes 0 … n_classes - 1, or to numbers (``"score"``).
 
     Attributes:
         name: the label column.
-        kind: ``"class"`` or ``"quantiles"``.
+        kind: ``"class"``, ``"quantiles"`` or ``"score"``.
         values: the class values in order (``"class"``), integers or strings.
         thresholds: k - 1 rising thresholds (``"quantiles"``); a value equal to a threshold belongs to the class below.
         decimals: to how many decimals a score is rounded first, or None.
@@ -49,13 +49,14 @@ class Labels:
 
         Args:
             spec: ``{"name": …, "kind": "class"}`` for integers or strings, or ``{"name": …, "kind": "quantiles",
-                "classes": k, "round": decimals}`` for a score; ``round`` may be left out.
+                "classes": k, "round": decimals}`` for a score, where ``round`` may be left out, or ``{"name": …,
+                "kind": "score"}`` to predict it as a number.
             values: ``[N]``, all labels.
             train_rows: ints, the training part.
 
         Raises:
             ValueError: malformed specification, NaN, a value outside the training part's classes, fewer than two
-                classes, or a quantile class that no training sample falls into.
+                classes, a quantile class that no training sample falls into, or scores that are all the same.
         """
         check_label_spec(spec)
         name, kind = str(spec.get("name", "label")), spec["kind"]
@@ -66,6 +67,10 @@ class Labels:
             fitted = cls(name, kind, values=tuple(np.unique(_as_classes(name, train)).tolist()))
             if fitted.n_classes < 2:
                 raise ValueError(f"label {name!r}: the training part has only the class {fitted.values[0]!r}")
+        elif kind == "score":
+            fitted = cls(name, kind)
+            if len(np.unique(_as_scores(name, train, None))) < 2:
+                raise ValueError(f"label {name!r}: every training sample has the score {train[0]}")
         else:
             decimals, k = spec.get("round"), spec["classes"]
             scores = _as_scores(name, train, decimals)
@@ -78,24 +83,37 @@ class Labels:
         return fitted
 
     @property
+    def regression(self) -> bool:
+        """Whether a number is to be predicted, not a class."""
+        return self.kind == "score"
+
+    @property
     def n_classes(self) -> int:
-        return len(self.values) if self.kind == "class" else len(self.thresholds) + 1
+        """0 where a number is to be predicted."""
+        return {"class": len(self.values), "quantiles": len(self.thresholds) + 1, "score": 0}[self.kind]
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The values as strings; for quantiles ``≤5``, ``5–5.8`` (5 left out), ``>5.8``."""
+        """The values as strings; for quantiles ``≤5``, ``5–5.8`` (5 left out), ``>5.8``; none for a score."""
+        if self.regression:
+            return ()
         if self.kind == "class":
             return tuple(str(value) for value in self.values)
         at = [f"{threshold:.4g}" for threshold in self.thresholds]
         return (f"≤{at[0]}", *(f"{low}–{high}" for low, high in pairwise(at)), f">{at[-1]}")
 
     def encode(self, values: np.ndarray) -> np.ndarray:
-        """The classes of label values: int64 ``[n]``.
+        """The classes of label values, int64 ``[n]``, or their scores, float32 ``[n]``.
 
         Raises:
-            ValueError: NaN, or a value that is none of the classes.
+            ValueError: NaN, an infinite score, or a value that is none of the classes.
         """
         flat = _flat(self.name, values)
+        if self.regression:
+            scores = _as_scores(self.name, flat, None).astype(np.float32)
+            if not np.isfinite(scores).all():
+                raise ValueError(f"label {self.name!r}: got infinity, expected finite scores")
+            return scores
         if self.kind == "quantiles":
             return np.searchsorted(self.thresholds, _as_scores(self.name, flat, self.decimals), side="left")
         classes = _as_classes(self.name, flat)
@@ -146,6 +164,6 @@ def _as_classes(name: str, values: np.ndarray) -> np.ndarray:
 
 def _as_scores(name: str, values: np.ndarray, decimals: int | None) -> np.ndarray:
     if values.dtype.kind not in "biuf":
-        raise ValueError(f"label {name!r}: got {values.dtype}, expected numbers to take quantiles of")
+        raise ValueError(f"label {name!r}: got {values.dtype}, expected numbers")
     scores = values.astype(np.float64)
     return scores if decimals is None else np.round(scores, decimals)

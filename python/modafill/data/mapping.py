@@ -36,6 +36,10 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "modalities": (_is_text_by_name, "an object: modality → name of an array"),
     "splits": (lambda value: isinstance(value, (list, tuple)) and all(map(_is_text, value)), "a list of names"),
     "label": (lambda value: value is None or isinstance(value, dict), "an object with the name of an array and a kind"),
+    "labels": (
+        lambda value: isinstance(value, dict) and all(isinstance(spec, dict) for spec in value.values()),
+        "an object: name → an object with the name of an array and a kind",
+    ),
     **dict.fromkeys(("group", "order", "id", "available"), (_is_optional_text, "the name of an array")),
     **dict.fromkeys(("lengths", "columns"), (_is_text_by_name, "an object: modality → name of an array")),
     "clip": (
@@ -57,6 +61,7 @@ class NpzMapping:
             lacks means that the modality is missing there.
         splits: parts that come as arrays of their own; they become the store's split column.
         label: label specification (:meth:`Labels.fit`), whose ``name`` is an array.
+        labels: further ones, by the name that a training asks for them by.
         group: array ``[N]`` of what must not be divided between training and test, such as the dialogue.
         order: array ``[N]`` of numbers, the place in the group.
         id: array ``[N]`` of sample names (default: group and order, or split and place).
@@ -74,6 +79,7 @@ class NpzMapping:
     modalities: dict[str, str]
     splits: tuple[str, ...] = ()
     label: dict[str, Any] | None = None
+    labels: dict[str, dict[str, Any]] = field(default_factory=dict)
     group: str | None = None
     order: str | None = None
     id: str | None = None
@@ -104,11 +110,11 @@ class NpzMapping:
             unknown = set(getattr(mapping, what)) - set(mapping.modalities)
             if unknown:
                 raise ValueError(f"mapping {name}: {what} names the unknown modalities {sorted(unknown)}")
-        if mapping.label is not None:
-            if not isinstance(mapping.label.get("name"), str):
+        for spec in mapping.label_specs:
+            if not isinstance(spec.get("name"), str):
                 raise ValueError(f"mapping {name}: expected the label to have the name of an array")
             try:
-                check_label_spec(mapping.label)
+                check_label_spec(spec)
             except ValueError as error:
                 raise ValueError(f"mapping {name}: {error}") from None
         return mapping
@@ -118,14 +124,19 @@ class NpzMapping:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "name" and getattr(self, f.name)}
 
     @property
+    def label_specs(self) -> list[dict[str, Any]]:
+        """The label's specification and those of further labels."""
+        return [*([] if self.label is None else [self.label]), *self.labels.values()]
+
+    @property
     def parts(self) -> tuple[str, ...]:
         """The splits, or one nameless part."""
         return self.splits or ("",)
 
     def per_sample(self) -> list[str]:
         """Array names, still with ``{split}``, that hold something for every sample beside features."""
-        given = [None if self.label is None else self.label["name"], self.group, self.order, self.id, self.available]
-        return [name for name in given if name is not None]
+        given = [*(spec["name"] for spec in self.label_specs), self.group, self.order, self.id, self.available]
+        return list(dict.fromkeys(name for name in given if name is not None))
 
     def arrays(self) -> set[str]:
         """Every array name that the mapping mentions."""

@@ -30,6 +30,7 @@ def make_splits(
     valid_fraction: float = 0.15,
     group: str | None = None,
     split: str | None = None,
+    own_split: bool = True,
 ) -> list[Split]:
     """Divide a store's samples for training and testing.
 
@@ -44,6 +45,7 @@ def make_splits(
         valid_fraction: share of the training part's groups (or samples) that becomes validation, in (0, 1).
         group: group column (default: the task's, or the only one).
         split: split column (default: the only one).
+        own_split: use the split column; False divides all samples anew.
 
     Returns:
         ``folds`` splits. No group is in two parts of one split.
@@ -59,9 +61,11 @@ def make_splits(
     if store.group_names or group is not None:
         groups = np.unique(store.groups(group or store.task.get("group")), return_inverse=True)[1]
     divide = _Divider(groups, _strata(store) if groups is None else None, seed, valid_fraction)
-    if split is not None or store.split_names:
+    if own_split and (split is not None or store.split_names):
         if folds != 1:
-            raise ValueError(f"folds: got {folds}, expected 1: {store.name} comes with a split")
+            raise ValueError(
+                f"folds: got {folds}, expected 1: {store.name} comes with a split (ignore it to divide anew)"
+            )
         splits = [_given(store.split(split), divide)]
     else:
         parts = divide.folds(len(store), folds)

@@ -250,8 +250,8 @@ class FeatureStore:
         return [str(i) for i in (self._array("ids")[index] if "ids" in self._columns else index)]
 
     def labels(self, name: str | None = None) -> np.ndarray:
-        """A label column, ``[N, …]`` as stored (strings as objects); ``name`` may be left out where there is one."""
-        return self._column("labels", name)
+        """A label column, ``[N, …]`` as stored (strings as objects); by default the task's, or the only one."""
+        return self._column("labels", self.task.get("label", {}).get("name") if name is None else name)
 
     def groups(self, name: str | None = None) -> np.ndarray:
         """A group column ``[N]``; ``name`` may be left out where there is one."""

@@ -22,7 +22,7 @@ from modafill.evaluation.metrics import crps, nrmse, recognition
 from modafill.evaluation.tables import FULL, Record, Table, make_tables, save_tables
 from modafill.files import derive_seed
 from modafill.models.baselines import RidgeFill
-from modafill.training.admc import RIVALS, FoldTrainer
+from modafill.training.admc import RIVALS, ADMCTrainer
 from modafill.training.loop import EpochDone
 from modafill.training.run import Run, worker_pool
 
@@ -44,7 +44,7 @@ METHOD_NAMES = {
 
 @torch.no_grad()
 def evaluate_fold(
-    trainer: FoldTrainer, fold: int, *, n_samples: int = 16, start_steps: tuple[int, ...] = (), part: str = "test"
+    trainer: ADMCTrainer, fold: int, *, n_samples: int = 16, start_steps: tuple[int, ...] = (), part: str = "test"
 ) -> list[Record]:
     """Every figure of a trained fold, on the samples that have every modality, hiding one set after the other.
 
@@ -65,7 +65,7 @@ def evaluate_fold(
         for metric, value in figures.items():
             records.append(Record(question, metric, method, available, fold, trainer.seed, value))
 
-    if start_steps and "replace" not in trainer.conditionings:
+    if start_steps and "replace" not in trainer.variants:
         raise ValueError(f"start-steps: got {list(start_steps)}, but the run trained no 'replace' network")
     names = list(trainer.specs)
     patterns = missing_patterns(len(names))
@@ -77,7 +77,7 @@ def evaluate_fold(
             f"fold {fold}: no sample of the {part} part has all of {', '.join(names)}, expected at least one"
         )
     methods: list[tuple[str, str, dict[str, int]]] = [(m, METHOD_NAMES[m], {}) for m in RIVALS]
-    for conditioning in trainer.conditionings:
+    for conditioning in trainer.variants:
         methods.append((conditioning, METHOD_NAMES[conditioning], {}))
         if conditioning == "replace":
             methods += [("replace", f"ADMC replace n={n}", {"start_step": n}) for n in start_steps]
@@ -111,7 +111,7 @@ def evaluate_fold(
             add(CALIBRATION, label, column, {"CRPS": crps(completed[:, :, hidden], truth[:, hidden], scale)})
         if not options:
             tokens, full_fusion = trainer.tokens[complete], trainer.complete_fusion
-            if method in trainer.conditionings:
+            if method in trainer.variants:
                 trainer.model.adn = trainer.adns[method]
                 tokens = trainer.model.enhance(tokens, seed=trainer.seed, row_id=complete)
                 full_fusion = trainer.enhanced_for(method)
@@ -139,7 +139,7 @@ class _LogisticRegression:
     lowest log-loss on validation.
     """
 
-    def __init__(self, trainer: FoldTrainer, penalties: tuple[float, ...] = (1e-4, 1e-3, 0.01, 0.1, 1, 10)) -> None:
+    def __init__(self, trainer: ADMCTrainer, penalties: tuple[float, ...] = (1e-4, 1e-3, 0.01, 0.1, 1, 10)) -> None:
         self.trainer, self.penalties = trainer, penalties
         store = trainer.store.unwindowed()
         statistics = Standardizer.fit(store, trainer.split.train, clip=10.0)
@@ -248,7 +248,7 @@ def _evaluate_part(
     return evaluate_fold(trainer, fold_and_seed[0], n_samples=n_samples, start_steps=start_steps, part=part)
 
 
-def _trained(run: Run, fold: int, seed: int) -> FoldTrainer:
+def _trained(run: Run, fold: int, seed: int) -> ADMCTrainer:
     """The trainer of a finished part, its networks loaded."""
     folder = run.part_folder(fold, seed)
 
@@ -257,5 +257,7 @@ def _trained(run: Run, fold: int, seed: int) -> FoldTrainer:
         raise ValueError(f"{folder}: {gone} is gone; remove {folder.name}/model and train again")
 
     trainer = run.trainer(fold, seed, Accelerator(), refuse)
+    if not isinstance(trainer, ADMCTrainer):
+        raise ValueError(f"{run.folder}: holds a run of {run.model}, expected admc")
     trainer.run()
     return trainer

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
 from torch import nn
 
 from modafill.files import read_tensors, replacing, write_json, write_tensors
@@ -37,6 +38,20 @@ def read_config(path: Path) -> dict[str, Any]:
             f"{file}: format version {config.get('format_version')}, this modafill reads version {FORMAT_VERSION}"
         )
     return config
+
+
+def find_folder(path: str | Path) -> Path:
+    """An existing model folder, or one downloaded by its Hugging Face Hub id ``owner/name``."""
+    folder = Path(path)
+    if folder.exists():
+        return folder
+    if str(path).count("/") != 1:
+        raise ValueError(f"path: got {str(path)!r}, expected an existing folder or a hub id 'owner/name'")
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=["config.json", "model.safetensors"]))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"path: got {str(path)!r}, no folder and no model on the hub ({reason})") from error
 
 
 def load_weights(path: Path, model: nn.Module) -> None:

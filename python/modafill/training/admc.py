@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -18,27 +16,22 @@ from torch.nn import functional as F
 from modafill import ops
 from modafill.data import Batch, FeatureStore, Labels, Split, Standardizer, missing_patterns, random_available
 from modafill.files import derive_seed, read_tensors, write_tensors
-from modafill.models.admc import ADMC, ADN, ADMCConfig, Fusion, ModalitySpec, UnimodalClassifier
+from modafill.models.admc import ADMC, ADN, ADMCConfig, Fusion, ModalitySpec, UnimodalClassifier, encoder_kind
+from modafill.models.admc.config import CONDITIONINGS
 from modafill.models.baselines import MeanFill, RidgeFill, ZeroFill
 from modafill.ops.reference import SQRT_ALPHA_BAR, SQRT_ONE_MINUS_ALPHA_BAR
-from modafill.training.loop import EpochDone, Report, Stage, check_key, train_stage
+from modafill.training.loop import Report, Stage, check_key
+from modafill.training.part import PartTrainer, check_rows
 
 RIVALS = ("zero", "mean", "ridge")
 
 
-class FoldTrainer:
-    """Trains everything that one fold and seed needs into one folder, skipping what is done.
+class ADMCTrainer(PartTrainer):
+    """Trains ADMC and the rivals' fusion networks; ``variants`` are conditionings, each with a diffusion network."""
 
-    Args:
-        folder: ``stages/*.safetensors`` and the assembled ``model/`` go here.
-        store: features; windowed where sequences are windows of turns.
-        split: row numbers of the training, validation and test parts.
-        labels: classes of every row, thresholds fitted on the training part.
-        config: numbers of the model; its ``conditioning`` is replaced by each of ``conditionings``.
-        conditionings: diffusion networks to train; the first one goes into ``model/``.
-        seed: of weights, order, dropout and noise.
-        report: called after each epoch.
-    """
+    CONFIG: ClassVar = ADMCConfig
+    VARIANTS: ClassVar = CONDITIONINGS
+    NEEDS_COMPLETE: ClassVar = True
 
     def __init__(
         self,
@@ -47,66 +40,49 @@ class FoldTrainer:
         split: Split,
         labels: Labels,
         config: ADMCConfig,
-        conditionings: tuple[str, ...],
+        variants: tuple[str, ...],
         seed: int,
         accelerator: Accelerator,
         report: Report,
     ) -> None:
-        self.folder, self.store, self.split, self.labels = folder, store, split, labels
-        self.config, self.conditionings, self.seed = config, conditionings, seed
-        self.accelerator, self.report = accelerator, report
-        self.device = accelerator.device
-        self.target = torch.from_numpy(labels.encode(store.labels(labels.name))).to(self.device)
-        self.available = torch.from_numpy(store.available())
+        super().__init__(folder, store, split, labels, config, variants, seed, accelerator, report)
+        self.config = config
         self.specs = modality_specs(store)
-        self.key = {**config.to_dict(), "seed": seed, "data": self._fingerprint()}
         torch.manual_seed(derive_seed(seed, "weights"))
         self.model = ADMC(
-            self.specs, labels.n_classes, self._config(conditionings[0]), list(labels.class_names), store.window
+            self.specs, labels.n_classes, self._config(variants[0]), list(labels.class_names), store.window
         ).to(self.device)
-        self.adns = {conditionings[0]: self.model.adn}
-        for conditioning in conditionings[1:]:
+        self.adns = {variants[0]: self.model.adn}
+        for conditioning in variants[1:]:
             self.adns[conditioning] = ADN(len(self.specs), self._config(conditioning)).to(self.device)
         self._fills: dict[str, ZeroFill | MeanFill | RidgeFill | ADN] = {}
         self._fusions: dict[str, Fusion] = {}
         self.complete_fusion = self._new_fusion("fusion-complete", None)
-        self._number = 0
 
-    def _fingerprint(self) -> str:
-        """What results depend on beside the configuration: parts, classes, availability, window and all features."""
-        digest = hashlib.sha256(str(self.store.window).encode())
-        for array in (*self.split, self.target.cpu().numpy(), self.available.numpy()):
-            digest.update(array.tobytes())
-        for batch in self.store.unwindowed().iter_batches(np.arange(len(self.store)), 1024):
-            for features in batch.features.values():
-                digest.update(features.numpy().tobytes())
-        return digest.hexdigest()[:16]
+    @classmethod
+    def check(cls, store: FeatureStore, labels: Labels, config: ADMCConfig) -> None:
+        """Raise ValueError for a label that is no class, or an encoder that does not fit its modality."""
+        if labels.regression:
+            raise ValueError(f"{store.name}: label {labels.name!r} is a score, expected classes: ADMC does not regress")
+        for name, modality in modality_specs(store).items():
+            encoder_kind(name, modality.sequence, config)
 
     def _config(self, conditioning: str) -> ADMCConfig:
         return replace(self.config, conditioning=conditioning)
 
     @property
-    def stages(self) -> Path:
-        """Folder of finished and unfinished stages."""
-        return self.folder / "stages"
-
-    @property
     def n_stages(self) -> int:
-        """How many networks :meth:`run` trains."""
         encoders = 1 if self.config.joint_encoders else len(self.specs)
-        methods = len(RIVALS) + len(self.conditionings)
-        return encoders + 2 * len(self.conditionings) + 1 + methods * len(missing_patterns(len(self.specs)))
+        methods = len(RIVALS) + len(self.variants)
+        return encoders + 2 * len(self.variants) + 1 + methods * len(missing_patterns(len(self.specs)))
 
     def run(self) -> None:
-        """Train what is not trained yet and write the assembled system to ``model/``."""
         self.train_encoders()
         self.embed()
-        for conditioning in self.conditionings:
+        for conditioning in self.variants:
             self.train_diffusion(conditioning)
-        self.train_fusion(
-            "fusion-complete", self.complete_fusion, lambda rows: self.tokens[rows], self._rows_with(None)
-        )
-        for method in (*RIVALS, *self.conditionings):
+        self.train_fusion("fusion-complete", self.complete_fusion, lambda rows: self.tokens[rows], self.rows_with(None))
+        for method in (*RIVALS, *self.variants):
             for index in range(len(missing_patterns(len(self.specs)))):
                 self.train_fusion_for(method, index)
         for conditioning, adn in self.adns.items():
@@ -116,9 +92,9 @@ class FoldTrainer:
                 f"enhanced-{conditioning}",
                 enhanced,
                 lambda rows: self.model.enhance(self.tokens[rows], seed=self.seed, row_id=rows),
-                self._rows_with(None),
+                self.rows_with(None),
             )
-        self.model.adn = self.adns[self.conditionings[0]]
+        self.model.adn = self.adns[self.variants[0]]
         if self.accelerator.is_main_process and not (self.folder / "model").is_dir():
             self.model.save_pretrained(self.folder / "model", seed=self.seed)
 
@@ -131,7 +107,7 @@ class FoldTrainer:
             encoder.std.copy_(torch.where(std > 0, std, torch.inf))
         if self.config.joint_encoders:
             joint = _Joint(self.model.unimodal, Fusion(len(self.specs), self.labels.n_classes, self.config))
-            self._fit_on_store("encoders-joint", joint.to(self.device), lambda batch: (batch,), self._rows_with(None))
+            self._fit_on_store("encoders-joint", joint.to(self.device), lambda batch: (batch,), self.rows_with(None))
             return
         for m, (name, unimodal) in enumerate(self.model.unimodal.items()):
             keep = self.available[:, m]
@@ -146,13 +122,12 @@ class FoldTrainer:
         self, name: str, model: nn.Module, inputs: Callable[[Batch], tuple[Any, ...]], rows: tuple[Any, Any]
     ) -> None:
         train, valid = rows
-        _check_rows(name, train, valid)
+        check_rows(name, train, valid)
 
         def batches(epoch: int, rank: int, processes: int) -> Iterator[Batch]:
-            shuffle = derive_seed(self.seed, name, "order", epoch)
-            for batch in self.store.iter_batches(train, self.config.batch_size, shuffle_seed=shuffle):
+            for batch in self.store_batches(train, self.config.batch_size, name, epoch):
                 if len(batch) >= processes:
-                    yield (batch if processes == 1 else batch.select(slice(rank, None, processes))).to(self.device)
+                    yield batch if processes == 1 else batch.select(slice(rank, None, processes))
 
         def loss(wrapped: nn.Module, batch: Batch, epoch: int) -> Tensor:
             return F.cross_entropy(wrapped(*inputs(batch)), self.target[batch.row_id])
@@ -189,7 +164,7 @@ class FoldTrainer:
     def train_diffusion(self, conditioning: str) -> None:
         """ADN on the complete training rows: ε-MSE (``"replace"``) or v-MSE on hidden tokens (``"clean"``)."""
         adn, name = self.adns[conditioning], f"adn-{conditioning}"
-        train, _ = self._rows_with(None)
+        train, _ = self.rows_with(None)
         schedule = diffusion_loss(adn, self.tokens, derive_seed(self.seed, name))
 
         def batches(epoch: int, rank: int, processes: int) -> Iterator[Tensor]:
@@ -210,7 +185,7 @@ class FoldTrainer:
     def fill(self, method: str) -> ZeroFill | MeanFill | RidgeFill | ADN:
         """The rival or the diffusion network by that name."""
         if method not in self._fills:
-            train, valid = self._rows_with(None)
+            train, valid = self.rows_with(None)
             if method == "zero":
                 self._fills[method] = ZeroFill(self.model.scaler.mean, self.model.scaler.std)
             elif method == "mean":
@@ -233,13 +208,13 @@ class FoldTrainer:
 
     def fusion_for(self, method: str, index: int) -> Fusion:
         """The fusion network of a pattern on tokens completed by ``method``."""
-        if method == self.conditionings[0]:
+        if method == self.variants[0]:
             return cast(Fusion, self.model.fusions[index])
         return self._new_fusion(f"fusion-{method}-{index}", None)
 
     def enhanced_for(self, conditioning: str) -> Fusion:
         """As :meth:`fusion_for`, for MMER's enhanced tokens."""
-        if conditioning == self.conditionings[0]:
+        if conditioning == self.variants[0]:
             return self.model.enhanced
         return self._new_fusion(f"enhanced-{conditioning}", 2 * self.config.width)
 
@@ -258,7 +233,7 @@ class FoldTrainer:
             f"fusion-{method}-{index}",
             self.fusion_for(method, index),
             lambda rows: self.complete(method, rows, pattern, 1, seed)[0],
-            self._rows_with(pattern),
+            self.rows_with(pattern),
         )
 
     def train_fusion(
@@ -286,25 +261,9 @@ class FoldTrainer:
 
         self._train(Stage(name, fusion, batches, loss, self.config.fusion_epochs, self.config.learning_rate, validate))
 
-    def _rows_with(self, pattern: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Training and validation rows in which all of ``pattern`` (None: every modality) is really observed."""
-        wanted = torch.ones(len(self.specs), dtype=torch.bool) if pattern is None else pattern
-        usable = self.available[:, wanted].all(1)
-        train, valid = torch.from_numpy(self.split.train), torch.from_numpy(self.split.valid)
-        train, valid = train[usable[train]], valid[usable[valid]]
-        _check_rows("complete rows" if pattern is None else "rows of a pattern", train, valid)
-        return train.to(self.device), valid.to(self.device)
-
     def _train(self, stage: Stage) -> None:
-        # By cross-entropy: on a few hundred validation rows recall is too coarse to see over-fitting begin.
         stage.patience = self.config.patience if stage.validate is not None else None
-        stage.key = self.key
-        self._number += 1
-
-        def report(done: EpochDone) -> None:
-            self.report(replace(done, number=self._number, stages=self.n_stages))
-
-        train_stage(stage, self.stages, self.accelerator, seed=self.seed, report=report)
+        self.train_stage(stage)
 
 
 def modality_specs(store: FeatureStore) -> dict[str, ModalitySpec]:
@@ -373,10 +332,3 @@ def _index_batches(
     for batch in order.split(batch_size):
         if len(batch) >= processes:
             yield rows[batch[rank::processes]]
-
-
-def _check_rows(what: str, train: Any, valid: Any) -> None:
-    if len(train) == 0 or len(valid) == 0:
-        raise ValueError(
-            f"{what}: {len(train)} training and {len(valid)} validation samples, expected at least one of each"
-        )

@@ -12,7 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,11 +20,15 @@ from accelerate import Accelerator
 
 from modafill.data import FeatureStore, Labels, Split, make_splits, open_data
 from modafill.files import write_json
-from modafill.models.admc import ADMCConfig, encoder_kind
-from modafill.training.admc import FoldTrainer, modality_specs
+from modafill.models.config import ModelConfig
+from modafill.training.admc import ADMCTrainer
+from modafill.training.cdtp import CDTPTrainer
 from modafill.training.loop import EpochDone, Report, TrainingError
 
 RUN_FILE = "run.json"
+FORMAT_VERSION = 2
+Trainer = ADMCTrainer | CDTPTrainer
+TRAINERS: dict[str, type[ADMCTrainer] | type[CDTPTrainer]] = {"admc": ADMCTrainer, "cdtp": CDTPTrainer}
 
 
 @dataclass(frozen=True)
@@ -33,29 +37,49 @@ class Run:
 
     Attributes:
         folder: where everything goes.
+        model: a name in :data:`TRAINERS`.
         data: absolute path of the archive or store.
         mapping: name or path of the mapping of an ``.npz`` archive; None recognises it by its arrays.
         config: numbers of the model.
-        conditionings: diffusion networks to train.
+        variants: what is trained beside each other: ADMC's conditionings, CDTP's ablations.
         folds: cross-validation folds; 1 uses the data's own split, or holds out a fifth.
         seeds: one complete training each.
         split_seed: of the folds, which are the same for all seeds.
         window: turns per sample; 0 reads single vectors; None takes the data's own setting.
+        label: one of the data's further labels; None takes the first.
+        own_split: keep the parts that the data come with; False divides all samples anew.
+
+    Raises:
+        ValueError: no such model or variant, or no variant or seed.
     """
 
     folder: Path
+    model: str
     data: str
     mapping: str | None
-    config: ADMCConfig
-    conditionings: tuple[str, ...]
+    config: ModelConfig
+    variants: tuple[str, ...]
     folds: int
     seeds: tuple[int, ...]
     split_seed: int = 0
     window: int | None = None
+    label: str | None = None
+    own_split: bool = True
+
+    def __post_init__(self) -> None:
+        if self.model not in TRAINERS:
+            raise ValueError(f"model: got {self.model!r}, expected one of {', '.join(TRAINERS)}")
+        known = TRAINERS[self.model].VARIANTS
+        unknown = [variant for variant in self.variants if variant not in known]
+        if unknown or not self.variants:
+            got = repr(unknown[0]) if unknown else "none"
+            raise ValueError(f"variants: got {got}, expected one of {', '.join(known)}")
+        if not self.seeds:
+            raise ValueError("seeds: got none, expected at least one")
 
     def describe(self) -> dict[str, Any]:
         """JSON-able content of ``run.json``."""
-        values = {**asdict(self), "model": "admc", "format_version": 1, "config": self.config.to_dict()}
+        values = {**asdict(self), "format_version": FORMAT_VERSION, "config": self.config.to_dict()}
         del values["folder"]
         return json.loads(json.dumps(values))
 
@@ -69,13 +93,16 @@ class Run:
             values = json.loads(file.read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             raise ValueError(f"{file}: not valid JSON ({error})") from error
-        expected = {f.name for f in fields(cls)} - {"folder"} | {"model", "format_version"}
-        if not isinstance(values, dict) or set(values) != expected:
-            raise ValueError(f"{file}: not a run, expected an object with {', '.join(sorted(expected))}")
-        if (values.pop("model"), values.pop("format_version")) != ("admc", 1):
+        if not isinstance(values, dict) or "format_version" not in values:
+            raise ValueError(f"{file}: not a run, expected an object with a format_version")
+        version = values.pop("format_version")
+        if version != FORMAT_VERSION or values.get("model") not in TRAINERS:
             raise ValueError(f"{file}: written by another version of modafill")
-        values["config"] = ADMCConfig.from_dict(values["config"])
-        for name in ("conditionings", "seeds"):
+        expected = {f.name for f in fields(cls)} - {"folder"}
+        if set(values) != expected:
+            raise ValueError(f"{file}: not a run, expected an object with {', '.join(sorted(expected))}")
+        values["config"] = TRAINERS[values["model"]].CONFIG.from_dict(values["config"])
+        for name in ("variants", "seeds"):
             values[name] = tuple(values[name])
         return cls(folder=folder, **values)
 
@@ -112,58 +139,64 @@ class Run:
 
     def splits(self, store: FeatureStore) -> list[Split]:
         """The split of each fold."""
-        return make_splits(store, folds=self.folds, seed=self.split_seed)
+        return make_splits(store, folds=self.folds, seed=self.split_seed, own_split=self.own_split)
 
-    def trainer(self, fold: int, seed: int, accelerator: Accelerator, report: Report) -> FoldTrainer:
+    def fit_labels(self, store: FeatureStore, split: Split) -> Labels:
+        """What is to be recognised, fitted on the training part."""
+        further = store.task.get("labels", {})
+        if self.label is not None and self.label not in further:
+            raise ValueError(f"label: got {self.label!r}, expected one of {list(further)}, the data's further labels")
+        spec = store.task.get("label") if self.label is None else further[self.label]
+        if spec is None:
+            raise ValueError(f"{store.name}: the data name no label, expected one in the mapping")
+        return Labels.fit(spec, store.labels(spec["name"]), split.train)
+
+    def trainer(self, fold: int, seed: int, accelerator: Accelerator, report: Report) -> Trainer:
         """The trainer of one fold and seed, labels fitted on its training part."""
         store = self.open_store()
         split = self.splits(store)[fold]
-        labels = _fit_labels(store, split)
-        folder = self.part_folder(fold, seed)
-        return FoldTrainer(folder, store, split, labels, self.config, self.conditionings, seed, accelerator, report)
+        labels = self.fit_labels(store, split)
+        folder, config, make = self.part_folder(fold, seed), cast(Any, self.config), TRAINERS[self.model]
+        return make(folder, store, split, labels, config, self.variants, seed, accelerator, report)
 
     def check_data(self) -> str:
         """Raise ValueError where a fold cannot be trained; otherwise a line that says how the data are divided.
 
         One pass over all features finds NaN, infinity and samples with nothing observed, in whichever part they are.
         """
+        trainer = TRAINERS[self.model]
         with self.open_store() as store:
             splits = self.splits(store)
-            for name, modality in modality_specs(store).items():
-                encoder_kind(name, modality.sequence, self.config)
             for batch in store.unwindowed().iter_batches(np.arange(len(store)), 1024):
                 try:
                     batch.validate()
                 except ValueError as error:
                     raise ValueError(f"{store.name}: {error}") from error
             for fold, split in enumerate(splits):
-                _fit_labels(store, split)
+                trainer.check(store, self.fit_labels(store, split), cast(Any, self.config))
                 for what, rows in (("training", split.train), ("validation", split.valid)):
                     seen = store.available(rows)
-                    columns = zip((*store.modalities, "all modalities"), (*seen.T, seen.all(1)), strict=True)
-                    absent = [name for name, observed in columns if not observed.any()]
+                    columns = dict(zip(store.modalities, seen.T, strict=True))
+                    if trainer.NEEDS_COMPLETE:
+                        columns["all modalities"] = seen.all(1)
+                    elif what == "validation":
+                        continue
+                    absent = [name for name, observed in columns.items() if not observed.any()]
                     if absent:
                         raise ValueError(
                             f"{store.name}: fold {fold}: none of the {len(rows)} {what} samples has {absent[0]}, "
-                            "expected at least one; leave a modality out, or divide the data otherwise"
+                            "expected at least one; leave a modality out, or divide the data otherwise (--ignore-split)"
                         )
             unit = "samples"
             if store.group_names:
                 unit += f" in {len(np.unique(store.groups(store.task.get('group')))):,} groups"
             train, valid, test = (f"{np.mean([len(rows) for rows in part]):,.0f}" for part in zip(*splits, strict=True))
             how = f"on average over {self.folds} folds"
-            if store.split_names:
+            if self.own_split and store.split_names:
                 how = "the data's own split"
             elif self.folds == 1:
                 how = "held out at random; more --folds test on more"
             return f"{len(store):,} {unit}: {train} for training, {valid} for validation, {test} for testing ({how})"
-
-
-def _fit_labels(store: FeatureStore, split: Split) -> Labels:
-    spec = store.task.get("label")
-    if spec is None:
-        raise ValueError(f"{store.name}: the data name no label, expected one in the mapping")
-    return Labels.fit(spec, store.labels(spec["name"]), split.train)
 
 
 @contextmanager

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
 from modafill.data import Batch, all_patterns, pattern_index
@@ -15,7 +14,7 @@ from modafill.models.admc.adn import ADN
 from modafill.models.admc.config import ADMCConfig
 from modafill.models.admc.encoders import ModalityEncoder, UnimodalClassifier
 from modafill.models.admc.fusion import Fusion
-from modafill.models.folder import load_weights, read_config, save_folder
+from modafill.models.folder import find_folder, load_weights, read_config, save_folder
 
 
 @dataclass(frozen=True)
@@ -178,15 +177,7 @@ class ADMC(nn.Module):
     @classmethod
     def from_pretrained(cls, path: str | Path) -> ADMC:
         """Load a folder written by :meth:`save_pretrained`, or a Hugging Face Hub id, in evaluation mode."""
-        folder = Path(path)
-        if not folder.exists():
-            if str(path).count("/") != 1:
-                raise ValueError(f"path: got {str(path)!r}, expected an existing folder or a hub id 'owner/name'")
-            try:
-                folder = Path(snapshot_download(str(path), allow_patterns=["config.json", "model.safetensors"]))
-            except (OSError, ValueError) as error:
-                reason = str(error).strip().partition("\n")[0]
-                raise ValueError(f"path: got {str(path)!r}, no folder and no model on the hub ({reason})") from error
+        folder = find_folder(path)
         config = read_config(folder)
         if config.get("model") != "admc":
             raise ValueError(f"{folder}: holds the model {config.get('model')!r}, expected 'admc'")

@@ -1,7 +1,7 @@
 """CDTP (Yu & Zhang): conditional diffusion, three kinds of prompts, and MulT, for missing modalities."""
 
 from modafill.models.cdtp.backbone import MulT, positions
-from modafill.models.cdtp.config import CDTPConfig, SequenceSpec
+from modafill.models.cdtp.config import VARIANTS, CDTPConfig, SequenceSpec
 from modafill.models.cdtp.diffusion import ConditionalDiffusion
 from modafill.models.cdtp.prompts import Prompts
 from modafill.models.cdtp.system import CDTP, Sequences
@@ -9,6 +9,7 @@ from modafill.models.cdtp.unet import StackedUNet
 
 __all__ = [
     "CDTP",
+    "VARIANTS",
     "CDTPConfig",
     "ConditionalDiffusion",
     "MulT",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from modafill.models.config import ModelConfig
 
@@ -11,6 +11,16 @@ COMPLETIONS = ("diffusion", "linear", "none")
 TYPE_PROMPTS = ("bias", "append", "none")
 PREDICTIONS = ("epsilon", "v")
 TRAININGS = ("two-stage", "joint")
+# Ablations: what differs from the configuration.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "no-generative": {"generative_prompt": False},
+    "no-signal": {"signal_prompt": False},
+    "no-type": {"type_prompt": "none"},
+    "append": {"type_prompt": "append"},
+    "linear": {"completion": "linear"},
+    "plain": {"completion": "none", "generative_prompt": False, "signal_prompt": False, "type_prompt": "none"},
+}
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,9 @@ from modafill.models.cdtp.config import CDTPConfig, SequenceSpec
 from modafill.models.cdtp.diffusion import ConditionalDiffusion
 from modafill.models.cdtp.prompts import Prompts
 from modafill.models.cdtp.stacked import StackedLinear, valid_mask
+from modafill.models.folder import find_folder, load_weights, read_config, save_folder
+
+Pairs = dict[tuple[int, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,13 @@ class Sequences:
     available: Tensor
     row_id: Tensor
 
+    def hide(self, available: Tensor) -> Sequences:
+        """Without what is not in ``available [B, M]``; the same bits as if it had been hidden before the projection."""
+        seen = self.available & available
+        x = [torch.where(seen[:, m, None, None], v, 0.0) for m, v in enumerate(self.x)]
+        lengths = [torch.where(seen[:, m], n, 0) for m, n in enumerate(self.lengths)]
+        return Sequences(x, lengths, seen, self.row_id)
+
 
 class CDTP(nn.Module):
     """The whole system of the paper as one module.
@@ -33,12 +45,21 @@ class CDTP(nn.Module):
         modalities: name → :class:`SequenceSpec`, in the order of the columns of ``available``.
         outputs: classes, or 1 for regression.
         config: numbers of the model.
+        classes: names of the classes, for people; none in regression.
+        window: turns per sample, where the sequences it was trained on are windows of turns; None where they are not.
 
     Raises:
         ValueError: less than two modalities, or heads of the self-attention encoders that would be too wide.
     """
 
-    def __init__(self, modalities: dict[str, SequenceSpec], outputs: int, config: CDTPConfig) -> None:
+    def __init__(
+        self,
+        modalities: dict[str, SequenceSpec],
+        outputs: int,
+        config: CDTPConfig,
+        classes: list[str] | None = None,
+        window: int | None = None,
+    ) -> None:
         super().__init__()
         count = len(modalities)
         if count < 2:
@@ -49,6 +70,7 @@ class CDTP(nn.Module):
                 f" {128 * config.heads // (count - 1)}: self-attention heads are at most 128 wide"
             )
         self.modalities, self.outputs, self.config = dict(modalities), outputs, config
+        self.classes, self.window = list(classes or []), window
         self.lengths = tuple(spec.length for spec in modalities.values())
         self.backbone = MulT(modalities, outputs, config)
         appended = config.type_prompt == "append"
@@ -81,24 +103,43 @@ class CDTP(nn.Module):
             lengths.append(torch.where(seen, batch.lengths.get(name, torch.ones_like(batch.row_id)), 0))
         return Sequences(self.backbone.project(features, lengths), lengths, batch.available, batch.row_id)
 
-    def complete(
+    @torch.no_grad()
+    def generate(
         self, given: Sequences, *, seed: int = 0, sampling_steps: int | None = None, eta: float | None = None
-    ) -> Sequences:
-        """What is missing generated from what is available, and missing-signal prompts added to all (§3.4).
+    ) -> Pairs:
+        """x̂_{target←source} of each missing target of a sample from each available source, by diffusion (eq. 8–9).
 
-        Generated sequences are constants for the task's gradient, which trains what maps them to the target, not the
-        denoisers. They get the length that the available ones suggest: the longest of their lengths, each scaled by the
-        ratio of the longest sequences of both modalities.
+        They are constants for the task's gradient, which trains what maps them to the target, not the denoisers.
 
         Args:
             given: from :meth:`project`.
             seed, sampling_steps, eta: as in :meth:`ConditionalDiffusion.generate`.
+
+        Returns:
+            (target, source) → ``[B, L, d]``; empty where nothing is missing or the completion is no diffusion.
         """
-        available, x = given.available, list(given.x)
-        missing = bool((~available).any())
-        lengths = self._lengths(given) if missing and self.maps is not None else list(given.lengths)
-        if missing and self.maps is not None:
-            made = self._generate(given, lengths, seed, sampling_steps, eta)
+        if self.diffusion is None or not bool((~given.available).any()):
+            return {}
+        return self.diffusion.generate(
+            given.x,
+            self._lengths(given),
+            given.available,
+            seed=seed,
+            row_id=given.row_id,
+            sampling_steps=sampling_steps,
+            eta=eta,
+        )
+
+    def complete(self, given: Sequences, generated: Pairs) -> Sequences:
+        """What is missing from the ``generated`` pairs and prompts, and missing-signal prompts added to all (§3.4).
+
+        Missing sequences get the length that the available ones suggest: the longest of their lengths, each scaled by
+        the ratio of the longest sequences of both modalities.
+        """
+        available, x, lengths = given.available, list(given.x), list(given.lengths)
+        if self.maps is not None and bool((~available).any()):
+            lengths = self._lengths(given)
+            made = self._mapped(given) if self.channel_maps is not None else generated
             pattern = pattern_index(available)
             for index in pattern.unique().tolist():
                 seen = self.prompts.patterns[index].tolist()
@@ -125,26 +166,15 @@ class CDTP(nn.Module):
             out.append(torch.where(given.available[:, m], given.lengths[m], torch.stack(suggested).amax(0)))
         return out
 
-    def _generate(
-        self, given: Sequences, lengths: list[Tensor], seed: int, sampling_steps: int | None, eta: float | None
-    ) -> dict[tuple[int, int], Tensor]:
-        if self.diffusion is not None:
-            return self.diffusion.generate(
-                given.x,
-                lengths,
-                given.available,
-                seed=seed,
-                row_id=given.row_id,
-                sampling_steps=sampling_steps,
-                eta=eta,
-            )
+    def _mapped(self, given: Sequences) -> Pairs:
+        """MPLMM's first stage: a linear map over channels."""
         assert self.channel_maps is not None
-        pairs, out = self.backbone.pairs, {}
-        for i, (target, source) in enumerate(pairs):
-            out[target, source] = nn.functional.gelu(self.channel_maps(given.x[source][None], slice(i, i + 1))[0])
-        return out
+        return {
+            (target, source): nn.functional.gelu(self.channel_maps(given.x[source][None], slice(i, i + 1))[0])
+            for i, (target, source) in enumerate(self.backbone.pairs)
+        }
 
-    def recognise(self, completed: Sequences) -> Tensor:
+    def predict(self, completed: Sequences) -> Tensor:
         """``[B, outputs]`` of completed sequences."""
         kind, mode = self.config.type_prompt, pattern_index(completed.available)
         return self.backbone.fuse(
@@ -159,5 +189,35 @@ class CDTP(nn.Module):
         self, batch: Batch, *, seed: int = 0, sampling_steps: int | None = None, eta: float | None = None
     ) -> Tensor:
         """Logits or values ``[B, outputs]``; what ``batch`` lacks is generated first. Complete samples bypass that."""
-        completed = self.complete(self.project(batch), seed=seed, sampling_steps=sampling_steps, eta=eta)
-        return self.recognise(completed)
+        given = self.project(batch)
+        generated = self.generate(given, seed=seed, sampling_steps=sampling_steps, eta=eta)
+        return self.predict(self.complete(given, generated))
+
+    def save_pretrained(self, path: str | Path, **about: Any) -> None:
+        """Write ``config.json`` and ``model.safetensors`` to the folder ``path``; ``about`` goes into the former."""
+        config = {
+            "model": "cdtp",
+            "modalities": {name: {"width": m.width, "length": m.length} for name, m in self.modalities.items()},
+            "outputs": self.outputs,
+            "classes": self.classes,
+            "window": self.window,
+            "config": self.config.to_dict(),
+            **about,
+        }
+        save_folder(Path(path), self, config)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> CDTP:
+        """Load a folder written by :meth:`save_pretrained`, or a Hugging Face Hub id, in evaluation mode."""
+        folder = find_folder(path)
+        config = read_config(folder)
+        if config.get("model") != "cdtp":
+            raise ValueError(f"{folder}: holds the model {config.get('model')!r}, expected 'cdtp'")
+        try:
+            modalities = {name: SequenceSpec(**spec) for name, spec in config["modalities"].items()}
+            numbers = CDTPConfig.from_dict(config["config"])
+            model = cls(modalities, config["outputs"], numbers, config["classes"], config["window"])
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder / 'config.json'}: not the description of a CDTP ({error!r})") from error
+        load_weights(folder / "model.safetensors", model)
+        return model.eval()

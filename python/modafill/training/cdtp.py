@@ -1,0 +1,254 @@
+"""CDTP's training: a backbone on what is there, the denoisers, then prompts and backbone with missing modalities."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from modafill.data import Batch, FeatureStore, Labels, Split, Standardizer, random_available
+from modafill.files import derive_seed
+from modafill.models.cdtp import CDTP, VARIANTS, CDTPConfig, ConditionalDiffusion, Sequences, SequenceSpec
+from modafill.models.cdtp.backbone import Projection
+from modafill.models.cdtp.stacked import valid_mask
+from modafill.models.cdtp.system import Pairs
+from modafill.training.loop import Report, Stage
+from modafill.training.part import PartTrainer, check_rows
+
+EVALUATION_BATCH = 256
+
+
+class CDTPTrainer(PartTrainer):
+    """Trains CDTP and its ablations, ``variants`` of :data:`modafill.models.cdtp.VARIANTS`.
+
+    Stages: the plain backbone on whatever modalities each row really has; the denoisers on its frozen projections, from
+    rows that have both ends of a pair; each variant from both, with modalities hidden at random, its projections and
+    denoisers frozen (``training="two-stage"``) or trained along on task loss + λ diffusion loss (``"joint"``).
+    """
+
+    CONFIG: ClassVar = CDTPConfig
+    VARIANTS: ClassVar = tuple(VARIANTS)
+    NEEDS_COMPLETE: ClassVar = False
+
+    def __init__(
+        self,
+        folder: Path,
+        store: FeatureStore,
+        split: Split,
+        labels: Labels,
+        config: CDTPConfig,
+        variants: tuple[str, ...],
+        seed: int,
+        accelerator: Accelerator,
+        report: Report,
+    ) -> None:
+        super().__init__(folder, store, split, labels, config, variants, seed, accelerator, report)
+        self.config = config
+        longest = store.max_lengths
+        self.specs = {name: SequenceSpec(width, longest.get(name, 1)) for name, width in store.widths.items()}
+        self.plain = self._new("plain", "backbone")
+        self.models = {variant: self._new(variant, variant) for variant in variants}
+        self.joint = config.training == "joint"
+
+    @classmethod
+    def check(cls, store: FeatureStore, labels: Labels, config: CDTPConfig) -> None:
+        """Nothing that the base does not check."""
+
+    def _new(self, variant: str, name: str) -> CDTP:
+        torch.manual_seed(derive_seed(self.seed, name, "weights"))
+        config = replace(self.config, **VARIANTS[variant])
+        outputs = 1 if self.labels.regression else self.labels.n_classes
+        return CDTP(self.specs, outputs, config, list(self.labels.class_names), self.store.window).to(self.device)
+
+    @property
+    def _diffusing(self) -> list[CDTP]:
+        return [model for model in self.models.values() if model.diffusion is not None]
+
+    @property
+    def n_stages(self) -> int:
+        return 1 + bool(self._diffusing and not self.joint) + len(self.variants)
+
+    def run(self) -> None:
+        self.train_backbone()
+        if self._diffusing and not self.joint:
+            self.train_diffusion()
+        for variant in self.variants:
+            self.train_variant(variant)
+        if self.accelerator.is_main_process and not (self.folder / "model").is_dir():
+            self.models[self.variants[0]].save_pretrained(self.folder / "model", seed=self.seed)
+
+    def train_backbone(self) -> None:
+        """MulT without prompts, on what each row has: what is frozen where a classifier of complete data is asked."""
+        statistics = Standardizer.fit(self.store, self.split.train)
+        for model in (self.plain, *self.models.values()):
+            for module in model.backbone.projections:
+                projection = cast(Projection, module)
+                std = statistics.std[projection.name]
+                projection.mean.copy_(statistics.mean[projection.name])
+                projection.std.copy_(torch.where(std > 0, std, torch.inf))
+        model = self.plain
+
+        def loss(wrapped: nn.Module, batch: Batch, epoch: int) -> Tensor:
+            return self.task_loss(wrapped(batch), batch.row_id)
+
+        def validate() -> float:
+            return self._validation_loss(lambda batch: model(batch))
+
+        self._train("backbone", model, loss, self.config.epochs, validate)
+
+    def train_diffusion(self) -> None:
+        """The denoisers, on frozen projections (eq. 5); every variant that diffuses gets the same."""
+        first, *others = self._diffusing
+        diffusion = cast(ConditionalDiffusion, first.diffusion)
+        self._fit_scales(diffusion, self.plain)
+        steps = self._steps(diffusion, "diffusion")
+
+        def loss(wrapped: nn.Module, batch: Batch, epoch: int) -> Tensor:
+            with torch.no_grad():
+                given = self.plain.project(batch)
+            return self._diffusion_loss(diffusion, given, steps, "diffusion", epoch)
+
+        self._train("diffusion", diffusion, loss, self.config.diffusion_epochs, ema_decay=self.config.ema_decay)
+        for model in others:
+            cast(ConditionalDiffusion, model.diffusion).load_state_dict(diffusion.state_dict())
+
+    def train_variant(self, variant: str) -> None:
+        """Prompts, maps and backbone, each row with a pattern of its own in each epoch."""
+        model, name = self.models[variant], f"variant-{variant}"
+        model.backbone.load_state_dict(self.plain.backbone.state_dict())
+        diffusion, frozen = model.diffusion, model.diffusion is not None and not self.joint
+        if frozen:
+            model.backbone.projections.requires_grad_(False)
+            cast(ConditionalDiffusion, diffusion).requires_grad_(False)
+        steps = None if diffusion is None or frozen else self._steps(diffusion, name)
+
+        def pattern(row_id: Tensor, available: Tensor, draw: int, drop_rate: float) -> Tensor:
+            seed = derive_seed(self.seed, name, "patterns")
+            return random_available(
+                row_id, len(self.names), seed=seed, draw=draw, drop_rate=drop_rate, available=available
+            )
+
+        def loss(wrapped: nn.Module, batch: Batch, epoch: int) -> Tensor:
+            whole = model.project(batch)
+            given = whole.hide(pattern(batch.row_id, batch.available, epoch, self.config.drop_rate))
+            generated = model.generate(given, seed=derive_seed(self.seed, name, "noise", epoch))
+            task = self.task_loss(model.predict(model.complete(given, generated)), batch.row_id)
+            if steps is None:
+                return task
+            assert diffusion is not None
+            return task + self.config.diffusion_weight * self._diffusion_loss(diffusion, whole, steps, name, epoch)
+
+        # Of all patterns each as likely: what the tables average over.
+        rate = 1.0 - 1.0 / (2 ** len(self.names) - 1)
+        kept: dict[int, tuple[Sequences, Pairs]] = {}
+
+        def predict(batch: Batch) -> Tensor:
+            """In validation rows keep their patterns, and with frozen networks what was generated for them."""
+            at = int(batch.row_id[0])
+            if at not in kept:
+                given = model.project(batch.hide(pattern(batch.row_id, batch.available, -1, rate)))
+                inputs = given, model.generate(given, seed=derive_seed(self.seed, name, "validation"))
+                if not frozen:
+                    return model.predict(model.complete(*inputs))
+                kept[at] = inputs
+            return model.predict(model.complete(*kept[at]))
+
+        def begin(epoch: int) -> None:
+            if steps is not None:
+                assert diffusion is not None
+                self._fit_scales(diffusion, model)
+
+        self._train(name, model, loss, self.config.epochs, lambda: self._validation_loss(predict), begin=begin)
+        model.requires_grad_(True)
+
+    def task_loss(self, prediction: Tensor, rows: Tensor) -> Tensor:
+        """Cross-entropy of classes, L1 of scores (MulT), of ``prediction [B, outputs]`` for the rows ``[B]``."""
+        if self.labels.regression:
+            return F.l1_loss(prediction[:, 0], self.target[rows])
+        return F.cross_entropy(prediction, self.target[rows])
+
+    def _train(
+        self,
+        name: str,
+        model: nn.Module,
+        loss: Callable[[nn.Module, Any, int], Tensor],
+        epochs: int,
+        validate: Callable[[], float] | None = None,
+        *,
+        ema_decay: float = 0.0,
+        begin: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        check_rows(name, self.split.train, self.split.valid)
+
+        def batches(epoch: int, rank: int, processes: int) -> Iterator[Batch]:
+            begin(epoch)
+            return self.store_batches(self.split.train, self.config.batch_size, name, epoch)
+
+        patience = self.config.patience if validate is not None else None
+        self.train_stage(
+            Stage(name, model, batches, loss, epochs, self.config.learning_rate, validate, patience, ema_decay)
+        )
+
+    def _validation_loss(self, predict: Callable[[Batch], Tensor]) -> float:
+        rows = torch.from_numpy(self.split.valid).to(self.device)
+        parts = self.store.iter_batches(self.split.valid, EVALUATION_BATCH)
+        return float(self.task_loss(torch.cat([predict(batch.to(self.device)) for batch in parts]), rows))
+
+    def _steps(self, diffusion: ConditionalDiffusion, name: str) -> Callable[[int], Tensor]:
+        """Diffusion steps ``[N, pairs]`` of an epoch."""
+
+        @lru_cache(maxsize=1)
+        def steps(epoch: int) -> Tensor:
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, name, "steps", epoch))
+            shape = len(self.store), len(diffusion.pairs)
+            return torch.randint(1, diffusion.last_step + 1, shape, generator=generator).to(self.device)
+
+        return steps
+
+    def _diffusion_loss(
+        self,
+        diffusion: ConditionalDiffusion,
+        given: Sequences,
+        steps: Callable[[int], Tensor],
+        name: str,
+        epoch: int,
+    ) -> Tensor:
+        return diffusion.loss(
+            given.x,
+            given.lengths,
+            given.available,
+            steps(epoch)[given.row_id],
+            seed=derive_seed(self.seed, name, "diffusion noise", epoch),
+            row_id=given.row_id,
+        )
+
+    @torch.no_grad()
+    def _fit_scales(self, diffusion: ConditionalDiffusion, model: CDTP) -> None:
+        """Mean and deviation of each channel of the projected sequences, over the training part's steps."""
+        count = len(self.names)
+        total = torch.zeros(count, 1, dtype=torch.float64, device=self.device)
+        sums, squares = (
+            torch.zeros(count, self.config.width, dtype=torch.float64, device=self.device) for _ in range(2)
+        )
+        training = model.training
+        model.eval()
+        for batch in self.store.iter_batches(self.split.train, EVALUATION_BATCH):
+            given = model.project(batch.to(self.device))
+            for m, (x, n) in enumerate(zip(given.x, given.lengths, strict=True)):
+                valid = x[valid_mask(n, x.shape[1])].to(torch.float64)
+                total[m] += len(valid)
+                sums[m] += valid.sum(0)
+                squares[m] += valid.square().sum(0)
+        model.train(training)
+        mean = sums / total.clamp(min=1)
+        std = (squares / total.clamp(min=1) - mean.square()).clamp(min=0).sqrt()
+        diffusion.mean.copy_(mean)
+        # A channel that never varies carries nothing: leave it as it is instead of dividing by nothing.
+        diffusion.std.copy_(torch.where(std > 1e-6, std, 1.0))

@@ -1,0 +1,130 @@
+"""What the trainers of all models share: the data of one fold and seed, its key, the stages' place and number."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from modafill.data import Batch, FeatureStore, Labels, Split, pattern_name
+from modafill.files import derive_seed
+from modafill.models.config import ModelConfig
+from modafill.training.loop import EpochDone, Report, Stage, train_stage
+
+
+class PartTrainer(ABC):
+    """Trains everything that one fold and seed needs into one folder, skipping what is done.
+
+    Attributes:
+        CONFIG: class of the model's configuration.
+        VARIANTS: what can be trained.
+        NEEDS_COMPLETE: whether training needs samples with every modality.
+
+    Args:
+        folder: ``stages/*.safetensors`` and the assembled ``model/`` go here.
+        store: features; windowed where sequences are windows of turns.
+        split: row numbers of the training, validation and test parts.
+        labels: what is to be recognised in every row, fitted on the training part.
+        config: numbers of the model.
+        variants: what is trained beside each other; the first one goes into ``model/``.
+        seed: of weights, order, dropout and noise.
+        report: called after each epoch.
+    """
+
+    CONFIG: ClassVar[type[ModelConfig]]
+    VARIANTS: ClassVar[tuple[str, ...]]
+    NEEDS_COMPLETE: ClassVar[bool]
+
+    def __init__(
+        self,
+        folder: Path,
+        store: FeatureStore,
+        split: Split,
+        labels: Labels,
+        config: ModelConfig,
+        variants: tuple[str, ...],
+        seed: int,
+        accelerator: Accelerator,
+        report: Report,
+    ) -> None:
+        self.folder, self.store, self.split, self.labels = folder, store, split, labels
+        self.variants, self.seed = variants, seed
+        self.accelerator, self.report = accelerator, report
+        self.device = accelerator.device
+        self.target = torch.from_numpy(labels.encode(store.labels(labels.name))).to(self.device)
+        self.available = torch.from_numpy(store.available())
+        self.names = list(store.modalities)
+        self._numbers = config.to_dict()
+        self._number = 0
+
+    @cached_property
+    def key(self) -> dict[str, Any]:
+        """What every result depends on: a stage that was made with something else is refused."""
+        digest = hashlib.sha256(str(self.store.window).encode())
+        for array in (*self.split, self.target.cpu().numpy(), self.available.numpy()):
+            digest.update(array.tobytes())
+        for batch in self.store.unwindowed().iter_batches(np.arange(len(self.store)), 1024):
+            for features in batch.features.values():
+                digest.update(features.numpy().tobytes())
+        return {**self._numbers, "seed": self.seed, "data": digest.hexdigest()[:16]}
+
+    @property
+    def stages(self) -> Path:
+        """Folder of finished and unfinished stages."""
+        return self.folder / "stages"
+
+    @classmethod
+    @abstractmethod
+    def check(cls, store: FeatureStore, labels: Labels, config: Any) -> None:
+        """Raise ValueError where the model cannot be trained on these data."""
+
+    @property
+    @abstractmethod
+    def n_stages(self) -> int:
+        """How many networks :meth:`run` trains."""
+
+    @abstractmethod
+    def run(self) -> None:
+        """Train what is not trained yet and write the assembled system to ``model/``."""
+
+    def rows_with(self, pattern: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Training and validation rows in which all of ``pattern`` (None: every modality) is really observed."""
+        wanted = torch.ones(len(self.names), dtype=torch.bool) if pattern is None else pattern
+        usable = self.available[:, wanted].all(1)
+        train, valid = torch.from_numpy(self.split.train), torch.from_numpy(self.split.valid)
+        train, valid = train[usable[train]], valid[usable[valid]]
+        check_rows("complete rows" if pattern is None else pattern_name(pattern, self.names), train, valid)
+        return train.to(self.device), valid.to(self.device)
+
+    def store_batches(self, rows: np.ndarray, batch_size: int, what: str, epoch: int) -> Iterator[Batch]:
+        """Shuffled batches of the store on the device, in an order of their own for each ``what`` and epoch."""
+        shuffle = derive_seed(self.seed, what, "order", epoch)
+        for batch in self.store.iter_batches(rows, batch_size, shuffle_seed=shuffle):
+            yield batch.to(self.device)
+
+    def train_stage(self, stage: Stage) -> None:
+        """:func:`modafill.training.train_stage` under the part's key, reported as one of its ``n_stages``."""
+        stage.key = self.key
+        self._number += 1
+
+        def report(done: EpochDone) -> None:
+            self.report(replace(done, number=self._number, stages=self.n_stages))
+
+        train_stage(stage, self.stages, self.accelerator, seed=self.seed, report=report)
+
+
+def check_rows(what: str, train: Any, valid: Any) -> None:
+    """Raise ValueError unless both parts have rows."""
+    if len(train) == 0 or len(valid) == 0:
+        raise ValueError(
+            f"{what}: {len(train)} training and {len(valid)} validation samples, expected at least one of each"
+        )
