@@ -77,6 +77,24 @@ SMALLEST = {
 }
 
 
+SMALLEST_CDTP = {
+    "width": 8,
+    "heads": 2,
+    "layers": 1,
+    "self_layers": 1,
+    "prompt_length": 2,
+    "unet_channels": [8, 8],
+    "unet_blocks": 1,
+    "diffusion_steps": 60,
+    "beta_end": 0.2,
+    "sampling_steps": 3,
+    "learning_rate": 0.003,
+    "batch_size": 16,
+    "epochs": 3,
+    "diffusion_epochs": 3,
+}
+
+
 @dataclass(frozen=True)
 class Tiny:
     """Data of 96 samples, and the smallest ADMC that was trained on it with both conditionings by the command line."""
@@ -129,12 +147,9 @@ def smallest(**changes: object) -> list[str]:
     ]
 
 
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    folder = tmp_path_factory.mktemp("tiny")
+def _trained(folder: Path, arguments: list[str]) -> Tiny:
     archive, mapping = write_tiny(folder)
-    arguments = ["train", "admc", "--data", str(archive), "--mapping", str(mapping), *smallest()]
-    arguments += ["--conditioning", "replace", "--conditioning", "clean"]
+    arguments = ["train", arguments[0], "--data", str(archive), "--mapping", str(mapping), *arguments[1:]]
     done = subprocess.run(
         [sys.executable, "-m", "modafill", *arguments, "--out", str(folder / "run")],
         env={**os.environ, "OMP_NUM_THREADS": "1"},  # threads that wait for each other are slow on a busy machine
@@ -144,6 +159,20 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     )
     assert done.returncode == 0, done.stderr
     return Tiny(archive, mapping, folder / "run", arguments)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    conditionings = ["--conditioning", "replace", "--conditioning", "clean"]
+    return _trained(tmp_path_factory.mktemp("tiny"), ["admc", *smallest(), *conditionings])
+
+
+@pytest.fixture(scope="session")
+def tiny_cdtp(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """As ``tiny``, but the smallest CDTP with two of its ablations."""
+    variants = [part for name in ("full", "linear", "plain") for part in ("--variant", name)]
+    numbers = [part for name, value in SMALLEST_CDTP.items() for part in ("--set", f"{name}={json.dumps(value)}")]
+    return _trained(tmp_path_factory.mktemp("tiny_cdtp"), ["cdtp", *numbers, *variants])
 
 
 @pytest.fixture(scope="session")

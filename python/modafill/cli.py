@@ -224,11 +224,20 @@ def evaluate(
     start_steps: Annotated[
         str, typer.Option(help="Further start steps n of the paper's sampler, such as 30,80, shown beside its own.")
     ] = "",
+    sampling_steps: Annotated[
+        str, typer.Option(help="Further numbers of CDTP's DDIM steps, such as 1,5,50, shown beside its own.")
+    ] = "",
+    beside: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="An evaluated ADMC run on the same data and parts, to show in CDTP's tables. Repeat for more."
+        ),
+    ] = None,
     part: Annotated[
         str, typer.Option(help="test, or valid: to choose settings without looking at the test part.")
     ] = "test",
     metric: Annotated[
-        str, typer.Option(help="Recognition metric to print: UA, WA, F1, NLL or all. Files have all.")
+        str, typer.Option(help="Recognition metric to print: UA, WA, F1, NLL or all; of scores MAE. Files have all.")
     ] = "UA",
     jobs: Annotated[int, typer.Option(help="Folds and seeds evaluated at a time, sharing the cores.")] = 1,
 ) -> None:
@@ -236,27 +245,32 @@ def evaluate(
 
     Columns: "average" is that of the incomplete sets, "full" has every modality.
 
-    Methods: zero fill, mean fill, ridge regression and ADMC ("clean" or "replace" conditioning, "n=" its start step)
-    complete the embeddings. A fusion network per pattern reads one completion, the frozen classifier the mean of K;
-    "probabilities averaged" averages either's output over K. Logistic regression reads what is observed, "complete
-    data" is the frozen classifier with nothing missing.
+    ADMC: zero fill, mean fill, ridge regression and ADMC ("clean" or "replace" conditioning, "n=" its start step)
+    complete the embeddings. A fusion network per pattern reads one completion, the frozen classifier the mean of K.
 
-    Metrics: WA is accuracy, UA macro recall, F1 macro F1 (%); NLL the negative log-likelihood of the true class (nats);
-    NRMSE the root mean squared error and CRPS the continuous ranked probability score of hidden embeddings, in units of
-    their standard deviation.
+    CDTP: its variants, trained with missing modalities, read one completion. The frozen classifier is the plain
+    backbone, trained before anything was hidden; it reads projected sequences completed by CDTP's diffusion or a rival.
+
+    "probabilities averaged" averages an output over K completions. Linear models (logistic regression, of scores ridge
+    regression) read what is observed, "complete data" is the frozen classifier with nothing missing.
+
+    Metrics: WA is accuracy, UA macro recall, F1 macro F1 (%); NLL the negative log-likelihood of the true class (nats).
+    Of scores: MAE, the mean absolute error, Corr, Pearson's correlation, and for −3…3 ACC-7, ACC-2 and F1, "nonzero"
+    without targets of 0 (%). NRMSE is the root mean squared error and CRPS the continuous ranked probability score of
+    what was hidden, in units of its standard deviation.
 
     Writes results.json, results.csv and results.md (results-valid.* for the validation part) into the run's folder.
     """
     if metric not in ("UA", "WA", "F1", "NLL", "all"):
         raise ValueError(f"metric: got {metric!r}, expected UA, WA, F1, NLL or all")
-    try:
-        starts = tuple(int(n) for n in start_steps.split(",") if n)
-    except ValueError:
-        raise ValueError(f"start-steps: got {start_steps!r}, expected numbers with commas, such as 30,80") from None
-    tables = _evaluate(run, samples, starts, part, jobs)
+    from modafill.evaluation.run import Asked
+
+    asked = Asked(samples, _numbers("start-steps", start_steps), _numbers("sampling-steps", sampling_steps), part)
+    tables = _evaluate(run, asked, jobs, tuple(beside or []))
     if part == "valid":
         out_console.print("On the validation part:")
-    _print_tables([table for table in tables if metric == "all" or table.metric in (metric, "NRMSE", "CRPS")])
+    printed = (metric, "MAE", "NRMSE", "CRPS")
+    _print_tables([table for table in tables if metric == "all" or table.metric in printed])
     stem = "results" if part == "test" else f"results-{part}"
     _say(f"wrote {stem}.json, {stem}.csv and {stem}.md into {run}")
 
@@ -344,7 +358,7 @@ def demo(
     )
     with _training_progress() as report:
         train(run, report, announce=_announce)
-    tables = _evaluate(out, 16, (), "test", 1)
+    tables = _evaluate(out)
     _print_tables([table for table in tables if table.metric in ("UA", "NRMSE", "CRPS")])
     picture = out / "embeddings.png"
     with err_console.status("drawing embeddings"):
@@ -377,10 +391,7 @@ def bench(
     tap. sdpa-materialised gives PyTorch's attention the bias of each sample as its mask, sdpa-folded as further columns
     of queries and keys (up to 256 in all), flex-attention as a score modification (on a CPU, forward alone).
     """
-    try:
-        counts = [int(n) for n in threads.split(",") if n] or None
-    except ValueError:
-        raise ValueError(f"threads: got {threads!r}, expected numbers with commas, such as 1,2") from None
+    counts = list(_numbers("threads", threads)) or None
     from modafill.benchmarks import run as run_suite
 
     run_suite(suite, json_path=json_path, threads=counts, device=device, quick=quick)
@@ -406,11 +417,18 @@ def _changes(config: Any, pairs: list[str] | None, *fixed: str) -> dict[str, Any
     return changes
 
 
-def _evaluate(folder: Path, samples: int, start_steps: tuple[int, ...], part: str, jobs: int) -> list[Any]:
-    from modafill.evaluation.admc import evaluate_run
+def _numbers(name: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(n) for n in text.split(",") if n)
+    except ValueError:
+        raise ValueError(f"{name}: got {text!r}, expected numbers with commas, such as 30,80") from None
+
+
+def _evaluate(folder: Path, asked: Any = None, jobs: int = 1, beside: tuple[Path, ...] = ()) -> list[Any]:
+    from modafill.evaluation.run import evaluate_run
 
     with _bar("evaluating", None) as advance:
-        return evaluate_run(folder, n_samples=samples, start_steps=start_steps, part=part, jobs=jobs, progress=advance)
+        return evaluate_run(folder, asked, beside=beside, jobs=jobs, progress=advance)
 
 
 def _print_tables(tables: list[Any]) -> None:

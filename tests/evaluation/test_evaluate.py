@@ -16,16 +16,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score, log_loss, recall_score
 
 from modafill.data import missing_patterns
-from modafill.evaluation.admc import (
-    CALIBRATION,
-    ERROR,
-    FROZEN,
-    RECOGNITION,
-    draw_embeddings,
-    evaluate_fold,
-    evaluate_run,
-)
+from modafill.evaluation.admc import RECOGNITION, draw_embeddings, evaluate_part
 from modafill.evaluation.metrics import nrmse
+from modafill.evaluation.parts import CALIBRATION, ERROR, FROZEN
+from modafill.evaluation.run import Asked, evaluate_run
 from modafill.evaluation.tables import Table
 from modafill.files import read_tensors
 from modafill.models.admc import Fusion
@@ -38,7 +32,7 @@ RIVALS = ["zero fill", "mean fill", "ridge"]
 
 
 def evaluate(folder: Path) -> dict[tuple[str, str], Table]:
-    tables = evaluate_run(folder, n_samples=3, start_steps=(2,), progress=lambda *_: None)
+    tables = evaluate_run(folder, Asked(n_samples=3, start_steps=(2,)))
     return {(table.question, table.metric): table for table in tables}
 
 
@@ -120,7 +114,7 @@ def test_recognition_by_hand(tiny, tmp_path, part):
     """Zero fill before the frozen classifier, from the written tensors, and logistic regression, by scikit-learn."""
     folder = tmp_path / "run"
     shutil.copytree(tiny.run, folder)
-    found = {(t.question, t.metric): t for t in evaluate_run(folder, part=part, n_samples=2, progress=lambda *_: None)}
+    found = {(t.question, t.metric): t for t in evaluate_run(folder, Asked(n_samples=2, part=part))}
     assert (folder / ("results.md" if part == "test" else "results-valid.md")).is_file()
     run = Run.load(tiny.run)
     store = run.open_store()
@@ -176,7 +170,7 @@ def test_hidden_tokens_change_nothing(tiny, method):
 
 def test_unknown_part(tiny):
     with pytest.raises(ValueError, match="part: got 'train', expected test or valid"):
-        evaluate_run(tiny.run, part="train", progress=lambda *_: None)
+        evaluate_run(tiny.run, Asked(part="train"))
 
 
 def test_unfinished_run_is_refused(tiny, tmp_path):
@@ -201,7 +195,7 @@ def test_complete_test_samples_are_needed(tiny):
     trainer = Run.load(tiny.run).trainer(0, 0, Accelerator(cpu=True), lambda *_: None)
     trainer.available[torch.from_numpy(trainer.split.test), 1] = False
     with pytest.raises(ValueError, match="fold 0: no sample of the test part has all of text, audio, vision"):
-        evaluate_fold(trainer, 0)
+        evaluate_part(trainer, 0)
 
 
 def test_picture(tiny, tmp_path):

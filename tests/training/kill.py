@@ -14,10 +14,10 @@ import torch._dynamo  # what takes seconds to import is imported once
 import torch.utils.tensorboard
 
 import modafill.cli
-from modafill.training import admc
+from modafill.training import part
 
 writes, sys.argv[1:] = int(sys.argv[1]), sys.argv[2:]
-admc.train_stage = partial(admc.train_stage, checkpoint_seconds=0)
+part.train_stage = partial(part.train_stage, checkpoint_seconds=0)
 real_replace = os.replace
 
 

@@ -14,9 +14,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from modafill.files import read_tensors
 
 
-def assert_same_bits(part: Path, expected: Path) -> None:
+def assert_same_bits(part: Path, expected: Path, files: int) -> None:
     names = sorted(p.relative_to(expected) for p in expected.rglob("[!.]*.safetensors"))
-    assert len(names) == 40  # 3 encoders, tokens, 2 ADNs, 1 + 5 × 6 + 2 fusion networks, the model
+    assert len(names) == files
     assert sorted(p.relative_to(part) for p in part.rglob("[!.]*.safetensors")) == names
     for name in names:
         (got, about), (want, about_want) = read_tensors(part / name), read_tensors(expected / name)
@@ -27,9 +27,17 @@ def assert_same_bits(part: Path, expected: Path) -> None:
 
 
 @pytest.mark.slow
-def test_killed_run(tiny, tmp_path):
+@pytest.mark.parametrize(
+    ("model", "files", "kills"),
+    [
+        ("tiny", 40, 10),  # 3 encoders, tokens, 2 ADNs, 1 + 5 × 6 + 2 fusion networks, the model
+        ("tiny_cdtp", 6, 2),  # backbone, denoisers, 3 variants, the model
+    ],
+)
+def test_killed_run(model, files, kills, tmp_path, request):
+    tiny = request.getfixturevalue(model)
     # Stages write three or four files, so that the kills fall before, between and after checkpoints and results.
-    command = [sys.executable, str(Path(__file__).with_name("kill.py")), "9", *tiny.train_arguments]
+    command = [sys.executable, str(Path(__file__).with_name("kill.py")), "5", *tiny.train_arguments]
     done = subprocess.run(
         [*command, "--out", str(tmp_path / "run")],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -38,8 +46,8 @@ def test_killed_run(tiny, tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout.split()[-1]) > 10
-    assert_same_bits(tmp_path / "run" / "fold0-seed0", tiny.run / "fold0-seed0")
+    assert int(done.stdout.split()[-1]) > kills
+    assert_same_bits(tmp_path / "run" / "fold0-seed0", tiny.run / "fold0-seed0", files)
 
 
 def test_scalars_are_logged(tiny):

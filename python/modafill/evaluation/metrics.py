@@ -50,6 +50,13 @@ def crps(samples: Tensor, truth: Tensor, scale: float) -> float:
     return float(error - spread / 2) / scale
 
 
+def regression(prediction: Tensor, target: Tensor) -> dict[str, float]:
+    """Figures of scores ``[B]``: :func:`sentiment` where targets lie in −3…3 on both sides of 0, else MAE and Corr."""
+    if bool((target < 0).any()) and bool((target.abs() <= 3).all()):
+        return sentiment(prediction, target)
+    return _distance(prediction, target)
+
+
 def sentiment(prediction: Tensor, target: Tensor) -> dict[str, float]:
     """Figures of CDTP §4.1 for intensities in −3…3: ``prediction [B]`` against ``target [B]``.
 
@@ -62,11 +69,7 @@ def sentiment(prediction: Tensor, target: Tensor) -> dict[str, float]:
     Raises:
         ValueError: other shapes, NaN or infinity, or no target that is not 0.
     """
-    if prediction.shape != target.shape or prediction.ndim != 1:
-        raise ValueError(f"prediction: got {list(prediction.shape)}, expected [B] as target, {list(target.shape)}")
-    for name, values in (("prediction", prediction), ("target", target)):
-        if not bool(torch.isfinite(values).all()):
-            raise ValueError(f"{name}: got NaN or infinity, expected finite values")
+    distance = _distance(prediction, target)
     nonzero = target != 0
     if not bool(nonzero.any()):
         raise ValueError("target: got zeros alone, expected at least one other value")
@@ -80,7 +83,18 @@ def sentiment(prediction: Tensor, target: Tensor) -> dict[str, float]:
         figures[f"ACC-2{suffix}"] = float((said == true).to(torch.float64).mean())
         f1 = multiclass_f1_score(said.long(), true.long(), num_classes=2, average="weighted")
         figures[f"F1{suffix}"] = float(f1)
-    figures["MAE"] = float((prediction - target).abs().mean())
+    return figures | distance
+
+
+def _distance(prediction: Tensor, target: Tensor) -> dict[str, float]:
+    if prediction.shape != target.shape or prediction.ndim != 1:
+        raise ValueError(f"prediction: got {list(prediction.shape)}, expected [B] as target, {list(target.shape)}")
+    for name, values in (("prediction", prediction), ("target", target)):
+        if not bool(torch.isfinite(values).all()):
+            raise ValueError(f"{name}: got NaN or infinity, expected finite values")
+    prediction, target = prediction.to(torch.float64), target.to(torch.float64)
     varies = all(bool((values != values[0]).any()) for values in (prediction, target))
-    figures["Corr"] = float(torch.corrcoef(torch.stack([prediction, target]))[0, 1]) if varies else math.nan
-    return figures
+    return {
+        "MAE": float((prediction - target).abs().mean()),
+        "Corr": float(torch.corrcoef(torch.stack([prediction, target]))[0, 1]) if varies else math.nan,
+    }

@@ -18,7 +18,8 @@ from modafill.files import replacing, write_json
 AVERAGE, FULL = "average", "full"
 _METHOD_WIDTH = 17
 _NONE = "–"
-LOWER_IS_BETTER = ("NLL", "NRMSE", "CRPS")
+LOWER_IS_BETTER = ("NLL", "NRMSE", "CRPS", "MAE")
+NOT_A_SHARE = (*LOWER_IS_BETTER, "Corr")
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Table:
 
     def rows(self) -> list[list[str]]:
         """Formatted cells, method first."""
-        percent = self.metric not in LOWER_IS_BETTER
+        percent = self.metric not in NOT_A_SHARE
 
         def text(cell: tuple[float, float] | None) -> str:
             if cell is None:

@@ -229,9 +229,17 @@ class CDTPTrainer(PartTrainer):
             row_id=given.row_id,
         )
 
-    @torch.no_grad()
     def _fit_scales(self, diffusion: ConditionalDiffusion, model: CDTP) -> None:
-        """Mean and deviation of each channel of the projected sequences, over the training part's steps."""
+        mean, std = self.scales(model)
+        diffusion.mean.copy_(mean)
+        diffusion.std.copy_(std)
+
+    @torch.no_grad()
+    def scales(self, model: CDTP) -> tuple[Tensor, Tensor]:
+        """Mean and deviation ``[M, d]`` of each channel of ``model``'s projections, over the training part's steps.
+
+        A channel that never varies carries nothing: its deviation is 1 instead.
+        """
         count = len(self.names)
         total = torch.zeros(count, 1, dtype=torch.float64, device=self.device)
         sums, squares = (
@@ -249,6 +257,4 @@ class CDTPTrainer(PartTrainer):
         model.train(training)
         mean = sums / total.clamp(min=1)
         std = (squares / total.clamp(min=1) - mean.square()).clamp(min=0).sqrt()
-        diffusion.mean.copy_(mean)
-        # A channel that never varies carries nothing: leave it as it is instead of dividing by nothing.
-        diffusion.std.copy_(torch.where(std > 1e-6, std, 1.0))
+        return mean, torch.where(std > 1e-6, std, 1.0)

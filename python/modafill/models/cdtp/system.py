@@ -122,7 +122,7 @@ class CDTP(nn.Module):
             return {}
         return self.diffusion.generate(
             given.x,
-            self._lengths(given),
+            self.suggested_lengths(given),
             given.available,
             seed=seed,
             row_id=given.row_id,
@@ -138,7 +138,7 @@ class CDTP(nn.Module):
         """
         available, x, lengths = given.available, list(given.x), list(given.lengths)
         if self.maps is not None and bool((~available).any()):
-            lengths = self._lengths(given)
+            lengths = self.suggested_lengths(given)
             made = self._mapped(given) if self.channel_maps is not None else generated
             pattern = pattern_index(available)
             for index in pattern.unique().tolist():
@@ -157,7 +157,8 @@ class CDTP(nn.Module):
         x = [torch.where(valid_mask(n, v.shape[1])[..., None], v, 0.0) for v, n in zip(x, lengths, strict=True)]
         return Sequences(x, lengths, available, given.row_id)
 
-    def _lengths(self, given: Sequences) -> list[Tensor]:
+    def suggested_lengths(self, given: Sequences) -> list[Tensor]:
+        """True lengths ``[B]`` of what is available, and those that :meth:`complete` gives to what is missing."""
         out = []
         for m, longest in enumerate(self.lengths):
             suggested = [

@@ -1,0 +1,202 @@
+"""A trained CDTP to its tables, some figures by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from sklearn.metrics import accuracy_score
+
+from modafill.data import convert_npz, missing_patterns
+from modafill.evaluation.cdtp import DIFFUSION, RECOGNITION
+from modafill.evaluation.metrics import nrmse, regression, sentiment
+from modafill.evaluation.parts import CALIBRATION, ERROR, FROZEN
+from modafill.evaluation.run import Asked, evaluate_run
+from modafill.models.cdtp import Sequences
+from modafill.training import Run, train
+
+COLUMNS = ("{a}", "{t}", "{v}", "{at}", "{av}", "{tv}", "average")
+METRICS = ("WA", "UA", "F1", "NLL")
+AUDIO = missing_patterns(3).tolist().index([False, True, False])
+
+
+def ignore(*_):
+    pass
+
+
+def tables_of(folder, asked=None, **options):
+    asked = asked or Asked(n_samples=3, sampling_steps=(2,))
+    return {(t.question, t.metric): t for t in evaluate_run(folder, asked, **options)}
+
+
+@pytest.fixture(scope="module")
+def tables(tiny_cdtp):
+    torch.set_num_threads(1)
+    return tables_of(tiny_cdtp.run)
+
+
+@pytest.fixture(scope="module")
+def trainer(tiny_cdtp):
+    trainer = Run.load(tiny_cdtp.run).trainer(0, 0, Accelerator(cpu=True), ignore)
+    trainer.run()
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def batch(trainer):
+    """Complete rows of the test part."""
+    test = trainer.split.test
+    return trainer.store.read(test[trainer.available[test].all(1).numpy()])
+
+
+def test_questions_rows_and_columns(tables):
+    variants = ["CDTP", "CDTP with a linear map (MPLMM)", "MulT, missing ones empty"]
+    extra = ["CDTP, probabilities averaged", "CDTP, 2 DDIM steps"]
+    fills = ["zero fill", "mean fill", "ridge", DIFFUSION]
+    sampled = [n for name in fills[2:] for n in (name, f"{name}, probabilities averaged")]
+    expected = {
+        **{(RECOGNITION, m): {*variants, *extra, "logistic regression"} for m in METRICS},
+        **{(FROZEN, m): {*fills[:2], *sampled, "complete data"} for m in METRICS},
+        (ERROR, "NRMSE"): set(fills),
+        (CALIBRATION, "CRPS"): set(fills),
+    }
+    assert {key: set(table.cells) for key, table in tables.items()} == expected
+    for (question, _), table in tables.items():
+        assert table.columns == (COLUMNS if question in (ERROR, CALIBRATION) else (*COLUMNS, "full"))
+        for method, cells in table.cells.items():
+            full = question == RECOGNITION and (method in variants or method == "logistic regression")
+            wanted = {"full"} if method == "complete data" else {*COLUMNS, *(["full"] if full else [])}
+            assert set(cells) == wanted, method
+            assert all(math.isfinite(mean) for mean, _ in cells.values())
+
+
+def test_the_same_figures_twice(tables, tiny_cdtp):
+    before = (tiny_cdtp.run / "results.json").read_bytes()
+    assert tables_of(tiny_cdtp.run) == tables
+    assert (tiny_cdtp.run / "results.json").read_bytes() == before
+
+
+def test_recognition_by_hand(tables, trainer, batch):
+    """The linear map of {a}, whole samples, from the model itself."""
+    model = trainer.models["linear"]
+    shown = torch.tensor([False, True, False]).expand(len(batch), 3)
+    target = trainer.target[batch.row_id].numpy()
+    with torch.no_grad():
+        for column, given in (("{a}", batch.hide(shown)), ("full", batch)):
+            said = model(given).argmax(1).numpy()
+            found = tables[RECOGNITION, "WA"].cells["CDTP with a linear map (MPLMM)"][column][0]
+            assert found == pytest.approx(accuracy_score(target, said))
+
+
+def test_hidden_values_do_not_reach_the_tables(trainer, batch):
+    """Of what {a} hides nothing is read before the figures are made: NaN there gives the same completion."""
+    from modafill.evaluation.cdtp import _filled, _recognise, _Space
+
+    shown = batch.hide(torch.tensor([False, True, False]).expand(len(batch), 3))
+    for name in ("text", "vision"):
+        assert not bool(shown.features[name].any())
+    with torch.no_grad():
+        answers = _recognise(trainer, shown, 2, 5, ())
+        space = _Space(trainer)
+        filled = _filled(trainer, space, space.fills(), trainer.plain.project(shown), 2, 5)
+    assert all(torch.isfinite(answer).all() for answer in answers.values())
+    assert {name: len(samples) for name, samples in filled.items()} == {
+        "zero fill": 1, "mean fill": 1, "ridge": 2, DIFFUSION: 2
+    }  # fmt: skip
+
+
+def test_error_of_the_mean_by_hand(tables, trainer, batch):
+    """NRMSE of the mean fill of {a}: projected training rows averaged step by step, over the steps that are there."""
+    with torch.no_grad():
+        train = trainer.split.train
+        rows = trainer.store.read(train[trainer.available[train].all(1).numpy()])
+        known, truth = trainer.plain.project(rows), trainer.plain.project(batch)
+    mean, std = trainer.scales(trainer.plain)
+    errors = []
+    for m in (0, 2):
+        standard = (known.x[m] - mean[m]) / std[m]
+        steps = torch.arange(known.x[m].shape[1])
+        standard = torch.where((steps < known.lengths[m][:, None])[..., None], standard, 0.0)
+        there = (steps < truth.lengths[m][:, None])[..., None].expand_as(truth.x[m])
+        expected = (truth.x[m] - mean[m]) / std[m]
+        errors.append((standard.mean(0).expand_as(expected) - expected)[there])
+    found = tables[ERROR, "NRMSE"].cells["mean fill"]["{a}"][0]
+    assert found == pytest.approx(float(torch.cat(errors).square().mean().sqrt()), rel=1e-4)
+    assert nrmse(torch.cat(errors), torch.zeros_like(torch.cat(errors)), 1.0) == pytest.approx(found, rel=1e-4)
+
+
+def test_frozen_classifier_reads_what_the_fill_made(tables, trainer, batch):
+    """Zero fill of {a}: zeros of the projected space, as long as the audio suggests."""
+    with torch.no_grad():
+        given = trainer.plain.project(batch.hide(torch.tensor([False, True, False]).expand(len(batch), 3)))
+        completed = Sequences(given.x, trainer.plain.suggested_lengths(given), given.available, given.row_id)
+        said = trainer.plain.predict(completed).argmax(1).numpy()
+    found = tables[FROZEN, "WA"].cells["zero fill"]["{a}"][0]
+    assert found == pytest.approx(accuracy_score(trainer.target[batch.row_id].numpy(), said))
+
+
+def test_admc_beside_it(tiny, tiny_cdtp, tmp_path):
+    shutil.copytree(tiny_cdtp.run, tmp_path / "cdtp")
+    shutil.copytree(tiny.run, tmp_path / "admc")
+    with pytest.raises(ValueError, match=r"beside: .*admc has data .*, expected"):
+        tables_of(tmp_path / "cdtp", beside=(tmp_path / "admc",))
+    description = json.loads((tmp_path / "admc" / "run.json").read_text())
+    ours = json.loads((tmp_path / "cdtp" / "run.json").read_text())
+    (tmp_path / "admc" / "run.json").write_text(
+        json.dumps({**description, "data": ours["data"], "mapping": ours["mapping"]})
+    )
+    (tmp_path / "admc" / "results.json").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match=r"results\.json is not there; run `modafill evaluate"):
+        tables_of(tmp_path / "cdtp", beside=(tmp_path / "admc",))
+    theirs = tables_of(tmp_path / "admc", Asked(n_samples=2))
+    found = tables_of(tmp_path / "cdtp", Asked(n_samples=1), beside=(tmp_path / "admc",))[RECOGNITION, "UA"]
+    (question,) = {question for question, _ in theirs if "fusion network" in question}
+    expected = theirs[question, "UA"].cells
+    assert found.cells["ADMC clean"] == expected["ADMC clean"]
+    assert found.cells["zero fill, a fusion network per pattern"] == expected["zero fill"]
+    assert list(found.cells).count("logistic regression") == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "asked", "message"),
+    [
+        ("tiny", Asked(sampling_steps=(3,)), "expected cdtp"),
+        ("tiny_cdtp", Asked(start_steps=(3,)), r"start-steps: got \[3\], but .* holds cdtp, expected admc"),
+    ],
+)
+def test_options_of_the_other_model(model, asked, message, request):
+    with pytest.raises(ValueError, match=message):
+        evaluate_run(request.getfixturevalue(model).run, asked)
+    with pytest.raises(ValueError, match="samples: got 0, expected at least 1"):
+        replace(asked, n_samples=0)
+
+
+def test_scores(tiny_cdtp, tmp_path):
+    """A run that predicts numbers has MAE and correlation, with ridge regression beside it."""
+    mapping = json.loads(tiny_cdtp.mapping.read_text())
+    mapping["labels"] = {"clip": {"name": "clip", "kind": "score"}}
+    convert_npz(tiny_cdtp.archive, tmp_path / "scores.h5", mapping)
+    run = Run.load(tiny_cdtp.run)
+    run = replace(
+        run, folder=tmp_path / "run", data=str(tmp_path / "scores.h5"), mapping=None, label="clip",
+        variants=("full", "plain"), config=replace(run.config, epochs=1, diffusion_epochs=1),
+    )  # fmt: skip
+    train(run, ignore)
+    tables = tables_of(run.folder, Asked(n_samples=2))
+    assert {metric for question, metric in tables if question == RECOGNITION} == {"MAE", "Corr"}
+    assert "ridge regression" in tables[RECOGNITION, "MAE"].cells
+    assert "lower is better" in tables[RECOGNITION, "MAE"].title
+
+
+def test_which_figures_scores_get():
+    target = torch.tensor([-2.0, 0.0, 1.0])
+    assert regression(target, target) == sentiment(target, target)
+    assert set(regression(target + 3, target + 3)) == {"MAE", "Corr"}
+    assert regression(target + 3, target + 4)["MAE"] == pytest.approx(1.0)
+    assert np.isclose(regression(2 * target + 3, target + 4)["Corr"], 1.0)

@@ -1,0 +1,195 @@
+"""CDTP's stages: what each one trains, what stays frozen, what the losses are, and which patterns rows get."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from torch.nn import functional as F
+
+from modafill.data import Standardizer, convert_npz
+from modafill.files import read_tensors
+from modafill.models.admc import ADMCConfig
+from modafill.models.cdtp import CDTP, VARIANTS, CDTPConfig
+from modafill.training import Run, TrainingError, train
+
+
+def ignore(*_):
+    pass
+
+
+def trainer_of(tiny, **changes):
+    return replace(Run.load(tiny.run), **changes).trainer(0, 0, Accelerator(cpu=True), ignore)
+
+
+def stage(tiny, name):
+    return read_tensors(tiny.run / "fold0-seed0" / "stages" / f"{name}.safetensors")[0]
+
+
+def test_projections_and_denoisers_are_frozen_where_the_variants_are_trained(tiny_cdtp):
+    backbone, denoisers = stage(tiny_cdtp, "backbone"), stage(tiny_cdtp, "diffusion")
+    for variant in ("full", "linear"):
+        found = stage(tiny_cdtp, f"variant-{variant}")
+        for name, tensor in found.items():
+            if name.startswith("diffusion."):
+                assert torch.equal(tensor, denoisers[name.removeprefix("diffusion.")]), name
+        same = {name for name in found if name in backbone and torch.equal(found[name], backbone[name])}
+        projections = {name for name in backbone if name.startswith("backbone.projections.")}
+        frozen = {name for name in projections if variant == "full" or not name.endswith("conv.weight")}
+        assert frozen <= same
+        assert any(name in backbone and name not in same for name in found)
+    assert not [name for name in stage(tiny_cdtp, "variant-linear") if name.startswith("diffusion.")]
+
+
+def test_every_prompt_and_map_moves(tiny_cdtp):
+    """The rows of three epochs meet every pattern, so that nothing stays where it began."""
+    trainer = trainer_of(tiny_cdtp)
+    before = trainer.models["full"].state_dict()
+    after = stage(tiny_cdtp, "variant-full")
+    parts = [name for name in before if name.startswith(("prompts.", "maps."))]
+    assert len(parts) > 10
+    # With a drop rate of 0.2 and 60 rows, single maps of rare patterns may not have been met.
+    still = [name for name in parts if torch.equal(before[name], after[name])]
+    assert not [name for name in still if name.startswith("prompts.")]
+    assert len(still) < len(parts) / 2
+
+
+def test_statistics_are_those_of_the_training_part(tiny_cdtp):
+    trainer = trainer_of(tiny_cdtp)
+    trainer.run()
+    statistics = Standardizer.fit(trainer.store, trainer.split.train)
+    for projection in trainer.plain.backbone.projections:
+        torch.testing.assert_close(projection.mean.double(), statistics.mean[projection.name].double())
+    channels = [[], [], []]
+    batch = trainer.store.read(trainer.split.train)
+    given = trainer.plain.project(batch)
+    for m, (x, n) in enumerate(zip(given.x, given.lengths, strict=True)):
+        channels[m] = torch.cat([row[:end] for row, end in zip(x.detach(), n.tolist(), strict=True)])
+    mean, std = trainer.models["full"].diffusion.mean, trainer.models["full"].diffusion.std
+    for m, rows in enumerate(channels):
+        torch.testing.assert_close(mean[m], rows.mean(0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(std[m], rows.std(0, correction=0), rtol=1e-3, atol=1e-5)
+
+
+def test_losses_of_classes_and_scores(tiny_cdtp):
+    trainer = trainer_of(tiny_cdtp)
+    rows, logits = torch.tensor([3, 1, 7]), torch.randn(3, 3)
+    target = torch.from_numpy(np.unique(trainer.store.labels("mood"), return_inverse=True)[1])
+    torch.testing.assert_close(trainer.task_loss(logits, rows), F.cross_entropy(logits, target[rows]))
+    trainer.labels = replace(trainer.labels, kind="score")
+    trainer.target = torch.arange(96.0)
+    expected = (logits[:, 0] - torch.tensor([3.0, 1.0, 7.0])).abs().mean()
+    torch.testing.assert_close(trainer.task_loss(logits[:, :1], rows), expected)
+
+
+def test_model_folder_holds_the_first_variant(tiny_cdtp):
+    model = CDTP.from_pretrained(tiny_cdtp.run / "fold0-seed0" / "model")
+    expected = stage(tiny_cdtp, "variant-full")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+    assert model.classes == ["calm", "glad", "sad"]
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in ("full", "linear", "plain")])
+def test_other_variants_train(tiny_cdtp, tmp_path, variant):
+    run = Run.load(tiny_cdtp.run)
+    config = replace(run.config, epochs=1, diffusion_epochs=1)
+    train(replace(run, folder=tmp_path / "run", variants=(variant,), config=config), ignore)
+    model = CDTP.from_pretrained(tmp_path / "run" / "fold0-seed0" / "model")
+    assert {name: getattr(model.config, name) for name in VARIANTS[variant]} == VARIANTS[variant]
+
+
+def test_joint_training_moves_projections_and_denoisers(tiny_cdtp, tmp_path):
+    run = Run.load(tiny_cdtp.run)
+    config = replace(run.config, training="joint", epochs=2)
+    done = []
+    train(replace(run, folder=tmp_path / "run", variants=("full",), config=config), done.append)
+    assert {d.stage for d in done if d.stage} == {"backbone", "variant-full"}
+    assert max(d.stages for d in done) == 2
+    stages = tmp_path / "run" / "fold0-seed0" / "stages"
+    backbone, found = (read_tensors(stages / f"{name}.safetensors")[0] for name in ("backbone", "variant-full"))
+    moved = [name for name in backbone if not torch.equal(backbone[name], found[name])]
+    assert "backbone.projections.0.conv.weight" in moved
+    fresh = replace(run, variants=("full",), config=config).trainer(0, 0, Accelerator(cpu=True), ignore)
+    before = fresh.models["full"].diffusion.state_dict()
+    assert any(not torch.equal(found[f"diffusion.{name}"], tensor) for name, tensor in before.items())
+
+
+def test_scores_train_with_one_output(tiny_cdtp, tmp_path):
+    mapping = json.loads(tiny_cdtp.mapping.read_text())
+    mapping["labels"] = {"faces": {"name": "clip", "kind": "score"}}
+    convert_npz(tiny_cdtp.archive, tmp_path / "scores.h5", mapping)
+    run = Run.load(tiny_cdtp.run)
+    run = replace(
+        run, folder=tmp_path / "run", data=str(tmp_path / "scores.h5"), mapping=None, label="faces",
+        variants=("full",), config=replace(run.config, epochs=1, diffusion_epochs=1),
+    )  # fmt: skip
+    train(run, ignore)
+    model = CDTP.from_pretrained(run.folder / "fold0-seed0" / "model")
+    assert (model.outputs, model.classes) == (1, [])
+    with pytest.raises(ValueError, match="label: got 'other', expected one of \\['faces'\\]"):
+        train(replace(run, folder=tmp_path / "other", label="other"), ignore)
+    run = replace(run, folder=tmp_path / "admc", model="admc", variants=("clean",), config=ADMCConfig())
+    with pytest.raises(ValueError, match="label 'clip' is a score, expected classes: ADMC does not regress"):
+        train(run, ignore)
+
+
+def test_a_modality_that_many_rows_lack_for_good(tiny_cdtp, tmp_path):
+    """Text is in 6 training rows alone: it trains, and rows without it are never a target or source of its pairs."""
+    run = Run.load(tiny_cdtp.run)
+    trainer = trainer_of(tiny_cdtp)
+    mapping = json.loads(tiny_cdtp.mapping.read_text())
+    arrays = dict(np.load(tiny_cdtp.archive))
+    keep = np.zeros(96, bool)
+    keep[[*trainer.split.train[:6], *trainer.split.test]] = True
+    arrays["seen"] = arrays["seen"] & (np.arange(3) > 0) | keep[:, None]
+    arrays["seen"][~arrays["seen"].any(1), 1] = True
+    np.savez(tmp_path / "lacking.npz", **arrays)
+    (tmp_path / "lacking.json").write_text(json.dumps(mapping))
+    lacking = replace(
+        run, folder=tmp_path / "run", data=str(tmp_path / "lacking.npz"), mapping=str(tmp_path / "lacking.json"),
+        variants=("full",), config=replace(run.config, epochs=1, diffusion_epochs=1),
+    )  # fmt: skip
+    train(lacking, ignore)
+    # What the rows lack is never read: other values there, the same bits.
+    arrays["words"][~arrays["seen"][:, 0]] += 100
+    np.savez(tmp_path / "lacking.npz", **arrays)
+    again = replace(lacking, folder=tmp_path / "again")
+    train(again, ignore)
+    first, second = (
+        read_tensors(r.folder / "fold0-seed0" / "model" / "model.safetensors")[0] for r in (lacking, again)
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    none = replace(lacking, folder=tmp_path / "none")
+    arrays["seen"][trainer.split.train, 0] = False
+    arrays["seen"][~arrays["seen"].any(1), 1] = True
+    np.savez(tmp_path / "lacking.npz", **arrays)
+    with pytest.raises(ValueError, match=r"none of the \d+ training samples has text"):
+        train(none, ignore)
+
+
+def test_unknown_variant_and_model(tiny_cdtp):
+    run = Run.load(tiny_cdtp.run)
+    with pytest.raises(ValueError, match="variants: got 'clean', expected one of full, no-generative"):
+        replace(run, variants=("full", "clean"))
+    with pytest.raises(ValueError, match="model: got 'mult', expected one of admc, cdtp"):
+        replace(run, model="mult")
+    with pytest.raises(ValueError, match="seeds: got none"):
+        replace(run, seeds=())
+
+
+def test_a_loss_that_is_not_finite_stops(tiny_cdtp, tmp_path):
+    run = Run.load(tiny_cdtp.run)
+    run = replace(run, folder=tmp_path / "run", config=replace(run.config, learning_rate=10.0, epochs=30))
+    trainer = run.trainer(0, 0, Accelerator(cpu=True), ignore)
+    trainer.target = trainer.target.float() * torch.nan
+    trainer.labels = replace(trainer.labels, kind="score")
+    with pytest.raises(TrainingError, match="backbone: the loss of epoch 1 is nan"):
+        trainer.run()
+
+
+def test_small_preset_is_a_configuration():
+    assert CDTPConfig.preset("small").width < CDTPConfig().width
