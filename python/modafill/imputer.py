@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -16,6 +16,8 @@ from modafill.data import Batch, FeatureStore, StoreWriter
 from modafill.data.patterns import check_available, name_rows
 from modafill.files import replacing
 from modafill.models.admc import ADMC
+from modafill.models.cdtp import CDTP
+from modafill.models.pretrained import load_pretrained
 
 
 @dataclass(frozen=True)
@@ -23,28 +25,33 @@ class Imputation:
     """A completed batch.
 
     Attributes:
-        embeddings: name → ``[B, D]``, the encoder's embedding where observed, the mean of the samples where generated.
+        embeddings: name → ``[B, D]`` of an ADMC, ``[B, L, d]`` of a CDTP: the encoder's embedding or the projected
+            sequence where observed, the mean of the samples where generated.
         generated: bool ``[B, M]``, True where an embedding was generated.
-        samples: name → ``[K, B, D]``.
+        samples: name → ``[K, B, D]`` or ``[K, B, L, d]``.
+        lengths: name → int64 ``[B]``, true lengths of sequences; empty for an ADMC.
     """
 
     embeddings: dict[str, Tensor]
     generated: Tensor
     samples: dict[str, Tensor]
+    lengths: dict[str, Tensor] = field(default_factory=dict)
 
     @cached_property
     def std(self) -> dict[str, Tensor]:
-        """Name → ``[B, D]``, standard deviation of the samples, 0 where observed; ValueError for a single sample."""
+        """As ``embeddings``: standard deviation of the samples, 0 where observed; ValueError for a single sample."""
         if len(next(iter(self.samples.values()))) < 2:
             raise ValueError("std: a single sample has no spread, expected a call with n_samples of 2 or more")
         return {
-            name: samples.std(0, correction=1).masked_fill(~self.generated[:, m, None], 0.0)
+            name: samples.std(0, correction=1).masked_fill(
+                ~self.generated[:, m].view(-1, *[1] * (samples.ndim - 2)), 0.0
+            )
             for m, (name, samples) in enumerate(self.samples.items())
         }
 
 
 class ModalityImputer(nn.Module):
-    """Generates the embeddings of missing modalities with a trained ADMC.
+    """Generates the embeddings of missing modalities with a trained ADMC or CDTP.
 
     The model is frozen: it stays in evaluation mode, also as a part of a module that is being trained, its parameters
     want no gradient, and none flows through it to the features.
@@ -53,7 +60,7 @@ class ModalityImputer(nn.Module):
         model: the trained system.
     """
 
-    def __init__(self, model: ADMC) -> None:
+    def __init__(self, model: ADMC | CDTP) -> None:
         super().__init__()
         self.model = model.eval().requires_grad_(False)
 
@@ -66,7 +73,7 @@ class ModalityImputer(nn.Module):
     @classmethod
     def from_pretrained(cls, path: str | Path) -> ModalityImputer:
         """Load a model folder, a run folder's ``fold…-seed…/model``, or a Hugging Face Hub id."""
-        return cls(ADMC.from_pretrained(path))
+        return cls(load_pretrained(path))
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write ``config.json`` and ``model.safetensors`` to the folder ``path``."""
@@ -79,7 +86,7 @@ class ModalityImputer(nn.Module):
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the classes, in the order of :meth:`recognise`'s columns."""
+        """Names of the classes, in the order of :meth:`recognise`'s columns; none for a model of scores."""
         return tuple(self.model.classes)
 
     @torch.no_grad()
@@ -121,7 +128,7 @@ class ModalityImputer(nn.Module):
         seed: int = 0,
         row_ids: Tensor | None = None,
     ) -> Tensor:
-        """Class probabilities ``[B, classes]`` from the completed batch (ADMC §3.3).
+        """Class probabilities ``[B, classes]``, or scores ``[B]``, from the completed batch (ADMC §3.3, CDTP §3.5).
 
         Arguments and errors are those of calling the imputer. Where something is missing, probabilities are averaged
         over the ``n_samples`` completions.
@@ -174,19 +181,8 @@ class ModalityImputer(nn.Module):
     @torch.no_grad()
     def complete(self, batch: Batch, *, n_samples: int = 1, seed: int = 0) -> Imputation:
         """As calling the imputer, for a :class:`~modafill.data.Batch`."""
-        model, keep = self.model, batch.available[..., None]
-        model.check(batch)
-        embeddings = model.embed(batch)
-        samples = model.adn.sample(
-            model.scaler(embeddings), batch.available, n_samples=n_samples, seed=seed, row_id=batch.row_id
-        )
-        samples = torch.where(keep, embeddings, model.scaler.inverse(samples))
-        exact = torch.where(keep, embeddings, samples.mean(0))
-        return Imputation(
-            {name: exact[:, m] for m, name in enumerate(self.modalities)},
-            ~batch.available,
-            {name: samples[:, :, m] for m, name in enumerate(self.modalities)},
-        )
+        done = self.model.impute(batch, n_samples=n_samples, seed=seed)
+        return Imputation(done.mean(batch.available), ~batch.available, done.samples, done.lengths)
 
 
 def impute_store(
@@ -205,6 +201,7 @@ def impute_store(
     _check_store(imputer, store)
     width = imputer.model.config.width
     names = imputer.modalities
+    kind = "sequence" if isinstance(imputer.model, CDTP) else "vector"
     order = store.order()
     labels = {name: store.labels(name) for name in store.label_names}
     groups = {name: store.groups(name) for name in store.group_names}
@@ -213,7 +210,7 @@ def impute_store(
         out,
         modalities=names,
         widths=dict.fromkeys(names, width),
-        kinds=dict.fromkeys(names, "vector"),
+        kinds=dict.fromkeys(names, kind),
         task={k: v for k, v in store.task.items() if k != "window"},
     ) as writer:
         for rows, batch in _batches(imputer, store, batch_size):
@@ -222,6 +219,7 @@ def impute_store(
                 {name: x.cpu().numpy() for name, x in done.embeddings.items()},
                 available=~done.generated.cpu().numpy(),
                 generated=done.generated.cpu().numpy(),
+                lengths={name: n.cpu().numpy() for name, n in done.lengths.items()},
                 ids=store.ids(rows),
                 labels={name: values[rows] for name, values in labels.items()},
                 groups={name: values[rows] for name, values in groups.items()},
@@ -240,19 +238,22 @@ def recognise_store(
     seed: int = 0,
     batch_size: int = 1024,
 ) -> Iterator[int]:
-    """Write a CSV file of ``id``, the likeliest class and the probability of each; yields the rows done so far.
+    """Write a CSV file of ``id`` with the likeliest class and the probability of each, or the score.
+
+    Yields the rows done so far.
 
     The file appears at ``out`` when the last row is written, or not at all.
     """
     _check_store(imputer, store)
     with replacing(out) as beside, open(beside, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["id", "class", *(f"p({name})" for name in imputer.classes)])
+        classes = imputer.classes
+        writer.writerow(["id", "class", *(f"p({name})" for name in classes)] if classes else ["id", "score"])
         for rows, batch in _batches(imputer, store, batch_size):
-            probabilities = imputer.model.recognise(batch, n_samples=n_samples, seed=seed).cpu()
-            likeliest = probabilities.argmax(1).tolist()
-            for name, best, row in zip(store.ids(rows), likeliest, probabilities.tolist(), strict=True):
-                writer.writerow([name, imputer.classes[best], *(f"{p:.6g}" for p in row)])
+            said = imputer.model.recognise(batch, n_samples=n_samples, seed=seed).cpu()
+            for name, row in zip(store.ids(rows), said.view(len(rows), -1), strict=True):
+                best = [classes[int(row.argmax())]] if classes else []
+                writer.writerow([name, *best, *(f"{value:.6g}" for value in row.tolist())])
             yield int(rows[-1]) + 1
 
 

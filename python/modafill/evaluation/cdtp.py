@@ -107,10 +107,6 @@ def _answer(trainer: CDTPTrainer, prediction: Tensor) -> Tensor:
     return prediction[:, 0] if trainer.labels.regression else prediction.softmax(-1)
 
 
-def _sample(model: CDTP, given: Sequences, k: int, seed: int, sampling_steps: int | None = None) -> Pairs:
-    return model.generate(given, seed=derive_seed(seed, "sample", k), sampling_steps=sampling_steps)
-
-
 def _recognise(
     trainer: CDTPTrainer, shown: Batch, n_samples: int, seed: int, sampling_steps: tuple[int, ...]
 ) -> dict[str, Tensor]:
@@ -125,7 +121,7 @@ def _recognise(
 
         diffusing = model.diffusion is not None
         if shared is None or trainer.joint or not diffusing:
-            generated = _sample(model, given, 0, seed)
+            generated = model.generate(given, seed=seed)
             # In two stages every variant has the same projections and denoisers.
             shared = generated if diffusing else shared
         else:
@@ -133,10 +129,10 @@ def _recognise(
         out[name] = say(generated)
         if variant == trainer.variants[0] and diffusing:
             if n_samples > 1:
-                others = [say(_sample(model, given, k, seed)) for k in range(1, n_samples)]
-                out[f"{name}, {AVERAGED}"] = torch.stack([out[name], *others]).mean(0)
+                drawn = model.samples(given, n_samples, seed=seed)
+                out[f"{name}, {AVERAGED}"] = torch.stack([say(sample) for sample in drawn]).mean(0)
             for steps in sampling_steps:
-                out[f"{name}, {steps} DDIM steps"] = say(_sample(model, given, 0, seed, steps))
+                out[f"{name}, {steps} DDIM steps"] = say(model.generate(given, seed=seed, sampling_steps=steps))
     return out
 
 
@@ -211,8 +207,7 @@ def _filled(
     sources = [m for m in range(len(trainer.names)) if bool(available[0, m])]
     lengths = trainer.plain.suggested_lengths(given)
     made = []
-    for k in range(n_samples):
-        generated = _sample(diffusing, given, k, seed)
+    for generated in diffusing.samples(given, n_samples, seed=seed):
         for source in sources:
             x = [given.x[m] if bool(available[0, m]) else generated[m, source] for m in range(len(trainer.names))]
             made.append(space.tokens(Sequences(x, lengths, available, given.row_id)))

@@ -52,7 +52,10 @@ class CDTPTrainer(PartTrainer):
         super().__init__(folder, store, split, labels, config, variants, seed, accelerator, report)
         self.config = config
         longest = store.max_lengths
-        self.specs = {name: SequenceSpec(width, longest.get(name, 1)) for name, width in store.widths.items()}
+        self.specs = {
+            name: SequenceSpec(width, longest.get(name, 1), sequence=store.kinds[name] == "sequence")
+            for name, width in store.widths.items()
+        }
         self.plain = self._new("plain", "backbone")
         self.models = {variant: self._new(variant, variant) for variant in variants}
         self.joint = config.training == "joint"
@@ -115,7 +118,8 @@ class CDTPTrainer(PartTrainer):
                 given = self.plain.project(batch)
             return self._diffusion_loss(diffusion, given, steps, "diffusion", epoch)
 
-        self._train("diffusion", diffusion, loss, self.config.diffusion_epochs, ema_decay=self.config.ema_decay)
+        epochs, rate, decay = self.config.diffusion_epochs, self.config.diffusion_learning_rate, self.config.ema_decay
+        self._train("diffusion", diffusion, loss, epochs, learning_rate=rate, ema_decay=decay)
         for model in others:
             cast(ConditionalDiffusion, model.diffusion).load_state_dict(diffusion.state_dict())
 
@@ -182,6 +186,7 @@ class CDTPTrainer(PartTrainer):
         epochs: int,
         validate: Callable[[], float] | None = None,
         *,
+        learning_rate: float | None = None,
         ema_decay: float = 0.0,
         begin: Callable[[int], None] = lambda _: None,
     ) -> None:
@@ -192,9 +197,8 @@ class CDTPTrainer(PartTrainer):
             return self.store_batches(self.split.train, self.config.batch_size, name, epoch)
 
         patience = self.config.patience if validate is not None else None
-        self.train_stage(
-            Stage(name, model, batches, loss, epochs, self.config.learning_rate, validate, patience, ema_decay)
-        )
+        rate = self.config.learning_rate if learning_rate is None else learning_rate
+        self.train_stage(Stage(name, model, batches, loss, epochs, rate, validate, patience, ema_decay))
 
     def _validation_loss(self, predict: Callable[[Batch], Tensor]) -> float:
         rows = torch.from_numpy(self.split.valid).to(self.device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,21 +13,8 @@ from modafill.models.admc.adn import ADN
 from modafill.models.admc.config import ADMCConfig
 from modafill.models.admc.encoders import ModalityEncoder, UnimodalClassifier
 from modafill.models.admc.fusion import Fusion
+from modafill.models.completed import Completed, ModalitySpec
 from modafill.models.folder import find_folder, load_weights, read_config, save_folder
-
-
-@dataclass(frozen=True)
-class ModalitySpec:
-    """What a model must know of a modality: its feature width D and whether samples are sequences ``[L, D]``."""
-
-    width: int
-    sequence: bool
-
-    def check(self, name: str, x: Tensor) -> None:
-        """Raise ValueError unless ``x`` has as many dimensions as features of the modality ``name``."""
-        if x.ndim != 2 + self.sequence:
-            expected = f"[B, L, {self.width}]" if self.sequence else f"[B, {self.width}]"
-            raise ValueError(f"features[{name!r}]: got shape {list(x.shape)}, expected {expected}")
 
 
 class TokenScaler(nn.Module):
@@ -139,6 +125,20 @@ class ADMC(nn.Module):
             others[:, m] = False
             generated[:, m] = self.adn.sample(tokens, others, seed=seed, row_id=row_id)[0, :, m]
         return torch.cat([tokens, generated], dim=-1)
+
+    @torch.no_grad()
+    def impute(self, batch: Batch, *, n_samples: int = 1, seed: int = 0) -> Completed:
+        """Embeddings ``[B, D]`` of each modality, K times; what is missing is generated."""
+        self.check(batch)
+        embeddings = self.embed(batch)
+        samples = self.adn.sample(
+            self.scaler(embeddings), batch.available, n_samples=n_samples, seed=seed, row_id=batch.row_id
+        )
+        samples = torch.where(batch.available[..., None], embeddings, self.scaler.inverse(samples))
+        return Completed(
+            {name: embeddings[:, m] for m, name in enumerate(self.modalities)},
+            {name: samples[:, :, m] for m, name in enumerate(self.modalities)},
+        )
 
     @torch.no_grad()
     def recognise(self, batch: Batch, *, n_samples: int = 1, seed: int = 0) -> Tensor:

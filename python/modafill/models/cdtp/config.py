@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from torch import Tensor
+
+from modafill.models.completed import ModalitySpec
 from modafill.models.config import ModelConfig
 
 COMPLETIONS = ("diffusion", "linear", "none")
@@ -24,11 +27,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class SequenceSpec:
-    """What CDTP must know of a modality: its feature width D and the longest sequence L. Vectors have length 1."""
+class SequenceSpec(ModalitySpec):
+    """What CDTP must know of a modality: its feature width D and the longest sequence L; vectors have length 1."""
 
-    width: int
+    sequence: bool = field(default=True, kw_only=True)
     length: int
+
+    def check(self, name: str, x: Tensor) -> None:
+        """Raise ValueError unless ``x`` has the dimensions of the modality ``name`` and is not too long."""
+        super().check(name, x)
+        if self.sequence and x.shape[1] > self.length:
+            raise ValueError(f"features[{name!r}]: got length {x.shape[1]}, expected at most {self.length}")
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,7 @@ class CDTPConfig(ModelConfig):
         diffusion_weight: λ of the diffusion loss beside the task's in joint training (the paper names none).
         training: ``"two-stage"`` (diffusion first, §3) or ``"joint"``.
         ema_decay: of the denoisers' averaged weights in the first stage; 0 turns it off (own choice).
-        learning_rate: Adam, 1e-4 (§4.3).
+        learning_rate, diffusion_learning_rate: Adam, 1e-4 (§4.3); the latter of the denoisers' own stage.
         batch_size, epochs: 32 and 50 (§4.3).
         diffusion_epochs: of the first stage (own choice).
         patience: epochs without a lower validation loss before the backbone stops.
@@ -99,6 +108,7 @@ class CDTPConfig(ModelConfig):
     training: str = "two-stage"
     ema_decay: float = 0.995
     learning_rate: float = 1e-4
+    diffusion_learning_rate: float = 1e-4
     batch_size: int = 32
     epochs: int = 50
     diffusion_epochs: int = 50
@@ -119,22 +129,24 @@ class CDTPConfig(ModelConfig):
         "diffusion_weight": (0.0, 1e6),
         "ema_decay": (0.0, 0.999999),
         "learning_rate": (1e-9, 10.0),
+        "diffusion_learning_rate": (1e-9, 10.0),
     }
     PRESETS: ClassVar = {
         "paper": {},
         "small": {
             "width": 32,
             "heads": 4,
-            "layers": 2,
-            "self_layers": 2,
+            "layers": 1,
+            "self_layers": 1,
             "prompt_length": 8,
             "unet_channels": (32, 64),
             "unet_blocks": 1,
-            "learning_rate": 1e-3,
-            "batch_size": 32,
-            "epochs": 30,
+            "prediction": "v",
+            "sampling_steps": 5,
+            "diffusion_learning_rate": 1e-3,
+            "epochs": 20,
             "diffusion_epochs": 30,
-            "patience": 8,
+            "patience": 4,
         },
     }
 

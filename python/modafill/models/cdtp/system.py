@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from modafill.data import Batch, pattern_index
+from modafill.diffusion import sample_row_ids
 from modafill.models.cdtp.backbone import MulT
 from modafill.models.cdtp.completion import TimeMaps
 from modafill.models.cdtp.config import CDTPConfig, SequenceSpec
 from modafill.models.cdtp.diffusion import ConditionalDiffusion
 from modafill.models.cdtp.prompts import Prompts
 from modafill.models.cdtp.stacked import StackedLinear, valid_mask
+from modafill.models.completed import Completed
 from modafill.models.folder import find_folder, load_weights, read_config, save_folder
 
 Pairs = dict[tuple[int, int], Tensor]
@@ -95,9 +98,8 @@ class CDTP(nn.Module):
         features, lengths = [], []
         for m, (name, spec) in enumerate(self.modalities.items()):
             x, seen = batch.features[name], batch.available[:, m]
+            spec.check(name, x)
             x = x if x.ndim == 3 else x[:, None]
-            if x.shape[1] > spec.length:
-                raise ValueError(f"features[{name!r}]: got length {x.shape[1]}, expected at most {spec.length}")
             x = torch.where(seen[:, None, None], x, 0.0)
             features.append(nn.functional.pad(x, (0, 0, 0, spec.length - x.shape[1])))
             lengths.append(torch.where(seen, batch.lengths.get(name, torch.ones_like(batch.row_id)), 0))
@@ -194,11 +196,65 @@ class CDTP(nn.Module):
         generated = self.generate(given, seed=seed, sampling_steps=sampling_steps, eta=eta)
         return self.predict(self.complete(given, generated))
 
+    def check(self, batch: Batch) -> None:
+        """Raise ValueError unless the model can read ``batch`` (:meth:`modafill.data.Batch.validate`)."""
+        batch.validate({name: spec.width for name, spec in self.modalities.items()})
+        for name, spec in self.modalities.items():
+            spec.check(name, batch.features[name])
+
+    def samples(
+        self, given: Sequences, n_samples: int, *, seed: int = 0, sampling_steps: int | None = None
+    ) -> Iterator[Pairs]:
+        """K draws of :meth:`generate`; the first ones stay the same when K grows."""
+        for row_id in sample_row_ids(given.row_id, n_samples).view(n_samples, -1):
+            yield self.generate(replace(given, row_id=row_id), seed=seed, sampling_steps=sampling_steps)
+
+    @torch.no_grad()
+    def impute(self, batch: Batch, *, n_samples: int = 1, seed: int = 0) -> Completed:
+        """Projected sequences ``[B, L, d]`` of each modality, K times; a sample is the mean over its sources.
+
+        Raises:
+            ValueError: a bad batch, or a model without diffusion.
+        """
+        if self.diffusion is None:
+            raise ValueError(f"completion: got {self.config.completion!r}, expected 'diffusion' to impute with")
+        self.check(batch)
+        given = self.project(batch)
+        lengths = self.suggested_lengths(given)
+        drawn = []
+        for generated in self.samples(given, n_samples, seed=seed):
+            sample = []
+            for target, x in enumerate(given.x):
+                seen = batch.available[:, [m for m in range(len(given.x)) if m != target]]
+                total = sum((made for (t, _), made in generated.items() if t == target), torch.zeros_like(x))
+                mean = total / seen.sum(1).clamp(min=1)[:, None, None]
+                sample.append(torch.where(batch.available[:, target, None, None], x, mean))
+            drawn.append(sample)
+        names = list(self.modalities)
+        return Completed(
+            dict(zip(names, given.x, strict=True)),
+            {name: torch.stack([sample[m] for sample in drawn]) for m, name in enumerate(names)},
+            dict(zip(names, lengths, strict=True)),
+        )
+
+    @torch.no_grad()
+    def recognise(self, batch: Batch, *, n_samples: int = 1, seed: int = 0) -> Tensor:
+        """Class probabilities ``[B, classes]``, or scores ``[B]``, averaged over ``n_samples`` completions.
+
+        Call it in evaluation mode: in training mode dropout is drawn from torch's generator.
+        """
+        self.check(batch)
+        given, total = self.project(batch), torch.zeros((), device=batch.available.device)
+        for generated in self.samples(given, n_samples, seed=seed):
+            said = self.predict(self.complete(given, generated))
+            total = total + (said.softmax(-1) if self.classes else said[:, 0])
+        return total / n_samples
+
     def save_pretrained(self, path: str | Path, **about: Any) -> None:
         """Write ``config.json`` and ``model.safetensors`` to the folder ``path``; ``about`` goes into the former."""
         config = {
             "model": "cdtp",
-            "modalities": {name: {"width": m.width, "length": m.length} for name, m in self.modalities.items()},
+            "modalities": {name: asdict(spec) for name, spec in self.modalities.items()},
             "outputs": self.outputs,
             "classes": self.classes,
             "window": self.window,
