@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from modafill.benchmarks import networks, rivals
+from modafill.benchmarks import networks, rivals, systems
 from modafill.benchmarks.ddim import DdimStep
 from modafill.benchmarks.runner import Case, Problem
 
@@ -80,7 +81,24 @@ def ops(plan: Plan) -> list[Case]:
     ]
 
 
-SUITES: dict[str, Callable[[Plan], list[Case]]] = {"step": step, "ops": ops}
+def cdtp(plan: Plan) -> list[Case]:
+    """A training step and an imputation of CDTP at CMU-MOSI's shapes, in both sizes."""
+    shapes = systems.QUICK if plan.quick else systems.MOSI
+    lengths = tuple(length for length, _ in shapes.values())
+    sizes = [("small", (2,))] if plan.quick else [("small", (1, 8, 32, 128)), ("paper", (32,))]
+    return [
+        Case(
+            f"cdtp-{preset}", mode, (batch, *lengths), torch.float32, plan.device, threads,
+            partial(systems.Cdtp, preset), plan.quick, resident=True,
+        )
+        for threads in plan.threads
+        for preset, batches in sizes
+        for batch in batches
+        for mode in ("impute", "train")
+    ]  # fmt: skip
+
+
+SUITES: dict[str, Callable[[Plan], list[Case]]] = {"step": step, "ops": ops, "cdtp": cdtp}
 
 
 def select(suite: str, plan: Plan) -> list[Case]:

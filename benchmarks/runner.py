@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,6 +20,8 @@ ROOFLINES = ("triad", "copy")
 _SHORT_NS = 2_000_000
 _LONGEST_BURST = 10
 _MIN_ROUNDS, _MAX_ROUNDS = 5, 2000
+# Where a call takes seconds.
+_LONG_NS, _ROUNDS_OF_LONG_CALLS = 5_000_000_000, 2
 
 
 class Unavailable(Exception):
@@ -39,11 +44,13 @@ class Contender:
         run: makes one call on the buffer set of the given index and returns its result.
         check: the correctness gate, on set 0.
         traffic: bytes that one call has to move at least.
+        about: further fields of its row, known after the check.
     """
 
     run: Callable[[int], Any]
     check: Callable[[], Check]
     traffic: int
+    about: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Problem(Protocol):
@@ -68,6 +75,7 @@ class Case:
         threads: ``torch.set_num_threads`` during the case.
         problem: allocates the inputs.
         quick: leave out what takes long to prepare.
+        resident: measure the memory of a call on the CPU too, by the growth of the process's resident set.
     """
 
     op: str
@@ -78,6 +86,7 @@ class Case:
     threads: int
     problem: Callable[[Case], Problem]
     quick: bool = False
+    resident: bool = False
 
 
 def run_case(case: Case, *, seconds: float, notice: Callable[[str], None] = lambda _: None) -> list[dict[str, Any]]:
@@ -99,7 +108,7 @@ def run_case(case: Case, *, seconds: float, notice: Callable[[str], None] = lamb
                 contenders[name] = contender
         timer = _CudaTimer(case.device, problem.sets) if case.device.type == "cuda" else _CpuTimer(problem.sets)
         samples = measure({n: c.run for n, c in contenders.items()}, timer, seconds=seconds)
-        peaks = {name: _peak_memory(contender.run, case.device) for name, contender in contenders.items()}
+        peaks = {name: _peak_memory(contender.run, case) for name, contender in contenders.items()}
     quantiles = {name: _percentiles(times) for name, times in samples.items()}
     speed = {name: contenders[name].traffic / (quantiles[name][1] * 1e6) for name in contenders}
     roofline = max((speed[name] for name in ROOFLINES if name in speed), default=None)
@@ -122,6 +131,7 @@ def run_case(case: Case, *, seconds: float, notice: Callable[[str], None] = lamb
             "peak_memory_bytes": peaks[name],
             "correct": checks[name].correct,
             "max_error": checks[name].max_error,
+            **contenders[name].about,
         }
         for name in contenders
     ]
@@ -144,12 +154,14 @@ def measure(runs: Mapping[str, Callable[[int], Any]], timer: Timer, *, seconds: 
     The contenders take turns, and each round starts with the next one, so that a drift of the machine's clock or load
     meets all of them. Rounds go on until ``seconds`` have passed for each contender.
     """
-    bursts = {name: _burst(*timer(run, 1)) for name, run in runs.items()}
+    trials = {name: timer(run, 1)[0] for name, run in runs.items()}
+    bursts, longest = {name: _burst(trial) for name, trial in trials.items()}, max(trials.values(), default=0)
     samples: dict[str, list[int]] = {name: [] for name in runs}
     names: Sequence[str] = list(runs)
     deadline = time.perf_counter() + seconds * len(names)
     for index in range(_MAX_ROUNDS):
-        if index >= _MIN_ROUNDS and time.perf_counter() > deadline:
+        rounds = _MIN_ROUNDS if longest < _LONG_NS else _ROUNDS_OF_LONG_CALLS
+        if index >= rounds and time.perf_counter() > deadline:
             break
         first = index % len(names) if names else 0
         for name in (*names[first:], *names[:first]):
@@ -213,14 +225,32 @@ class _CudaTimer:
         return [int(start.elapsed_time(end) * 1e6) for start, end in events]
 
 
-def _peak_memory(run: Callable[[int], Any], device: torch.device) -> int | None:
-    """Bytes that one call allocates beyond what is there already; None on the CPU, where torch does not count them."""
-    if device.type != "cuda":
-        return None
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
+def _peak_memory(run: Callable[[int], Any], case: Case) -> int | None:
+    """Bytes that one call allocates beyond what is there already; None on the CPU, unless the case asks for it."""
+    if case.device.type != "cuda":
+        return _resident_growth(run) if case.resident and _PEAK_RESET.exists() else None
+    before = torch.cuda.memory_allocated(case.device)
+    torch.cuda.reset_peak_memory_stats(case.device)
     run(0)
-    return torch.cuda.max_memory_allocated(device) - before
+    return torch.cuda.max_memory_allocated(case.device) - before
+
+
+_PEAK_RESET, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+
+def _resident_growth(run: Callable[[int], Any]) -> int:
+    """How far one call raises the resident set, after what is free went back to the system (Linux)."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    _PEAK_RESET.write_text("5")
+    before = _resident("VmRSS")
+    run(0)
+    return _resident("VmHWM") - before
+
+
+def _resident(field_name: str) -> int:
+    (line,) = (line for line in _STATUS.read_text().splitlines() if line.startswith(f"{field_name}:"))
+    return int(line.split()[1]) * 1024
 
 
 def _percentiles(nanoseconds: Sequence[int]) -> tuple[float, float, float]:

@@ -368,7 +368,7 @@ def demo(
 
 @app.command()
 def bench(
-    suite: Annotated[str, typer.Option(help="Which comparison to run: step, ops, or all.")] = "step",
+    suite: Annotated[str, typer.Option(help="Which comparison to run: step, ops, cdtp, or all.")] = "step",
     json_path: Annotated[Path | None, typer.Option("--json", help="File for the rows.")] = None,
     threads: Annotated[
         str,
@@ -390,6 +390,9 @@ def bench(
     product, scale and bias, eager-channels-last convolves images of one row, eager-linear replaces convolutions of one
     tap. sdpa-materialised gives PyTorch's attention the bias of each sample as its mask, sdpa-folded as further columns
     of queries and keys (up to 256 in all), flex-attention as a score modification (on a CPU, forward alone).
+
+    Suite cdtp: a training step and an imputation of the whole model, small and in the paper's size, beside the same
+    model with its ops in plain PyTorch, and that one sample by sample. Files have network evaluations and peak memory.
     """
     counts = list(_numbers("threads", threads)) or None
     from modafill.benchmarks import run as run_suite

@@ -143,9 +143,11 @@ class CDTPConfig(ModelConfig):
             "unet_blocks": 1,
             "prediction": "v",
             "sampling_steps": 5,
-            "diffusion_learning_rate": 1e-3,
+            "drop_rate": 0.8,
+            "learning_rate": 3e-4,
+            "diffusion_learning_rate": 2e-3,
             "epochs": 20,
-            "diffusion_epochs": 30,
+            "diffusion_epochs": 20,
             "patience": 4,
         },
     }

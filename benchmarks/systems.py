@@ -1,0 +1,188 @@
+"""A whole model at work, beside the same one in plain PyTorch, batched and sample by sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from modafill import ops
+from modafill.benchmarks.rivals import SEED, Builders
+from modafill.benchmarks.runner import Case, Check, Contender
+from modafill.data import Batch, random_available
+from modafill.models.cdtp import CDTP, CDTPConfig, SequenceSpec
+from modafill.ops.reference import SQRT_ALPHA_BAR, SQRT_ONE_MINUS_ALPHA_BAR
+
+# CMU-MOSI as MPLMM reads it: steps and features of text, audio and vision.
+MOSI = {"text": (50, 768), "audio": (375, 5), "vision": (500, 20)}
+QUICK = {"text": (5, 8), "audio": (9, 5), "vision": (11, 4)}
+CLASSES = 4
+
+
+class Cdtp:
+    """One training step or one imputation of CDTP on a batch in which every sample has a missing pattern of its own.
+
+    A training step is the task's and the diffusion's loss, with what is missing generated, forward and backward.
+    "eager" has the ops in plain PyTorch, "eager-per-sample" one sample after the other, as public code does.
+    """
+
+    def __init__(self, preset: str, case: Case) -> None:
+        self.case = case
+        batch, *lengths = case.shape
+        shapes = QUICK if case.quick else MOSI
+        specs = {
+            name: SequenceSpec(width, length)
+            for (name, (_, width)), length in zip(shapes.items(), lengths, strict=True)
+        }
+        torch.manual_seed(SEED)
+        self.model = CDTP(specs, CLASSES, CDTPConfig.preset(preset)).to(case.device)
+        for parameter in self.model.parameters():
+            # Residual branches begin at zero: a check would not see them.
+            if not bool(parameter.any()):
+                torch.nn.init.normal_(parameter, std=0.02)
+        rows = torch.arange(batch, device=case.device)
+        whole = Batch(
+            {name: torch.randn(batch, s.length, s.width, device=case.device) for name, s in specs.items()},
+            torch.ones(batch, len(specs), dtype=torch.bool, device=case.device),
+            rows,
+            {name: torch.full((batch,), s.length, device=case.device) for name, s in specs.items()},
+        )
+        self.whole = whole
+        self.shown = random_available(rows, len(specs), seed=SEED)
+        self.target = torch.randint(CLASSES, (batch,), device=case.device)
+        assert self.model.diffusion is not None
+        last, pairs = self.model.diffusion.last_step, len(self.model.diffusion.pairs)
+        self.steps = torch.randint(1, last + 1, (batch, pairs), device=case.device)
+        self.traffic = sum(x.nbytes for x in whole.features.values())
+
+    sets = 1
+
+    @property
+    def builders(self) -> Builders:
+        return {
+            "modafill": partial(self._contender, nullcontext, False),
+            "eager": partial(self._contender, _plain_ops, False),
+            "eager-per-sample": partial(self._contender, _plain_ops, True),
+        }
+
+    def _contender(self, context: Callable[[], Any], one_by_one: bool) -> Contender:
+        work = self._train if self.case.mode == "train" else self._impute
+
+        def run(_: int) -> Any:
+            with context():
+                parts = [slice(i, i + 1) for i in range(len(self.whole))] if one_by_one else [slice(None)]
+                return [work(part) for part in parts]
+
+        evaluations = 0
+
+        def count(*_: Any) -> None:
+            nonlocal evaluations
+            evaluations += 1
+
+        def check() -> Check:
+            assert self.model.diffusion is not None
+            handle = self.model.diffusion.unet.register_forward_hook(count)
+            self.model.eval()
+            found = torch.cat(run(0)) if self.case.mode == "impute" else self._gradients(run)
+            handle.remove()
+            if self._expected is None:
+                self._expected = found
+            self.model.train(self.case.mode == "train")
+            error = float((found - self._expected).abs().max())
+            scale = float(self._expected.abs().max())
+            about["network_evaluations"] = evaluations
+            return Check(error <= 1e-3 * scale, error)
+
+        about: dict[str, Any] = {}
+        return Contender(run, check, self.traffic, about)
+
+    _expected: Tensor | None = None
+
+    def _gradients(self, run: Callable[[int], Any]) -> Tensor:
+        """Of both losses, which are means over samples, by every parameter."""
+        run(0)
+        return torch.cat([p.grad.flatten() for p in self.model.parameters() if p.grad is not None])
+
+    def _train(self, part: slice) -> Tensor:
+        model, batch = self.model, self.whole.select(part)
+        if part == slice(None) or part.start == 0:
+            model.zero_grad(set_to_none=True)
+        assert model.diffusion is not None
+        with torch.enable_grad():
+            whole = model.project(batch)
+            given = whole.hide(self.shown[part])
+            said = model.predict(model.complete(given, model.generate(given, seed=SEED)))
+            task = F.cross_entropy(said, self.target[part], reduction="sum") / len(self.whole)
+            noise = model.diffusion.loss(
+                whole.x, whole.lengths, whole.available, self.steps[part], seed=SEED, row_id=whole.row_id
+            )
+            (task + noise * len(batch) / len(self.whole)).backward()
+        return task.detach()
+
+    def _impute(self, part: slice) -> Tensor:
+        batch = self.whole.select(part).hide(self.shown[part])
+        done = self.model.impute(batch, seed=SEED)
+        return torch.cat([samples[0].flatten(1) for samples in done.samples.values()], dim=1)
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    mode: Tensor | None = None,
+    *,
+    causal: bool = False,
+    key_lengths: Tensor | None = None,
+    dropout: float = 0.0,
+    seed: Any = None,
+) -> Tensor:
+    queries, keys = q.shape[2], k.shape[2]
+    mask = None if bias is None else bias if mode is None else bias.index_select(0, mode)
+    hidden = torch.zeros(queries, keys, dtype=torch.bool, device=q.device)
+    if causal:
+        hidden = torch.ones_like(hidden).triu(1 + abs(keys - queries))
+    if key_lengths is not None:
+        hidden = hidden | (torch.arange(keys, device=q.device) >= key_lengths[:, None, None, None])
+    logits = q @ k.mT * q.shape[-1] ** -0.5
+    logits = (logits if mask is None else logits + mask).masked_fill(hidden, -torch.inf)
+    weights = F.dropout(logits.softmax(-1).nan_to_num(0.0), dropout)
+    return weights @ v
+
+
+def _conv_gelu_conv(
+    x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, *, approximate: str = "none"
+) -> Tensor:
+    hidden = F.gelu(F.conv1d(x.mT, w1, b1, padding=w1.shape[2] // 2), approximate=approximate)
+    return F.conv1d(hidden, w2, b2, padding=w2.shape[2] // 2).mT
+
+
+def _ddim_step(
+    x: Tensor, eps: Tensor, table: Tensor, step: int, prev_step: int, *, eta: float = 0.0, seed: Any, row_id: Any
+) -> Tensor:
+    signal, sigma = table[step, SQRT_ALPHA_BAR], table[step, SQRT_ONE_MINUS_ALPHA_BAR]
+    prev_signal, prev_sigma = table[prev_step, SQRT_ALPHA_BAR], table[prev_step, SQRT_ONE_MINUS_ALPHA_BAR]
+    return prev_signal * (x - sigma * eps) / signal + prev_sigma * eps
+
+
+@contextmanager
+def _plain_ops() -> Iterator[None]:
+    """The models' ops in plain PyTorch; the noise stays that of the op, so that results can be compared."""
+    plain: Mapping[str, Any] = {
+        "prompt_attention": _attention,
+        "conv_gelu_conv": _conv_gelu_conv,
+        "ddim_step": _ddim_step,
+    }
+    ours = {name: getattr(ops, name) for name in plain}
+    try:
+        for name, op in plain.items():
+            setattr(ops, name, op)
+        yield
+    finally:
+        for name, op in ours.items():
+            setattr(ops, name, op)
