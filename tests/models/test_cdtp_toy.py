@@ -1,4 +1,4 @@
-"""CDTP's diffusion, trained and sampled, against an exact conditional mean: the target is the filtered source + noise."""
+"""CDTP's diffusion against an exact conditional mean: the target is the filtered source and noise."""
 
 from __future__ import annotations
 
