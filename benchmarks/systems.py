@@ -27,8 +27,9 @@ CLASSES = 4
 class Cdtp:
     """One training step or one imputation of CDTP on a batch in which every sample has a missing pattern of its own.
 
-    A training step is the task's and the diffusion's loss, with what is missing generated, forward and backward.
-    "eager" has the ops in plain PyTorch, "eager-per-sample" one sample after the other, as public code does.
+    A training step is that of joint training: the task's and the diffusion's loss, with what is missing generated,
+    forward and backward. "eager" has the ops in plain PyTorch, its attention too (``scaled_dot_product_attention`` with
+    a mask), "eager-per-sample" one sample after the other, as public code does.
     """
 
     def __init__(self, preset: str, case: Case) -> None:
@@ -143,16 +144,17 @@ def _attention(
     seed: Any = None,
 ) -> Tensor:
     queries, keys = q.shape[2], k.shape[2]
-    mask = None if bias is None else bias if mode is None else bias.index_select(0, mode)
-    hidden = torch.zeros(queries, keys, dtype=torch.bool, device=q.device)
+    mask = torch.zeros((), dtype=q.dtype, device=q.device)
+    if bias is not None:
+        mask = bias if mode is None else bias.index_select(0, mode)
     if causal:
-        hidden = torch.ones_like(hidden).triu(1 + abs(keys - queries))
+        future = torch.ones(queries, keys, dtype=torch.bool, device=q.device).triu(1 + abs(keys - queries))
+        mask = mask.masked_fill(future, -torch.inf)
     if key_lengths is not None:
-        hidden = hidden | (torch.arange(keys, device=q.device) >= key_lengths[:, None, None, None])
-    logits = q @ k.mT * q.shape[-1] ** -0.5
-    logits = (logits if mask is None else logits + mask).masked_fill(hidden, -torch.inf)
-    weights = F.dropout(logits.softmax(-1).nan_to_num(0.0), dropout)
-    return weights @ v
+        mask = mask.masked_fill(torch.arange(keys, device=q.device) >= key_lengths[:, None, None, None], -torch.inf)
+    whole = mask.expand(*mask.shape[:-2], queries, keys) if mask.ndim else None
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=whole, dropout_p=dropout)
+    return out if key_lengths is None else out.masked_fill((key_lengths == 0)[:, None, None, None], 0.0)
 
 
 def _conv_gelu_conv(

@@ -92,18 +92,19 @@ def test_a_row_does_not_depend_on_its_batch_and_few_samples_are_the_first_of_man
     assert not torch.equal(other.samples["text"], whole.samples["text"])
 
 
-def test_a_sample_is_the_mean_over_its_sources(imputer):
+def test_a_sample_comes_from_one_source_and_each_gets_its_share(imputer):
     features, lengths = inputs()
     batch = imputer._batch(features, PATTERNS, lengths, None)
     with torch.no_grad():
         given = imputer.model.project(batch)
-        pairs = imputer.model.generate(given, seed=1)
-    done = imputer(features, PATTERNS, lengths, seed=1)
-    only_text = int((torch.tensor([True, False, False]) == PATTERNS).all(1).nonzero())
-    without_text = int((torch.tensor([False, True, True]) == PATTERNS).all(1).nonzero())
-    torch.testing.assert_close(done.embeddings["vision"][only_text], pairs[2, 0][only_text])
-    expected = (pairs[0, 1][without_text] + pairs[0, 2][without_text]) / 2
-    torch.testing.assert_close(done.embeddings["text"][without_text], expected)
+        drawn = list(imputer.model.samples(given, 4, seed=1))
+    done = imputer(features, PATTERNS, lengths, n_samples=4, seed=1)
+    for row, pattern in enumerate(PATTERNS.tolist()):
+        sources = [m for m, seen in enumerate(pattern) if seen]
+        for target in (m for m, seen in enumerate(pattern) if not seen):
+            for k, samples in enumerate(done.samples[list(features)[target]]):
+                source = sources[(row + k) % len(sources)]
+                assert torch.equal(samples[row], drawn[k][target, source][row])
 
 
 def test_stores(imputer, tiny_cdtp, tmp_path):

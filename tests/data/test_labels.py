@@ -47,9 +47,19 @@ def test_scores_are_rounded_first_and_ties_go_down() -> None:
     assert at_threshold.class_names == ("≤5", "5–5.8", ">5.8")
 
 
+def test_scores_are_numbers() -> None:
+    spec = {"name": "y", "kind": "score", "sentiment": True}
+    labels = Labels.fit(spec, np.array([1.5, -2.0, 0.25, 3.0]), np.array([0, 1]))
+    assert (labels.regression, labels.sentiment, labels.n_classes, labels.class_names) == (True, True, 0, ())
+    found = labels.encode(np.array([0.1, -3.0]))
+    assert found.dtype == np.float32
+    assert found.tolist() == np.float32([0.1, -3.0]).tolist()
+
+
 @pytest.mark.parametrize(
     "spec, values",
     [
+        ({"name": "y", "kind": "score"}, np.arange(6.0)),
         ({"name": "y", "kind": "class"}, np.array(list("abcabc"))),
         ({"name": "y", "kind": "class"}, np.array([1, 2, 3] * 2)),
         ({"name": "y", "kind": "quantiles", "classes": 2, "round": 0}, np.arange(6.0)),
@@ -62,6 +72,7 @@ def test_dict_round_trip(spec: dict[str, object], values: np.ndarray) -> None:
     assert again.encode(values).tolist() == labels.encode(values).tolist()
 
 
+SCORE = {"name": "y", "kind": "score"}
 CLASS, QUANTILES = {"name": "y", "kind": "class"}, {"name": "y", "kind": "quantiles", "classes": 2}
 
 
@@ -80,6 +91,11 @@ CLASS, QUANTILES = {"name": "y", "kind": "class"}, {"name": "y", "kind": "quanti
         (QUANTILES, [1.0, 1.0, 1.0], [0, 1, 2], r"training counts \[3, 0\]"),
         ({"name": "y", "kind": "regression"}, [0, 1], [0], "got kind 'regression'"),
         ({"name": "y", "kind": "quantiles"}, [0, 1], [0], "got classes None"),
+        (SCORE, [1.0, 1.0, 2.0], [0, 1], "every training sample has the score 1.0"),
+        (SCORE, [1.0, 2.0, np.inf], [0, 1], "got infinity, expected finite scores"),
+        (SCORE, ["a", "b"], [0, 1], "expected numbers"),
+        ({**SCORE, "sentiment": 3}, [0, 1], [0], "got sentiment 3, expected true or false"),
+        ({**CLASS, "sentiment": True}, [0, 1], [0], r"got the keys \['sentiment'\]"),
         ({**QUANTILES, "thresholds": [1]}, [0, 1], [0], r"got the keys \['thresholds'\]"),
     ],
 )

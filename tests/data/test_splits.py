@@ -80,6 +80,19 @@ def test_classes_are_balanced_where_there_are_no_groups(make_store: MakeStore) -
         assert [np.bincount(labels[rows]).tolist() for rows in split] == [[16] * 4, [4] * 4, [10] * 4]
 
 
+def test_scores_are_divided_at_random(make_store: MakeStore) -> None:
+    task = {"label": {"name": "score", "kind": "score"}}
+    scores = np.random.default_rng(0).normal(size=60)
+    (split,) = make_splits(make_store(60, labels={"score": scores}, task=task), folds=1, seed=0)
+    assert len(split.test) == 12
+
+
+def test_a_split_that_comes_along_can_be_ignored(make_store: MakeStore) -> None:
+    store = make_store(40, splits={"official": np.array(["train"] * 30 + ["test"] * 10)})
+    splits = make_splits(store, folds=4, seed=0, own_split=False)
+    assert sorted(np.concatenate([split.test for split in splits])) == list(range(40))
+
+
 def test_without_labels_and_groups(make_store: MakeStore) -> None:
     splits = make_splits(make_store(30), folds=3, seed=1)
     assert sorted(np.concatenate([s.test for s in splits])) == list(range(30))

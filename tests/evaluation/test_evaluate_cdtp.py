@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -13,9 +13,9 @@ import torch
 from accelerate import Accelerator
 from sklearn.metrics import accuracy_score
 
-from modafill.data import convert_npz, missing_patterns
-from modafill.evaluation.cdtp import DIFFUSION, RECOGNITION
-from modafill.evaluation.metrics import nrmse, regression, sentiment
+from modafill.data import Batch, Labels, convert_npz, missing_patterns
+from modafill.evaluation.cdtp import DIFFUSION, RECOGNITION, _filled, _Space, evaluate_part
+from modafill.evaluation.metrics import figures_of, nrmse, recognition, regression, sentiment
 from modafill.evaluation.parts import CALIBRATION, ERROR, FROZEN
 from modafill.evaluation.run import Asked, evaluate_run
 from modafill.models.cdtp import Sequences
@@ -94,25 +94,28 @@ def test_recognition_by_hand(tables, trainer, batch):
             assert found == pytest.approx(accuracy_score(target, said))
 
 
-def test_hidden_values_do_not_reach_the_tables(trainer, batch):
-    """Of what {a} hides nothing is read before the figures are made: NaN there gives the same completion."""
-    from modafill.evaluation.cdtp import _filled, _recognise, _Space
+def test_hidden_values_do_not_reach_the_tables(trainer, monkeypatch):
+    """Whatever stands where a pattern hides: the same answers, of every method that reads only what is shown."""
 
-    shown = batch.hide(torch.tensor([False, True, False]).expand(len(batch), 3))
-    for name in ("text", "vision"):
-        assert not bool(shown.features[name].any())
-    with torch.no_grad():
-        answers = _recognise(trainer, shown, 2, 5, ())
-        space = _Space(trainer)
-        filled = _filled(trainer, space, space.fills(), trainer.plain.project(shown), 2, 5)
-    assert all(torch.isfinite(answer).all() for answer in answers.values())
-    assert {name: len(samples) for name, samples in filled.items()} == {
-        "zero fill": 1, "mean fill": 1, "ridge": 2, DIFFUSION: 2
-    }  # fmt: skip
+    def answers():
+        records = evaluate_part(trainer, 0, n_samples=2)
+        return {tuple(asdict(r).values()) for r in records if r.question in (RECOGNITION, FROZEN)}
+
+    before, hide = answers(), Batch.hide
+
+    def hide_and_poison(batch, available):
+        hidden = hide(batch, available)
+        for m, (name, x) in enumerate(hidden.features.items()):
+            seen = hidden.available[:, m].view(-1, *[1] * (x.ndim - 1))
+            hidden.features[name] = torch.where(seen, x, torch.nan)
+        return hidden
+
+    monkeypatch.setattr(Batch, "hide", hide_and_poison)
+    assert answers() == before
 
 
 def test_error_of_the_mean_by_hand(tables, trainer, batch):
-    """NRMSE of the mean fill of {a}: projected training rows averaged step by step, over the steps that are there."""
+    """NRMSE of the mean fill of {a}: projected training rows averaged step by step, where they have it."""
     with torch.no_grad():
         train = trainer.split.train
         rows = trainer.store.read(train[trainer.available[train].all(1).numpy()])
@@ -122,10 +125,11 @@ def test_error_of_the_mean_by_hand(tables, trainer, batch):
     for m in (0, 2):
         standard = (known.x[m] - mean[m]) / std[m]
         steps = torch.arange(known.x[m].shape[1])
-        standard = torch.where((steps < known.lengths[m][:, None])[..., None], standard, 0.0)
+        real = (steps < known.lengths[m][:, None])[..., None]
+        mean_of_steps = torch.where(real, standard, 0.0).sum(0) / real.sum(0).clamp(min=1)
         there = (steps < truth.lengths[m][:, None])[..., None].expand_as(truth.x[m])
         expected = (truth.x[m] - mean[m]) / std[m]
-        errors.append((standard.mean(0).expand_as(expected) - expected)[there])
+        errors.append((mean_of_steps.expand_as(expected) - expected)[there])
     found = tables[ERROR, "NRMSE"].cells["mean fill"]["{a}"][0]
     assert found == pytest.approx(float(torch.cat(errors).square().mean().sqrt()), rel=1e-4)
     assert nrmse(torch.cat(errors), torch.zeros_like(torch.cat(errors)), 1.0) == pytest.approx(found, rel=1e-4)
@@ -194,9 +198,46 @@ def test_scores(tiny_cdtp, tmp_path):
     assert "lower is better" in tables[RECOGNITION, "MAE"].title
 
 
-def test_which_figures_scores_get():
-    target = torch.tensor([-2.0, 0.0, 1.0])
-    assert regression(target, target) == sentiment(target, target)
-    assert set(regression(target + 3, target + 3)) == {"MAE", "Corr"}
-    assert regression(target + 3, target + 4)["MAE"] == pytest.approx(1.0)
-    assert np.isclose(regression(2 * target + 3, target + 4)["Corr"], 1.0)
+def test_which_figures_labels_get():
+    scores = Labels("y", "score")
+    assert figures_of(scores) is regression
+    assert figures_of(replace(scores, sentiment=True)) is sentiment
+    assert figures_of(Labels("y", "class", values=(1, 2))) is recognition
+    target = torch.tensor([1.0, 3.0, 4.0])
+    assert regression(target, target + 1)["MAE"] == pytest.approx(1.0)
+    assert np.isclose(regression(2 * target + 3, target)["Corr"], 1.0)
+
+
+def test_draws_are_those_of_the_imputer(trainer, batch):
+    """What the calibration is measured of is what ModalityImputer gives."""
+    shown = batch.hide(torch.tensor([True, True, False]).expand(len(batch), 3))
+    space, model = _Space(trainer), trainer.models["full"]
+    with torch.no_grad():
+        given = trainer.plain.project(shown)
+        point, samples = _filled(trainer, space, {}, given, 3, 5)[DIFFUSION]
+        done = model.impute(shown, n_samples=3, seed=5)
+    mean, std = trainer.scales(trainer.plain)
+    for k in range(3):
+        expected = (done.samples["vision"][k] - mean[2]) / std[2]
+        torch.testing.assert_close(samples[k][:, 2, :8], expected[:, 0].float(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(point, samples.mean(0))
+
+
+def test_further_sampling_steps_want_a_variant_that_diffuses(tiny_cdtp, tmp_path):
+    run = replace(Run.load(tiny_cdtp.run), folder=tmp_path / "run", variants=("plain",))
+    run = replace(run, config=replace(run.config, epochs=1))
+    train(run, ignore)
+    with pytest.raises(ValueError, match=r"sampling-steps: got \[2\], but the run trained no variant that diffuses"):
+        evaluate_run(run.folder, Asked(sampling_steps=(2,)))
+
+
+def test_the_window_of_what_stands_beside_is_named(tiny, tiny_cdtp, tmp_path):
+    shutil.copytree(tiny_cdtp.run, tmp_path / "cdtp")
+    shutil.copytree(tiny.run, tmp_path / "admc")
+    ours = json.loads((tmp_path / "cdtp" / "run.json").read_text())
+    theirs = json.loads((tmp_path / "admc" / "run.json").read_text())
+    tables_of(tmp_path / "admc", Asked(n_samples=1))
+    changed = {**theirs, "data": ours["data"], "mapping": ours["mapping"], "window": 0}
+    (tmp_path / "admc" / "run.json").write_text(json.dumps(changed))
+    found = tables_of(tmp_path / "cdtp", Asked(n_samples=1), beside=(tmp_path / "admc",))[RECOGNITION, "UA"]
+    assert "ADMC clean, without windows" in found.cells

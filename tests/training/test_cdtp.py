@@ -39,8 +39,7 @@ def test_projections_and_denoisers_are_frozen_where_the_variants_are_trained(tin
                 assert torch.equal(tensor, denoisers[name.removeprefix("diffusion.")]), name
         same = {name for name in found if name in backbone and torch.equal(found[name], backbone[name])}
         projections = {name for name in backbone if name.startswith("backbone.projections.")}
-        frozen = {name for name in projections if variant == "full" or not name.endswith("conv.weight")}
-        assert frozen <= same
+        assert projections <= same
         assert any(name in backbone and name not in same for name in found)
     assert not [name for name in stage(tiny_cdtp, "variant-linear") if name.startswith("diffusion.")]
 
@@ -144,7 +143,7 @@ def test_a_modality_that_many_rows_lack_for_good(tiny_cdtp, tmp_path):
     mapping = json.loads(tiny_cdtp.mapping.read_text())
     arrays = dict(np.load(tiny_cdtp.archive))
     keep = np.zeros(96, bool)
-    keep[[*trainer.split.train[:6], *trainer.split.test]] = True
+    keep[[*trainer.split.train[:6], *trainer.split.valid, *trainer.split.test]] = True
     arrays["seen"] = arrays["seen"] & (np.arange(3) > 0) | keep[:, None]
     arrays["seen"][~arrays["seen"].any(1), 1] = True
     np.savez(tmp_path / "lacking.npz", **arrays)
@@ -169,6 +168,63 @@ def test_a_modality_that_many_rows_lack_for_good(tiny_cdtp, tmp_path):
     np.savez(tmp_path / "lacking.npz", **arrays)
     with pytest.raises(ValueError, match=r"none of the \d+ training samples has text"):
         train(none, ignore)
+
+
+def spied(tiny_cdtp, monkeypatch, folder, **changes):
+    """A trainer that has run, with what each variant completed: (row ids, what was shown, generated pairs)."""
+    run = Run.load(tiny_cdtp.run)
+    config = replace(run.config, **{"epochs": 2, "diffusion_epochs": 1, "drop_rate": 0.7, **changes})
+    trainer = replace(run, folder=folder, config=config).trainer(0, 0, Accelerator(cpu=True), ignore)
+    seen = {name: [] for name in trainer.models}
+    for name, model in trainer.models.items():
+
+        def complete(given, generated, name=name, model=model):
+            seen[name].append((given.row_id, given.available, generated))
+            return CDTP.complete(model, given, generated)
+
+        monkeypatch.setattr(model, "complete", complete)
+    trainer.run()
+    return trainer, seen
+
+
+def test_variants_are_trained_on_the_same_patterns(tiny_cdtp, tmp_path, monkeypatch):
+    trainer, seen = spied(tiny_cdtp, monkeypatch, tmp_path / "run")
+    for name in ("linear", "plain"):
+        assert len(seen[name]) == len(seen["full"])
+        for one, other in zip(seen[name], seen["full"], strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(one[:2], other[:2], strict=True))
+    epochs = len(seen["full"]) // 2
+
+    hidden = torch.cat([trainer.available[rows] & ~shown for rows, shown, _ in seen["full"]])
+    assert 0.4 < float(hidden.any(1).float().mean()) < 0.9
+    assert any(pairs for _, _, pairs in seen["full"])
+    # A row has another pattern in the other epoch, and in validation the same one twice.
+    train = torch.from_numpy(trainer.split.train)
+    patterns = [
+        {int(r): tuple(s.tolist()) for rows, shown, _ in part for r, s in zip(rows, shown, strict=True)}
+        for part in (seen["full"][:epochs], seen["full"][epochs:])
+    ]
+    assert any(patterns[0][r] != patterns[1][r] for r in train.tolist())
+    assert all(patterns[0][r] == patterns[1][r] for r in trainer.split.valid.tolist())
+
+
+def test_validation_of_joint_training_is_generated_anew(tiny_cdtp, tmp_path, monkeypatch):
+    """Its denoisers change, so that what they made in one epoch is stale in the next; frozen ones make the same."""
+    for training, same in (("joint", False), ("two-stage", True)):
+        trainer, seen = spied(tiny_cdtp, monkeypatch, tmp_path / training, training=training)
+        valid = set(trainer.split.valid.tolist())
+        made = [pairs for rows, _, pairs in seen["full"] if set(rows.tolist()) <= valid]
+        assert len(made) == 2
+        assert all(torch.equal(made[0][pair], made[1][pair]) for pair in made[0]) == same
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_the_diffusion_loss_counts_by_its_weight(tiny_cdtp, tmp_path, monkeypatch, weight):
+    """With none of it nothing trains the denoisers, whose samples are constants to the task."""
+    trainer, _ = spied(tiny_cdtp, monkeypatch, tmp_path / "run", training="joint", diffusion_weight=weight)
+    fresh = replace(Run.load(tiny_cdtp.run), config=trainer.config).trainer(0, 0, Accelerator(cpu=True), ignore)
+    before, after = (t.models["full"].diffusion.unet.state_dict() for t in (fresh, trainer))
+    assert all(torch.equal(before[name], after[name]) for name in before) == (weight == 0.0)
 
 
 def test_unknown_variant_and_model(tiny_cdtp):

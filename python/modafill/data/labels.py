@@ -17,9 +17,11 @@ def check_label_spec(spec: Mapping[str, Any]) -> None:
     kind = spec.get("kind")
     if kind not in KINDS:
         raise ValueError(f"label: got kind {kind!r}, expected one of {list(KINDS)}")
-    allowed = {"name", "kind"} | ({"classes", "round"} if kind == "quantiles" else set())
+    allowed = {"name", "kind", *{"quantiles": ("classes", "round"), "score": ("sentiment",)}.get(kind, ())}
     if set(spec) - allowed:
         raise ValueError(f"label: got the keys {sorted(set(spec) - allowed)}, expected only {sorted(allowed)}")
+    if not isinstance(spec.get("sentiment", False), bool):
+        raise ValueError(f"label: got sentiment {spec['sentiment']!r}, expected true or false")
     k = spec.get("classes")
     if kind == "quantiles" and (not isinstance(k, int) or isinstance(k, bool) or k < 2):
         raise ValueError(f"label: got classes {k!r}, expected at least 2 quantiles")
@@ -35,6 +37,7 @@ class Labels:
         values: the class values in order (``"class"``), integers or strings.
         thresholds: k - 1 rising thresholds (``"quantiles"``); a value equal to a threshold belongs to the class below.
         decimals: to how many decimals a score is rounded first, or None.
+        sentiment: the score is an intensity in −3…3 whose sign counts, as in CMU-MOSI.
     """
 
     name: str
@@ -42,6 +45,7 @@ class Labels:
     values: tuple[int | str, ...] = ()
     thresholds: tuple[float, ...] = ()
     decimals: int | None = None
+    sentiment: bool = False
 
     @classmethod
     def fit(cls, spec: Mapping[str, Any], values: np.ndarray, train_rows: np.ndarray) -> Labels:
@@ -50,7 +54,7 @@ class Labels:
         Args:
             spec: ``{"name": …, "kind": "class"}`` for integers or strings, or ``{"name": …, "kind": "quantiles",
                 "classes": k, "round": decimals}`` for a score, where ``round`` may be left out, or ``{"name": …,
-                "kind": "score"}`` to predict it as a number.
+                "kind": "score"}`` to predict it as a number, with ``"sentiment": true`` for intensities in −3…3.
             values: ``[N]``, all labels.
             train_rows: ints, the training part.
 
@@ -68,7 +72,7 @@ class Labels:
             if fitted.n_classes < 2:
                 raise ValueError(f"label {name!r}: the training part has only the class {fitted.values[0]!r}")
         elif kind == "score":
-            fitted = cls(name, kind)
+            fitted = cls(name, kind, sentiment=spec.get("sentiment", False))
             if len(np.unique(_as_scores(name, train, None))) < 2:
                 raise ValueError(f"label {name!r}: every training sample has the score {train[0]}")
         else:
@@ -132,12 +136,14 @@ class Labels:
             "values": list(self.values),
             "thresholds": list(self.thresholds),
             "decimals": self.decimals,
+            "sentiment": self.sentiment,
         }
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> Labels:
         """The rule that :meth:`to_dict` described."""
-        return cls(state["name"], state["kind"], tuple(state["values"]), tuple(state["thresholds"]), state["decimals"])
+        values, thresholds = tuple(state["values"]), tuple(state["thresholds"])
+        return cls(state["name"], state["kind"], values, thresholds, state["decimals"], state["sentiment"])
 
 
 def _flat(name: str, values: np.ndarray) -> np.ndarray:

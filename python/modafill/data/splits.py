@@ -134,9 +134,9 @@ def _given(column: np.ndarray, divide: _Divider) -> Split:
 
 
 def _strata(store: FeatureStore) -> np.ndarray | None:
-    """What to balance the parts by: the task's classes, taken over all samples."""
+    """What to balance the parts by: the task's classes, taken over all samples; None for a score."""
     spec = store.task.get("label")
-    if spec is None:
+    if spec is None or spec["kind"] == "score":
         return None
     values = store.labels(spec["name"])
     return Labels.fit(spec, values, np.arange(len(store))).encode(values)

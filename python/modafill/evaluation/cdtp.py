@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from modafill.data import Batch, all_patterns, missing_patterns, pattern_name
 from modafill.evaluation.linear import LinearModel
-from modafill.evaluation.metrics import crps, nrmse, recognition, regression
+from modafill.evaluation.metrics import crps, figures_of
 from modafill.evaluation.parts import AVERAGED, CALIBRATION, ERROR, FROZEN, complete_rows, shown_patterns
 from modafill.evaluation.tables import FULL, Record
 from modafill.files import derive_seed
@@ -31,6 +33,8 @@ VARIANT_NAMES = {
     "plain": "MulT, missing ones empty",
 }
 DIFFUSION = "CDTP's diffusion"
+# Sequences are many correlated features: they want stronger penalties than tokens.
+RIDGE_PENALTIES = (1.0, 10.0, 100.0, 1e3, 1e4, 1e5, 1e6, 1e7)
 
 
 @torch.no_grad()
@@ -40,8 +44,9 @@ def evaluate_part(
     """Every figure of a trained fold, on the samples that have every modality, hiding one set after the other.
 
     The rows of the first question read one completion, "probabilities averaged" all K. The frozen classifier is the
-    backbone that was trained before anything was hidden: it reads projected sequences that are completed by the mean of
-    what was generated from each source, or with "probabilities averaged" each of them, or by a rival. Errors are those
+    backbone that was trained before anything was hidden (on rows that really lack something, too): it reads projected
+    sequences that are completed by the mean of K draws as the imputer makes them, or with "probabilities averaged" by
+    each of them, or by a rival. Errors are those
     of projected sequences, in units of their standard deviation; ``training="joint"`` has no such rows of CDTP's own,
     because every variant then has projections and denoisers of its own.
 
@@ -50,8 +55,10 @@ def evaluate_part(
         fold: its number, for the records.
         n_samples, sampling_steps, part: as in :class:`modafill.evaluation.run.Asked`.
     """
+    if sampling_steps and not trainer.diffusing:
+        raise ValueError(f"sampling-steps: got {list(sampling_steps)}, but the run trained no variant that diffuses")
     records: list[Record] = []
-    metrics = regression if trainer.labels.regression else recognition
+    metrics = figures_of(trainer.labels)
 
     def add(question: str, method: str, column: str, figures: dict[str, float]) -> None:
         for metric, value in figures.items():
@@ -65,27 +72,26 @@ def evaluate_part(
     for index in shown_patterns(names):
         pattern, column = patterns[index], pattern_name(patterns[index], names)
         answers: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
-        guesses: dict[str, list[Tensor]] = defaultdict(list)
-        truths: list[Tensor] = []
+        errors: dict[str, _Errors] = defaultdict(_Errors)
         for batch in _batches(trainer, rows):
             shown = batch.hide(pattern.to(trainer.device).expand(len(batch), -1))
             for name, answer in _recognise(trainer, shown, n_samples, seed, sampling_steps).items():
                 answers[RECOGNITION, name].append(answer)
             whole, given = trainer.plain.project(batch), trainer.plain.project(shown)
-            truths.append(space.hidden(space.tokens(whole), whole, pattern))
-            for name, samples in _filled(trainer, space, fills, given, n_samples, seed).items():
-                answers[FROZEN, name].append(_answer(trainer, trainer.plain.predict(space.put(given, samples.mean(0)))))
+            truth = space.hidden(space.tokens(whole), whole, pattern)
+            for name, (point, samples) in _filled(trainer, space, fills, given, n_samples, seed).items():
+                answers[FROZEN, name].append(_answer(trainer, trainer.plain.predict(space.put(given, point))))
                 if len(samples) > 1:
                     each = [_answer(trainer, trainer.plain.predict(space.put(given, sample))) for sample in samples]
                     answers[FROZEN, f"{name}, {AVERAGED}"].append(torch.stack(each).mean(0))
-                guesses[name].append(torch.stack([space.hidden(sample, whole, pattern) for sample in samples]))
+                guess = space.hidden(point, whole, pattern)
+                drawn = torch.stack([space.hidden(sample, whole, pattern) for sample in samples])
+                errors[name].add(guess, drawn, truth)
         for (question, name), parts in answers.items():
             add(question, name, column, metrics(torch.cat(parts), target))
-        truth = torch.cat(truths)
-        for name, parts in guesses.items():
-            samples = torch.cat(parts, dim=1)
-            add(ERROR, name, column, {"NRMSE": nrmse(samples.mean(0), truth, 1.0)})
-            add(CALIBRATION, name, column, {"CRPS": crps(samples, truth, 1.0)})
+        for name, error in errors.items():
+            add(ERROR, name, column, {"NRMSE": error.nrmse})
+            add(CALIBRATION, name, column, {"CRPS": error.crps})
         add(RECOGNITION, linear.name, column, linear.figures(pattern, rows))
     for question, name, model in (
         *((RECOGNITION, VARIANT_NAMES[variant], model) for variant, model in trainer.models.items()),
@@ -95,6 +101,28 @@ def evaluate_part(
         add(question, name, FULL, metrics(torch.cat(whole_answers), target))
     add(RECOGNITION, linear.name, FULL, linear.figures(all_patterns(len(names))[-1], rows))
     return records
+
+
+@dataclass
+class _Errors:
+    """Sums over batches of what the error and the calibration are means of."""
+
+    squares: float = 0.0
+    scores: float = 0.0
+    count: int = 0
+
+    def add(self, guess: Tensor, samples: Tensor, truth: Tensor) -> None:
+        self.squares += float((guess - truth).square().sum())
+        self.scores += crps(samples, truth, 1.0) * len(truth)
+        self.count += len(truth)
+
+    @property
+    def nrmse(self) -> float:
+        return math.sqrt(self.squares / self.count)
+
+    @property
+    def crps(self) -> float:
+        return self.scores / self.count
 
 
 def _batches(trainer: CDTPTrainer, rows: Tensor) -> Iterator[Batch]:
@@ -119,15 +147,15 @@ def _recognise(
         def say(generated: Pairs, model: CDTP = model, given: Sequences = given) -> Tensor:
             return _answer(trainer, model.predict(model.complete(given, generated)))
 
-        diffusing = model.diffusion is not None
-        if shared is None or trainer.joint or not diffusing:
-            generated = model.generate(given, seed=seed)
-            # In two stages every variant has the same projections and denoisers.
-            shared = generated if diffusing else shared
-        else:
-            generated = shared
+        if model.diffusion is None:
+            out[name] = say({})
+            continue
+        # In two stages every variant has the same projections and denoisers.
+        first, generated = shared is None, shared
+        if generated is None or trainer.joint:
+            shared = generated = model.generate(given, seed=seed)
         out[name] = say(generated)
-        if variant == trainer.variants[0] and diffusing:
+        if first:
             if n_samples > 1:
                 drawn = model.samples(given, n_samples, seed=seed)
                 out[f"{name}, {AVERAGED}"] = torch.stack([say(sample) for sample in drawn]).mean(0)
@@ -137,7 +165,7 @@ def _recognise(
 
 
 class _Space:
-    """Projected sequences as tokens ``[B, M, L·d]``: standardised, zero behind the end, padded to the longest L."""
+    """Projected sequences as tokens ``[B, M, L·d]``: standardised, padded to the longest L with zeros."""
 
     def __init__(self, trainer: CDTPTrainer) -> None:
         self.trainer, self.lengths = trainer, trainer.plain.lengths
@@ -169,18 +197,31 @@ class _Space:
         return torch.cat(out)
 
     def fills(self) -> dict[str, ZeroFill | MeanFill | RidgeFill]:
-        """The rivals, fitted on the complete training rows."""
-        train, valid = (
-            torch.cat([self.tokens(self.trainer.plain.project(batch)) for batch in _batches(self.trainer, rows)])
-            for rows in self.trainer.rows_with(None)
-        )
+        """The rivals, fitted on the complete training rows.
+
+        What lies behind the end of a training sequence counts for no mean; to ridge it is the mean of its step.
+        """
+        sets, seen = [], []
+        for rows in self.trainer.rows_with(None):
+            whole = [self.trainer.plain.project(batch) for batch in _batches(self.trainer, rows)]
+            sets.append(torch.cat([self.tokens(x) for x in whole]))
+            seen.append(torch.cat([self._valid(x) for x in whole]))
+        count = seen[0].sum(0)
+        mean = torch.where(seen[0], sets[0], 0.0).sum(0) / count.clamp(min=1)
+        train, valid = (torch.where(there, tokens, mean) for there, tokens in zip(seen, sets, strict=True))
         shape = len(self.lengths), max(self.lengths)
-        mean, std = (x[:, None].expand(*shape, -1).flatten(1) for x in (self.mean, self.std))
+        zero, scale = (x[:, None].expand(*shape, -1).flatten(1) for x in (self.mean, self.std))
         return {
-            "zero fill": ZeroFill(mean, std),
-            "mean fill": MeanFill(train),
-            "ridge": RidgeFill(train.cpu(), valid.cpu()),
+            "zero fill": ZeroFill(zero, scale),
+            "mean fill": MeanFill(mean[None]),
+            "ridge": RidgeFill(train.cpu(), valid.cpu(), penalties=RIDGE_PENALTIES),
         }
+
+    def _valid(self, x: Sequences) -> Tensor:
+        """Which elements of :meth:`tokens` are real."""
+        longest, width = max(self.lengths), x.x[0].shape[2]
+        masks = [valid_mask(n, longest)[..., None].expand(-1, -1, width).flatten(1) for n in x.lengths]
+        return torch.stack(masks, dim=1)
 
 
 def _filled(
@@ -190,26 +231,23 @@ def _filled(
     given: Sequences,
     n_samples: int,
     seed: int,
-) -> dict[str, Tensor]:
-    """Tokens ``[K, B, M, L·d]`` by each method: K samples for each source, or a rival's one or K."""
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Tokens by each method: a point estimate ``[B, M, L·d]``, and samples ``[K, B, M, L·d]``, of some rivals one."""
     tokens, available = space.tokens(given), given.available
-    out: dict[str, Tensor] = {}
+    out: dict[str, tuple[Tensor, Tensor]] = {}
     for name, fill in fills.items():
+        point = fill.point(tokens, available)
         if isinstance(fill, RidgeFill) and n_samples > 1:
-            # Centred, so that their mean is the regression itself.
-            samples = fill.sample(tokens, available, n_samples, seed, given.row_id)
-            out[name] = samples - samples.mean(0) + fill.point(tokens, available)
+            out[name] = point, fill.sample(tokens, available, n_samples, seed, given.row_id)
         else:
-            out[name] = fill.point(tokens, available)[None]
-    diffusing = next((model for model in trainer.models.values() if model.diffusion is not None), None)
-    if diffusing is None or trainer.joint:
-        return out
-    sources = [m for m in range(len(trainer.names)) if bool(available[0, m])]
-    lengths = trainer.plain.suggested_lengths(given)
-    made = []
-    for generated in diffusing.samples(given, n_samples, seed=seed):
-        for source in sources:
-            x = [given.x[m] if bool(available[0, m]) else generated[m, source] for m in range(len(trainer.names))]
-            made.append(space.tokens(Sequences(x, lengths, available, given.row_id)))
-    out[DIFFUSION] = torch.stack(made)
+            out[name] = point, point[None]
+    if trainer.diffusing and not trainer.joint:
+        model = trainer.diffusing[0]
+        samples = torch.stack(
+            [
+                space.tokens(model.fill(given, generated, draw))
+                for draw, generated in enumerate(model.samples(given, n_samples, seed=seed))
+            ]
+        )
+        out[DIFFUSION] = samples.mean(0), samples
     return out

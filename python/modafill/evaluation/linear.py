@@ -13,7 +13,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from modafill.data import FeatureStore, Standardizer, valid_steps
-from modafill.evaluation.metrics import recognition, regression
+from modafill.evaluation.metrics import figures_of
 from modafill.training.part import PartTrainer
 
 # From strong to weak.
@@ -24,14 +24,14 @@ _RIDGE_PENALTIES = (1e5, 1e4, 1e3, 100.0, 10.0, 1.0)
 class LinearModel:
     """Logistic regression of classes, ridge regression of scores, on the standardised features that are observed.
 
-    Sequences enter as their mean over time, windows of turns as the turn itself. The penalty is the best on validation,
-    by log-loss or mean absolute error.
+    Sequences enter as their mean over time, windows of turns as the last turn beside the mean of all. The penalty is
+    the best on validation, by log-loss or mean absolute error.
     """
 
     def __init__(self, trainer: PartTrainer) -> None:
         self.trainer = trainer
-        store = trainer.store.unwindowed()
-        self.features = _summaries(store, Standardizer.fit(store, trainer.split.train, clip=10.0))
+        statistics = Standardizer.fit(trainer.store, trainer.split.train, clip=10.0)
+        self.features = _summaries(trainer.store, statistics)
 
     @property
     def name(self) -> str:
@@ -73,7 +73,7 @@ class LinearModel:
                 break
         best = min(models, key=itemgetter(0))[1]
         found = torch.from_numpy(predict(best, rows.cpu().numpy())).to(t.device)
-        return (regression if t.labels.regression else recognition)(found, t.target[rows])
+        return figures_of(t.labels)(found, t.target[rows])
 
 
 def _summaries(store: FeatureStore, statistics: Standardizer) -> dict[str, Tensor]:
@@ -82,6 +82,9 @@ def _summaries(store: FeatureStore, statistics: Standardizer) -> dict[str, Tenso
         batch = statistics.transform(batch)
         for m, (name, x) in enumerate(batch.features.items()):
             if x.ndim == 3:
-                x = x.sum(1) / valid_steps(batch, m).sum(1, keepdim=True).clamp(min=1)
+                count = valid_steps(batch, m).sum(1, keepdim=True).clamp(min=1)
+                mean = x.sum(1) / count
+                last = x.gather(1, (count - 1)[..., None].expand(-1, 1, x.shape[2])).squeeze(1)
+                x = torch.cat([last, mean], dim=1) if store.window else mean
             parts[name].append(x)
     return {name: torch.cat(p).to(torch.float32) for name, p in parts.items()}

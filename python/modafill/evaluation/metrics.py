@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score, multiclass_recall
+
+from modafill.data import Labels
 
 
 def recognition(probabilities: Tensor, target: Tensor) -> dict[str, float]:
@@ -50,11 +52,11 @@ def crps(samples: Tensor, truth: Tensor, scale: float) -> float:
     return float(error - spread / 2) / scale
 
 
-def regression(prediction: Tensor, target: Tensor) -> dict[str, float]:
-    """Figures of scores ``[B]``: :func:`sentiment` where targets lie in −3…3 on both sides of 0, else MAE and Corr."""
-    if bool((target < 0).any()) and bool((target.abs() <= 3).all()):
-        return sentiment(prediction, target)
-    return _distance(prediction, target)
+def figures_of(labels: Labels) -> Callable[[Tensor, Tensor], dict[str, float]]:
+    """What is measured of ``(answers, targets)``: :func:`recognition`, :func:`sentiment` or :func:`regression`."""
+    if not labels.regression:
+        return recognition
+    return sentiment if labels.sentiment else regression
 
 
 def sentiment(prediction: Tensor, target: Tensor) -> dict[str, float]:
@@ -64,12 +66,12 @@ def sentiment(prediction: Tensor, target: Tensor) -> dict[str, float]:
     non-negative (Zadeh et al. 2018); ``"ACC-2 nonzero"`` and ``"F1 nonzero"`` negative from positive, on the samples
     whose target is not 0 (MulT, whose code counts 0 as negative where it keeps it). F1 is weighted by the targets'
     classes; MulT's code swaps the arguments and weights by the predicted ones. ``"MAE"`` is the mean absolute error,
-    ``"Corr"`` Pearson's correlation, NaN where one is constant.
+    ``"Corr"`` Pearson's correlation, left out where one is constant.
 
     Raises:
         ValueError: other shapes, NaN or infinity, or no target that is not 0.
     """
-    distance = _distance(prediction, target)
+    distance = regression(prediction, target)
     nonzero = target != 0
     if not bool(nonzero.any()):
         raise ValueError("target: got zeros alone, expected at least one other value")
@@ -86,15 +88,15 @@ def sentiment(prediction: Tensor, target: Tensor) -> dict[str, float]:
     return figures | distance
 
 
-def _distance(prediction: Tensor, target: Tensor) -> dict[str, float]:
+def regression(prediction: Tensor, target: Tensor) -> dict[str, float]:
+    """``{"MAE", "Corr"}`` of scores: ``prediction [B]`` against ``target [B]``; no Corr where one is constant."""
     if prediction.shape != target.shape or prediction.ndim != 1:
         raise ValueError(f"prediction: got {list(prediction.shape)}, expected [B] as target, {list(target.shape)}")
     for name, values in (("prediction", prediction), ("target", target)):
         if not bool(torch.isfinite(values).all()):
             raise ValueError(f"{name}: got NaN or infinity, expected finite values")
     prediction, target = prediction.to(torch.float64), target.to(torch.float64)
-    varies = all(bool((values != values[0]).any()) for values in (prediction, target))
-    return {
-        "MAE": float((prediction - target).abs().mean()),
-        "Corr": float(torch.corrcoef(torch.stack([prediction, target]))[0, 1]) if varies else math.nan,
-    }
+    figures = {"MAE": float((prediction - target).abs().mean())}
+    if all(bool((values != values[0]).any()) for values in (prediction, target)):
+        figures["Corr"] = float(torch.corrcoef(torch.stack([prediction, target]))[0, 1])
+    return figures

@@ -118,11 +118,12 @@ def _records_beside(run: Run, folder: Path, stem: str) -> list[Record]:
         raise ValueError(f"beside: {file} is not there; run `modafill evaluate {folder}` first")
     found = [Record(**record) for record in json.loads(file.read_text(encoding="utf-8"))["records"]]
     chosen = [r for r in found if r.question == admc.RECOGNITION and "regression" not in r.method]
+    read = "" if run.window == other.window else f", {_window_name(other)}"
     return [
         Record(
             cdtp.RECOGNITION,
             r.metric,
-            r.method if r.method.startswith("ADMC") else f"{r.method}, a fusion network per pattern",
+            (r.method if r.method.startswith("ADMC") else f"{r.method}, a fusion network per pattern") + read,
             r.available,
             r.fold,
             r.seed,
@@ -130,3 +131,8 @@ def _records_beside(run: Run, folder: Path, stem: str) -> list[Record]:
         )
         for r in chosen
     ]
+
+
+def _window_name(run: Run) -> str:
+    with run.open_store() as store:
+        return f"windows of {store.window}" if store.window else "without windows"

@@ -31,7 +31,6 @@ class ADMCTrainer(PartTrainer):
 
     CONFIG: ClassVar = ADMCConfig
     VARIANTS: ClassVar = CONDITIONINGS
-    NEEDS_COMPLETE: ClassVar = True
 
     def __init__(
         self,
@@ -60,7 +59,7 @@ class ADMCTrainer(PartTrainer):
         self.complete_fusion = self._new_fusion("fusion-complete", None)
 
     @classmethod
-    def check(cls, store: FeatureStore, labels: Labels, config: ADMCConfig) -> None:
+    def check(cls, store: FeatureStore, labels: Labels, config: ADMCConfig, variants: tuple[str, ...]) -> None:
         """Raise ValueError for a label that is no class, or an encoder that does not fit its modality."""
         if labels.regression:
             raise ValueError(f"{store.name}: label {labels.name!r} is a score, expected classes: ADMC does not regress")

@@ -18,7 +18,7 @@ from modafill.files import derive_seed
 from modafill.models.cdtp import CDTP, VARIANTS, CDTPConfig, ConditionalDiffusion, Sequences, SequenceSpec
 from modafill.models.cdtp.backbone import Projection
 from modafill.models.cdtp.stacked import valid_mask
-from modafill.models.cdtp.system import Pairs
+from modafill.models.cdtp.system import Pairs, check_sizes
 from modafill.training.loop import Report, Stage
 from modafill.training.part import PartTrainer, check_rows
 
@@ -30,12 +30,13 @@ class CDTPTrainer(PartTrainer):
 
     Stages: the plain backbone on whatever modalities each row really has; the denoisers on its frozen projections, from
     rows that have both ends of a pair; each variant from both, with modalities hidden at random, its projections and
-    denoisers frozen (``training="two-stage"``) or trained along on task loss + λ diffusion loss (``"joint"``).
+    denoisers frozen (``training="two-stage"``) or trained along on task loss + λ diffusion loss (``"joint"``). Variants
+    get the same order of rows, patterns and noise. Departures: the learning rate decays over the second half of the
+    epochs, and gradients are clipped at norm 1, as in ADMC's training; the paper names neither.
     """
 
     CONFIG: ClassVar = CDTPConfig
     VARIANTS: ClassVar = tuple(VARIANTS)
-    NEEDS_COMPLETE: ClassVar = False
 
     def __init__(
         self,
@@ -51,18 +52,16 @@ class CDTPTrainer(PartTrainer):
     ) -> None:
         super().__init__(folder, store, split, labels, config, variants, seed, accelerator, report)
         self.config = config
-        longest = store.max_lengths
-        self.specs = {
-            name: SequenceSpec(width, longest.get(name, 1), sequence=store.kinds[name] == "sequence")
-            for name, width in store.widths.items()
-        }
+        self.specs = sequence_specs(store)
         self.plain = self._new("plain", "backbone")
         self.models = {variant: self._new(variant, variant) for variant in variants}
         self.joint = config.training == "joint"
 
     @classmethod
-    def check(cls, store: FeatureStore, labels: Labels, config: CDTPConfig) -> None:
-        """Nothing that the base does not check."""
+    def check(cls, store: FeatureStore, labels: Labels, config: CDTPConfig, variants: tuple[str, ...]) -> None:
+        """Raise ValueError for a size of the model that these sequences cannot have."""
+        for variant in variants:
+            check_sizes(sequence_specs(store), replace(config, **VARIANTS[variant]))
 
     def _new(self, variant: str, name: str) -> CDTP:
         torch.manual_seed(derive_seed(self.seed, name, "weights"))
@@ -71,16 +70,17 @@ class CDTPTrainer(PartTrainer):
         return CDTP(self.specs, outputs, config, list(self.labels.class_names), self.store.window).to(self.device)
 
     @property
-    def _diffusing(self) -> list[CDTP]:
+    def diffusing(self) -> list[CDTP]:
+        """The variants whose completion is diffusion."""
         return [model for model in self.models.values() if model.diffusion is not None]
 
     @property
     def n_stages(self) -> int:
-        return 1 + bool(self._diffusing and not self.joint) + len(self.variants)
+        return 1 + bool(self.diffusing and not self.joint) + len(self.variants)
 
     def run(self) -> None:
         self.train_backbone()
-        if self._diffusing and not self.joint:
+        if self.diffusing and not self.joint:
             self.train_diffusion()
         for variant in self.variants:
             self.train_variant(variant)
@@ -108,7 +108,7 @@ class CDTPTrainer(PartTrainer):
 
     def train_diffusion(self) -> None:
         """The denoisers, on frozen projections (eq. 5); every variant that diffuses gets the same."""
-        first, *others = self._diffusing
+        first, *others = self.diffusing
         diffusion = cast(ConditionalDiffusion, first.diffusion)
         self._fit_scales(diffusion, self.plain)
         steps = self._steps(diffusion, "diffusion")
@@ -125,29 +125,38 @@ class CDTPTrainer(PartTrainer):
 
     def train_variant(self, variant: str) -> None:
         """Prompts, maps and backbone, each row with a pattern of its own in each epoch."""
-        model, name = self.models[variant], f"variant-{variant}"
+        model, name, frozen = self.models[variant], f"variant-{variant}", not self.joint
         model.backbone.load_state_dict(self.plain.backbone.state_dict())
-        diffusion, frozen = model.diffusion, model.diffusion is not None and not self.joint
+        diffusion = model.diffusion
         if frozen:
             model.backbone.projections.requires_grad_(False)
-            cast(ConditionalDiffusion, diffusion).requires_grad_(False)
-        steps = None if diffusion is None or frozen else self._steps(diffusion, name)
+            if diffusion is not None:
+                diffusion.requires_grad_(False)
+        steps = None if diffusion is None or frozen else self._steps(diffusion, "variants")
+
+        def project(batch: Batch) -> Sequences:
+            if not frozen:
+                return model.project(batch)
+            # The same projections in evaluation mode: the denoisers know them without dropout.
+            with torch.no_grad():
+                return self.plain.project(batch)
 
         def pattern(row_id: Tensor, available: Tensor, draw: int, drop_rate: float) -> Tensor:
-            seed = derive_seed(self.seed, name, "patterns")
+            seed = derive_seed(self.seed, "variants", "patterns")
             return random_available(
                 row_id, len(self.names), seed=seed, draw=draw, drop_rate=drop_rate, available=available
             )
 
         def loss(wrapped: nn.Module, batch: Batch, epoch: int) -> Tensor:
-            whole = model.project(batch)
+            whole = project(batch)
             given = whole.hide(pattern(batch.row_id, batch.available, epoch, self.config.drop_rate))
-            generated = model.generate(given, seed=derive_seed(self.seed, name, "noise", epoch))
+            generated = model.generate(given, seed=derive_seed(self.seed, "variants", "noise", epoch))
             task = self.task_loss(model.predict(model.complete(given, generated)), batch.row_id)
             if steps is None:
                 return task
             assert diffusion is not None
-            return task + self.config.diffusion_weight * self._diffusion_loss(diffusion, whole, steps, name, epoch)
+            noise = self._diffusion_loss(diffusion, whole, steps, "variants", epoch)
+            return task + self.config.diffusion_weight * noise
 
         # Of all patterns each as likely: what the tables average over.
         rate = 1.0 - 1.0 / (2 ** len(self.names) - 1)
@@ -157,19 +166,25 @@ class CDTPTrainer(PartTrainer):
             """In validation rows keep their patterns, and with frozen networks what was generated for them."""
             at = int(batch.row_id[0])
             if at not in kept:
-                given = model.project(batch.hide(pattern(batch.row_id, batch.available, -1, rate)))
-                inputs = given, model.generate(given, seed=derive_seed(self.seed, name, "validation"))
+                given = project(batch.hide(pattern(batch.row_id, batch.available, -1, rate)))
+                generated = model.generate(given, seed=derive_seed(self.seed, "variants", "validation"))
                 if not frozen:
-                    return model.predict(model.complete(*inputs))
-                kept[at] = inputs
-            return model.predict(model.complete(*kept[at]))
+                    return model.predict(model.complete(given, generated))
+                # Not on the device: it is as much as the projected validation part for every source.
+                kept[at] = given.to("cpu"), {pair: made.cpu() for pair, made in generated.items()}
+            given, generated = kept[at]
+            on_device = {pair: made.to(self.device) for pair, made in generated.items()}
+            return model.predict(model.complete(given.to(self.device), on_device))
 
         def begin(epoch: int) -> None:
             if steps is not None:
                 assert diffusion is not None
                 self._fit_scales(diffusion, model)
 
-        self._train(name, model, loss, self.config.epochs, lambda: self._validation_loss(predict), begin=begin)
+        def validate() -> float:
+            return self._validation_loss(predict)
+
+        self._train(name, model, loss, self.config.epochs, validate, begin=begin, order="variants")
         model.requires_grad_(True)
 
     def task_loss(self, prediction: Tensor, rows: Tensor) -> Tensor:
@@ -189,12 +204,13 @@ class CDTPTrainer(PartTrainer):
         learning_rate: float | None = None,
         ema_decay: float = 0.0,
         begin: Callable[[int], None] = lambda _: None,
+        order: str | None = None,
     ) -> None:
         check_rows(name, self.split.train, self.split.valid)
 
         def batches(epoch: int, rank: int, processes: int) -> Iterator[Batch]:
             begin(epoch)
-            return self.store_batches(self.split.train, self.config.batch_size, name, epoch)
+            return self.store_batches(self.split.train, self.config.batch_size, order or name, epoch)
 
         patience = self.config.patience if validate is not None else None
         rate = self.config.learning_rate if learning_rate is None else learning_rate
@@ -262,3 +278,12 @@ class CDTPTrainer(PartTrainer):
         mean = sums / total.clamp(min=1)
         std = (squares / total.clamp(min=1) - mean.square()).clamp(min=0).sqrt()
         return mean, torch.where(std > 1e-6, std, 1.0)
+
+
+def sequence_specs(store: FeatureStore) -> dict[str, SequenceSpec]:
+    """What the model must know of each modality of ``store``, over all of its parts."""
+    longest = store.max_lengths
+    return {
+        name: SequenceSpec(width, longest.get(name, 1), sequence=store.kinds[name] == "sequence")
+        for name, width in store.widths.items()
+    }

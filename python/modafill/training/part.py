@@ -27,7 +27,6 @@ class PartTrainer(ABC):
     Attributes:
         CONFIG: class of the model's configuration.
         VARIANTS: what can be trained.
-        NEEDS_COMPLETE: whether training needs samples with every modality.
 
     Args:
         folder: ``stages/*.safetensors`` and the assembled ``model/`` go here.
@@ -42,7 +41,6 @@ class PartTrainer(ABC):
 
     CONFIG: ClassVar[type[ModelConfig]]
     VARIANTS: ClassVar[tuple[str, ...]]
-    NEEDS_COMPLETE: ClassVar[bool]
 
     def __init__(
         self,
@@ -84,7 +82,7 @@ class PartTrainer(ABC):
 
     @classmethod
     @abstractmethod
-    def check(cls, store: FeatureStore, labels: Labels, config: Any) -> None:
+    def check(cls, store: FeatureStore, labels: Labels, config: Any, variants: tuple[str, ...]) -> None:
         """Raise ValueError where the model cannot be trained on these data."""
 
     @property

@@ -173,15 +173,11 @@ class Run:
                 except ValueError as error:
                     raise ValueError(f"{store.name}: {error}") from error
             for fold, split in enumerate(splits):
-                trainer.check(store, self.fit_labels(store, split), cast(Any, self.config))
+                trainer.check(store, self.fit_labels(store, split), cast(Any, self.config), self.variants)
                 for what, rows in (("training", split.train), ("validation", split.valid)):
                     seen = store.available(rows)
-                    columns = dict(zip(store.modalities, seen.T, strict=True))
-                    if trainer.NEEDS_COMPLETE:
-                        columns["all modalities"] = seen.all(1)
-                    elif what == "validation":
-                        continue
-                    absent = [name for name, observed in columns.items() if not observed.any()]
+                    columns = zip((*store.modalities, "all modalities"), (*seen.T, seen.all(1)), strict=True)
+                    absent = [name for name, observed in columns if not observed.any()]
                     if absent:
                         raise ValueError(
                             f"{store.name}: fold {fold}: none of the {len(rows)} {what} samples has {absent[0]}, "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from sklearn.kernel_ridge import KernelRidge
 from sklearn.linear_model import Ridge
 from torch import Tensor
 
@@ -52,12 +54,12 @@ class RidgeFill:
         self, tokens: Tensor, valid_tokens: Tensor, penalties: tuple[float, ...] = (1.0, 10.0, 100.0, 1e3, 1e4)
     ) -> None:
         self.patterns = missing_patterns(tokens.shape[1])
-        self.models: list[Ridge] = []
+        self.models: list[Ridge | _DualRidge] = []
         self.spreads: list[Tensor] = []
         for pattern in self.patterns:
             x, y = tokens[:, pattern].flatten(1).numpy(), tokens[:, ~pattern].flatten(1).numpy()
             x_valid, y_valid = valid_tokens[:, pattern].flatten(1).numpy(), valid_tokens[:, ~pattern].flatten(1).numpy()
-            candidates = [Ridge(alpha=penalty).fit(x, y) for penalty in penalties]
+            candidates = [_ridge(penalty, x, y) for penalty in penalties]
             residuals = [y_valid - model.predict(x_valid) for model in candidates]
             best = min(range(len(candidates)), key=lambda i: float((residuals[i] ** 2).mean()))
             self.models.append(candidates[best])
@@ -91,3 +93,18 @@ class RidgeFill:
                 filled = filled + spread.to(tokens) * noise[rows][:, missing].flatten(1)
             out[rows[:, None], missing] = filled.reshape(len(rows), len(missing), -1)
         return out
+
+
+class _DualRidge:
+    """Ridge regression that keeps a weight per training row: for fewer rows than features."""
+
+    def __init__(self, penalty: float, x: np.ndarray, y: np.ndarray) -> None:
+        self.x_mean, self.y_mean = x.mean(0), y.mean(0)
+        self.dual = KernelRidge(alpha=penalty, kernel="linear").fit(x - self.x_mean, y - self.y_mean)
+
+    def predict(self, x: np.ndarray) -> np.ndarray:
+        return self.dual.predict(x - self.x_mean) + self.y_mean
+
+
+def _ridge(penalty: float, x: np.ndarray, y: np.ndarray) -> Ridge | _DualRidge:
+    return Ridge(alpha=penalty).fit(x, y) if x.shape[1] <= len(x) else _DualRidge(penalty, x, y)

@@ -253,7 +253,9 @@ class MulT(nn.Module):
                 bias=None if biases is None else torch.stack([biases[m] for m in group]),
                 mode=None if biases is None else mode,
             )
-            index = (ends - 1).clamp(min=0)[..., None, None].expand(-1, -1, 1, encoded.shape[-1])
+            # Of an empty sequence the last place: with the causal mask it sees all that the others have.
+            place = torch.where(ends > 0, ends - 1, encoded.shape[2] - 1)
+            index = place[..., None, None].expand(-1, -1, 1, encoded.shape[-1])
             last.update(zip(group, encoded.gather(2, index).squeeze(2).unbind(), strict=True))
         y = torch.cat([last[m] for m in range(len(x))], dim=-1)
         return self.classify(y + self.head(y))

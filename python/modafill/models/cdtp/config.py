@@ -33,6 +33,12 @@ class SequenceSpec(ModalitySpec):
     sequence: bool = field(default=True, kw_only=True)
     length: int
 
+    def __post_init__(self) -> None:
+        if self.length < 1 or (self.length > 1 and not self.sequence):
+            raise ValueError(
+                f"length: got {self.length}, expected {'at least 1' if self.sequence else '1 for a vector'}"
+            )
+
     def check(self, name: str, x: Tensor) -> None:
         """Raise ValueError unless ``x`` has the dimensions of the modality ``name`` and is not too long."""
         super().check(name, x)
@@ -66,14 +72,17 @@ class CDTPConfig(ModelConfig):
         diffusion_steps, beta_start, beta_end: 1000, 1e-4, 0.02 (the authors' code).
         prediction: ``"epsilon"`` (eq. 5) or ``"v"`` (Salimans & Ho 2022), which few sampling steps need less luck with.
         min_alpha_bar: steps up to the one with this ᾱ are used; beyond it there is no signal.
-        sampling_steps: evaluations of the DDIM sampler (eq. 8–9), 10.
+        sampling_steps: evaluations of the DDIM sampler (eq. 8–9), 20 (own choice: on a toy with a known answer the mean
+            of ε-predictions errs by 0.19 of the noise's deviation with 10 steps and by 0.13 with 20, that of
+            v-predictions by 0.09 with 10).
         eta: 0 deterministic, 1 ancestral.
         drop_rate: p_drop, how often a training sample loses modalities, 0.2 (§4.3).
         diffusion_weight: λ of the diffusion loss beside the task's in joint training (the paper names none).
-        training: ``"two-stage"`` (diffusion first, §3) or ``"joint"``.
+        training: ``"two-stage"`` (diffusion before fusion, §3; on the projections of a backbone that is trained before
+            both, because a denoiser needs a fixed target) or ``"joint"`` (after that backbone, all at once).
         ema_decay: of the denoisers' averaged weights in the first stage; 0 turns it off (own choice).
         learning_rate, diffusion_learning_rate: Adam, 1e-4 (§4.3); the latter of the denoisers' own stage.
-        batch_size, epochs: 32 and 50 (§4.3).
+        batch_size, epochs: 32 and 50 (§4.3); the backbone and each variant take up to so many epochs.
         diffusion_epochs: of the first stage (own choice).
         patience: epochs without a lower validation loss before the backbone stops.
     """
@@ -101,7 +110,7 @@ class CDTPConfig(ModelConfig):
     beta_end: float = 0.02
     prediction: str = "epsilon"
     min_alpha_bar: float = 1e-3
-    sampling_steps: int = 10
+    sampling_steps: int = 20
     eta: float = 0.0
     drop_rate: float = 0.2
     diffusion_weight: float = 1.0

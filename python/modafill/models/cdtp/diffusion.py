@@ -9,6 +9,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from modafill import ops
 from modafill.diffusion import angular_steps
@@ -32,8 +33,9 @@ class _Work:
 class ConditionalDiffusion(nn.Module):
     """A denoiser ε_θ(x_t, c, t) for every ordered pair (target ← source).
 
-    The condition encoder, Conv1D-GELU-Conv1D (§3.2.3), is one per source and runs once for a sample; its result stands
-    beside the noisy target, resampled to the target's steps, and is attended to. Departures: x₀ is standardised with
+    The condition encoder, Conv1D-GELU-Conv1D (§3.2.3), is one per source and runs once for a sample that needs it,
+    whatever the number of steps; its result stands beside the noisy target, resampled to the target's steps, and is
+    attended to. Pairs whose targets are equally long are one batch. Departures: x₀ is standardised with
     the statistics in ``mean`` and ``std``; the sampler starts at the last step with ᾱ ≥ ``min_alpha_bar``; with
     ``prediction="v"`` the networks predict v = √ᾱ ε − √(1−ᾱ) x₀.
 
@@ -90,15 +92,15 @@ class ConditionalDiffusion(nn.Module):
         table = self._schedule.table.to(x[0].device)
         wanted = torch.stack([available[:, t] & available[:, s] for t, s in self.pairs], dim=1)
         total, count = x[0].new_zeros(()), available.new_zeros((), dtype=torch.int64)
+        codes = self._encode(x, lengths, wanted)
         for work in self._batched(wanted):
             target = self._pick(self._standardise(x), work, 0)
             lengths_of_target = self._pick(lengths, work, 0)
             steps = torch.stack([step[rows, p] for p, rows in zip(work.pairs, work.rows, strict=True)])
             flat, ids = target.flatten(0, 1), self._row_ids(work, row_id)
             noisy, noise = ops.add_noise(flat, table, steps.flatten(), seed=seed, row_id=ids)
-            predicted = self._predict(
-                noisy.view_as(target), steps, self._condition(x, lengths, work), lengths_of_target, work
-            )
+            condition = self._condition(codes, lengths, work)
+            predicted = self._predict(noisy.view_as(target), steps, condition, lengths_of_target, work)
             expected = noise
             if self.config.prediction == "v":
                 row = table[steps.flatten()][:, :, None, None]
@@ -136,16 +138,17 @@ class ConditionalDiffusion(nn.Module):
         evaluations = self.config.sampling_steps if sampling_steps is None else sampling_steps
         steps = angular_steps(schedule, self.last_step, evaluations)
         wanted = torch.stack([~available[:, t] & available[:, s] for t, s in self.pairs], dim=1)
-        out = {}
+        out, codes = {}, self._encode(x, lengths, wanted)
         for work in self._batched(wanted):
             lengths_of_target, ids = self._pick(lengths, work, 0), self._row_ids(work, row_id)
             shape = (*work.rows.shape, self.lengths[self.pairs[work.pairs[0]][0]], self.config.width)
-            condition = self._condition(x, lengths, work)
+            condition, weights = self._condition(codes, lengths, work), self._weights(work)
             flat = (shape[0] * shape[1], *shape[2:])
             noisy = ops.randn(flat, seed=seed, row_id=ids, draw=Draw.INITIAL, dtype=x[0].dtype, device=available.device)
             for step, previous in pairwise(steps):
                 at = torch.full(shape[:2], step, device=available.device)
-                predicted = self._predict(noisy.view(shape), at, condition, lengths_of_target, work).flatten(0, 1)
+                predicted = self._predict(noisy.view(shape), at, condition, lengths_of_target, work, weights)
+                predicted = predicted.flatten(0, 1)
                 if self.config.prediction == "v":
                     signal, sigma = (float(schedule.table[step, c]) for c in (SQRT_ALPHA_BAR, SQRT_ONE_MINUS_ALPHA_BAR))
                     predicted = signal * predicted + sigma * noisy
@@ -193,20 +196,26 @@ class ConditionalDiffusion(nn.Module):
     def _which(self, work: _Work) -> Which:
         return choose(work.pairs, len(self.pairs))
 
-    def _condition(self, x: Sequence[Tensor], lengths: Sequence[Tensor], work: _Work) -> Condition:
+    def _encode(self, x: Sequence[Tensor], lengths: Sequence[Tensor], wanted: Tensor) -> dict[int, Tensor]:
+        """Conditions ``[B, L, C]`` of the sources that are ``wanted``, zero in samples that want none of them."""
+        codes = {}
+        for s, source in enumerate(x):
+            rows = wanted[:, [p for p, pair in enumerate(self.pairs) if pair[1] == s]].any(1).nonzero().flatten()
+            if not len(rows):
+                continue
+            code = cast(ConvGeluConv, self.encoders[s])(source[rows])
+            code = torch.where(valid_mask(lengths[s][rows], code.shape[1])[..., None], code, 0.0)
+            codes[s] = code.new_zeros(len(source), *code.shape[1:]).index_copy(0, rows, code)
+        return codes
+
+    def _condition(self, codes: dict[int, Tensor], lengths: Sequence[Tensor], work: _Work) -> Condition:
         sources = sorted({self.pairs[p][1] for p in work.pairs})
         steps = self.lengths[self.pairs[work.pairs[0]][0]]
-        longest = max(x[s].shape[1] for s in sources)
-        encoded: dict[int, Tensor] = {}
-        beside: dict[int, Tensor] = {}
-        for s in sources:
-            code = cast(ConvGeluConv, self.encoders[s])(x[s])
-            code = torch.where(valid_mask(lengths[s], code.shape[1])[..., None], code, 0.0)
-            encoded[s] = nn.functional.pad(code, (0, 0, 0, longest - code.shape[1]))
-            beside[s] = code if code.shape[1] == steps else nn.functional.interpolate(code.mT, steps, mode="linear").mT
+        longest = max(codes[s].shape[1] for s in sources)
+        encoded = {s: nn.functional.pad(codes[s], (0, 0, 0, longest - codes[s].shape[1])) for s in sources}
         pairs = list(zip(work.pairs, work.rows, strict=True))
         keys = torch.stack([encoded[self.pairs[p][1]][rows] for p, rows in pairs])
-        near = torch.stack([beside[self.pairs[p][1]][rows] for p, rows in pairs])
+        near = torch.stack([_resample(codes[self.pairs[p][1]][rows], steps) for p, rows in pairs])
         source_lengths = self._pick(lengths, work, 1)
         if self.pair is None:
             return self.unet.condition(near, keys, source_lengths, self._which(work))
@@ -214,8 +223,29 @@ class ConditionalDiffusion(nn.Module):
         near, keys = ((t + told).flatten(0, 1)[None] for t in (near, keys))
         return self.unet.condition(near, keys, source_lengths.flatten()[None])
 
-    def _predict(self, x: Tensor, step: Tensor, condition: Condition, lengths: Tensor, work: _Work) -> Tensor:
+    def _weights(self, work: _Work) -> dict[str, Tensor] | None:
+        """The networks' own weights where they would else be gathered anew in every layer at every step."""
+        which = self._which(work)
+        if self.pair is not None or isinstance(which, slice):
+            return None
+        return {name: parameter[which] for name, parameter in self.unet.named_parameters()}
+
+    def _predict(
+        self,
+        x: Tensor,
+        step: Tensor,
+        condition: Condition,
+        lengths: Tensor,
+        work: _Work,
+        weights: dict[str, Tensor] | None = None,
+    ) -> Tensor:
+        if weights is not None:
+            return functional_call(self.unet, weights, (x, step, condition, lengths))
         if self.pair is None:
             return self.unet(x, step, condition, lengths, self._which(work))
         noisy, at, ends = (t.flatten(0, 1)[None] for t in (x, step, lengths))
         return self.unet(noisy, at, condition, ends)[0].view_as(x)
+
+
+def _resample(code: Tensor, steps: int) -> Tensor:
+    return code if code.shape[1] == steps else nn.functional.interpolate(code.mT, steps, mode="linear").mT

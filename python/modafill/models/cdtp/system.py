@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from modafill.data import Batch, pattern_index
-from modafill.diffusion import sample_row_ids
+from modafill.diffusion.samplers import SAMPLE_SHIFT, check_samples, sample_row_ids
 from modafill.models.cdtp.backbone import MulT
 from modafill.models.cdtp.completion import TimeMaps
 from modafill.models.cdtp.config import CDTPConfig, SequenceSpec
@@ -20,6 +20,7 @@ from modafill.models.cdtp.prompts import Prompts
 from modafill.models.cdtp.stacked import StackedLinear, valid_mask
 from modafill.models.completed import Completed
 from modafill.models.folder import find_folder, load_weights, read_config, save_folder
+from modafill.ops.prompt_attention import MAX_LENGTH, MAX_WIDTH
 
 Pairs = dict[tuple[int, int], Tensor]
 
@@ -40,9 +41,18 @@ class Sequences:
         lengths = [torch.where(seen[:, m], n, 0) for m, n in enumerate(self.lengths)]
         return Sequences(x, lengths, seen, self.row_id)
 
+    def to(self, device: torch.device | str) -> Sequences:
+        """The same on another device."""
+        x, lengths = ([t.to(device) for t in tensors] for tensors in (self.x, self.lengths))
+        return Sequences(x, lengths, self.available.to(device), self.row_id.to(device))
+
 
 class CDTP(nn.Module):
     """The whole system of the paper as one module.
+
+    Departures: what is noised and denoised is the projected target (eq. 4); §3.4 also speaks of noising the encoded
+    condition, which stays clean here, because it is what is known. Every sequence is padded to the longest of its
+    modality in the data, because the maps over time need one length.
 
     Args:
         modalities: name → :class:`SequenceSpec`, in the order of the columns of ``available``.
@@ -52,7 +62,7 @@ class CDTP(nn.Module):
         window: turns per sample, where the sequences it was trained on are windows of turns; None where they are not.
 
     Raises:
-        ValueError: less than two modalities, or heads of the self-attention encoders that would be too wide.
+        ValueError: names of other than ``outputs`` classes, or sizes that cannot be (:func:`check_sizes`).
     """
 
     def __init__(
@@ -64,14 +74,10 @@ class CDTP(nn.Module):
         window: int | None = None,
     ) -> None:
         super().__init__()
+        if classes and len(classes) != outputs:
+            raise ValueError(f"classes: got {len(classes)} names, expected {outputs} or none")
+        check_sizes(modalities, config)
         count = len(modalities)
-        if count < 2:
-            raise ValueError(f"modalities: got {list(modalities)}, expected at least two")
-        if (count - 1) * config.width // config.heads > 128:
-            raise ValueError(
-                f"width: got {config.width} with {config.heads} heads and {count} modalities, expected at most"
-                f" {128 * config.heads // (count - 1)}: self-attention heads are at most 128 wide"
-            )
         self.modalities, self.outputs, self.config = dict(modalities), outputs, config
         self.classes, self.window = list(classes or []), window
         self.lengths = tuple(spec.length for spec in modalities.values())
@@ -102,7 +108,10 @@ class CDTP(nn.Module):
             x = x if x.ndim == 3 else x[:, None]
             x = torch.where(seen[:, None, None], x, 0.0)
             features.append(nn.functional.pad(x, (0, 0, 0, spec.length - x.shape[1])))
-            lengths.append(torch.where(seen, batch.lengths.get(name, torch.ones_like(batch.row_id)), 0))
+            if spec.sequence and name not in batch.lengths:
+                raise ValueError(f"lengths[{name!r}]: got no lengths, expected an int64 [{len(batch)}]")
+            steps = batch.lengths[name] if spec.sequence else torch.ones_like(batch.row_id)
+            lengths.append(torch.where(seen, steps, 0))
         return Sequences(self.backbone.project(features, lengths), lengths, batch.available, batch.row_id)
 
     @torch.no_grad()
@@ -160,13 +169,18 @@ class CDTP(nn.Module):
         return Sequences(x, lengths, available, given.row_id)
 
     def suggested_lengths(self, given: Sequences) -> list[Tensor]:
-        """True lengths ``[B]`` of what is available, and those that :meth:`complete` gives to what is missing."""
+        """True lengths ``[B]`` of what is available, and those that :meth:`complete` gives to what is missing.
+
+        Modalities of one step say nothing of length: they count where nothing else is there, and then suggest all.
+        """
+        timed = torch.tensor([length > 1 for length in self.lengths], device=given.available.device)
+        any_timed = (given.available & timed).any(1)
         out = []
         for m, longest in enumerate(self.lengths):
-            suggested = [
-                (n * longest + other - 1) // other for n, other in zip(given.lengths, self.lengths, strict=True)
-            ]
-            out.append(torch.where(given.available[:, m], given.lengths[m], torch.stack(suggested).amax(0)))
+            ends = zip(given.lengths, self.lengths, strict=True)
+            suggested = torch.stack([(n * longest + other - 1) // other for n, other in ends], dim=1)
+            suggested = torch.where(any_timed[:, None] & ~timed, 0, suggested).amax(1)
+            out.append(torch.where(given.available[:, m], given.lengths[m], suggested))
         return out
 
     def _mapped(self, given: Sequences) -> Pairs:
@@ -206,12 +220,33 @@ class CDTP(nn.Module):
         self, given: Sequences, n_samples: int, *, seed: int = 0, sampling_steps: int | None = None
     ) -> Iterator[Pairs]:
         """K draws of :meth:`generate`; the first ones stay the same when K grows."""
+        pairs = len(self.backbone.pairs)
+        if n_samples * pairs >= 1 << (63 - SAMPLE_SHIFT):
+            raise ValueError(f"n_samples: got {n_samples}, expected at most {(1 << (63 - SAMPLE_SHIFT)) // pairs - 1}")
         for row_id in sample_row_ids(given.row_id, n_samples).view(n_samples, -1):
             yield self.generate(replace(given, row_id=row_id), seed=seed, sampling_steps=sampling_steps)
 
+    def fill(self, given: Sequences, generated: Pairs, draw: int) -> Sequences:
+        """What is missing as it was generated from one source, without prompts or maps.
+
+        Sample ``draw`` of a row takes the (row id + draw)-th of its sources, so that K samples take each about equally
+        often: together they are draws from the mixture of what the sources tell.
+        """
+        count = given.available.sum(1)
+        turn = (given.row_id + draw) % count
+        # The number of each available modality among those of its row.
+        rank = given.available.cumsum(1) - 1
+        x = list(given.x)
+        for target in range(len(x)):
+            for source in range(len(x)):
+                if (target, source) in generated:
+                    chosen = ~given.available[:, target] & given.available[:, source] & (rank[:, source] == turn)
+                    x[target] = torch.where(chosen[:, None, None], generated[target, source], x[target])
+        return Sequences(x, self.suggested_lengths(given), given.available, given.row_id)
+
     @torch.no_grad()
     def impute(self, batch: Batch, *, n_samples: int = 1, seed: int = 0) -> Completed:
-        """Projected sequences ``[B, L, d]`` of each modality, K times; a sample is the mean over its sources.
+        """Projected sequences ``[B, L, d]`` of each modality, K times; each sample is generated from one source.
 
         Raises:
             ValueError: a bad batch, or a model without diffusion.
@@ -219,22 +254,15 @@ class CDTP(nn.Module):
         if self.diffusion is None:
             raise ValueError(f"completion: got {self.config.completion!r}, expected 'diffusion' to impute with")
         self.check(batch)
-        given = self.project(batch)
-        lengths = self.suggested_lengths(given)
-        drawn = []
-        for generated in self.samples(given, n_samples, seed=seed):
-            sample = []
-            for target, x in enumerate(given.x):
-                seen = batch.available[:, [m for m in range(len(given.x)) if m != target]]
-                total = sum((made for (t, _), made in generated.items() if t == target), torch.zeros_like(x))
-                mean = total / seen.sum(1).clamp(min=1)[:, None, None]
-                sample.append(torch.where(batch.available[:, target, None, None], x, mean))
-            drawn.append(sample)
-        names = list(self.modalities)
+        given, names = self.project(batch), list(self.modalities)
+        drawn = [
+            self.fill(given, generated, draw).x
+            for draw, generated in enumerate(self.samples(given, n_samples, seed=seed))
+        ]
         return Completed(
             dict(zip(names, given.x, strict=True)),
             {name: torch.stack([sample[m] for sample in drawn]) for m, name in enumerate(names)},
-            dict(zip(names, lengths, strict=True)),
+            dict(zip(names, self.suggested_lengths(given), strict=True)),
         )
 
     @torch.no_grad()
@@ -244,11 +272,14 @@ class CDTP(nn.Module):
         Call it in evaluation mode: in training mode dropout is drawn from torch's generator.
         """
         self.check(batch)
-        given, total = self.project(batch), torch.zeros((), device=batch.available.device)
+        check_samples(n_samples)
+        given, answers = self.project(batch), []
         for generated in self.samples(given, n_samples, seed=seed):
             said = self.predict(self.complete(given, generated))
-            total = total + (said.softmax(-1) if self.classes else said[:, 0])
-        return total / n_samples
+            answers.append(said[:, 0] if self.outputs == 1 else said.softmax(-1))
+            if not generated:  # then every sample is the same
+                break
+        return torch.stack(answers).mean(0)
 
     def save_pretrained(self, path: str | Path, **about: Any) -> None:
         """Write ``config.json`` and ``model.safetensors`` to the folder ``path``; ``about`` goes into the former."""
@@ -278,3 +309,23 @@ class CDTP(nn.Module):
             raise ValueError(f"{folder / 'config.json'}: not the description of a CDTP ({error!r})") from error
         load_weights(folder / "model.safetensors", model)
         return model.eval()
+
+
+def check_sizes(modalities: dict[str, SequenceSpec], config: CDTPConfig) -> None:
+    """Raise ValueError where a CDTP of these sizes cannot be."""
+    count, longest = len(modalities), max((spec.length for spec in modalities.values()), default=0)
+    if count < 2:
+        raise ValueError(f"modalities: got {list(modalities)}, expected at least two")
+    if (count - 1) * config.width // config.heads > MAX_WIDTH:
+        raise ValueError(
+            f"width: got {config.width} with {config.heads} heads and {count} modalities, expected at most"
+            f" {MAX_WIDTH * config.heads // (count - 1)}: self-attention heads are at most {MAX_WIDTH} wide"
+        )
+    if config.type_prompt == "bias" and longest == 1:
+        raise ValueError(
+            "type_prompt: got 'bias' for modalities of one step each, expected 'append' or 'none': the softmax over one"
+            " key is 1, whatever is added to its logit"
+        )
+    most = MAX_LENGTH - config.prompt_length * (config.type_prompt == "append")
+    if longest > most:
+        raise ValueError(f"modalities: got sequences of {longest} steps, expected at most {most}")
