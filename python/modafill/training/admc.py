@@ -5,22 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from modafill import ops
-from modafill.data import Batch, FeatureStore, Labels, Split, Standardizer, missing_patterns, random_available
+from modafill.data import Batch, FeatureStore, Labels, Standardizer, missing_patterns, random_available
 from modafill.files import derive_seed, read_tensors, write_tensors
 from modafill.models.admc import ADMC, ADN, ADMCConfig, Fusion, ModalitySpec, UnimodalClassifier, encoder_kind
 from modafill.models.admc.config import CONDITIONINGS
 from modafill.models.baselines import MeanFill, RidgeFill, ZeroFill
 from modafill.ops.reference import SQRT_ALPHA_BAR, SQRT_ONE_MINUS_ALPHA_BAR
-from modafill.training.loop import Report, Stage, check_key
+from modafill.training.loop import Stage, check_key
 from modafill.training.part import PartTrainer, check_rows
 
 RIVALS = ("zero", "mean", "ridge")
@@ -32,27 +30,20 @@ class ADMCTrainer(PartTrainer):
     CONFIG: ClassVar = ADMCConfig
     VARIANTS: ClassVar = CONDITIONINGS
 
-    def __init__(
-        self,
-        folder: Path,
-        store: FeatureStore,
-        split: Split,
-        labels: Labels,
-        config: ADMCConfig,
-        variants: tuple[str, ...],
-        seed: int,
-        accelerator: Accelerator,
-        report: Report,
-    ) -> None:
-        super().__init__(folder, store, split, labels, config, variants, seed, accelerator, report)
-        self.config = config
-        self.specs = modality_specs(store)
-        torch.manual_seed(derive_seed(seed, "weights"))
+    config: ADMCConfig
+
+    def _build(self) -> None:
+        self.specs = modality_specs(self.store)
+        torch.manual_seed(derive_seed(self.seed, "weights"))
         self.model = ADMC(
-            self.specs, labels.n_classes, self._config(variants[0]), list(labels.class_names), store.window
+            self.specs,
+            self.labels.n_classes,
+            self._config(self.variants[0]),
+            list(self.labels.class_names),
+            self.store.window,
         ).to(self.device)
-        self.adns = {variants[0]: self.model.adn}
-        for conditioning in variants[1:]:
+        self.adns = {self.variants[0]: self.model.adn}
+        for conditioning in self.variants[1:]:
             self.adns[conditioning] = ADN(len(self.specs), self._config(conditioning)).to(self.device)
         self._fills: dict[str, ZeroFill | MeanFill | RidgeFill | ADN] = {}
         self._fusions: dict[str, Fusion] = {}

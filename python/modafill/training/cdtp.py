@@ -5,21 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from modafill.data import Batch, FeatureStore, Labels, Split, Standardizer, random_available
+from modafill.data import Batch, FeatureStore, Labels, Standardizer, random_available
 from modafill.files import derive_seed
 from modafill.models.cdtp import CDTP, VARIANTS, CDTPConfig, ConditionalDiffusion, Sequences, SequenceSpec
 from modafill.models.cdtp.backbone import Projection
 from modafill.models.cdtp.stacked import valid_mask
 from modafill.models.cdtp.system import Pairs, check_sizes
-from modafill.training.loop import Report, Stage
+from modafill.training.loop import Stage
 from modafill.training.part import PartTrainer, check_rows
 
 EVALUATION_BATCH = 256
@@ -38,24 +36,13 @@ class CDTPTrainer(PartTrainer):
     CONFIG: ClassVar = CDTPConfig
     VARIANTS: ClassVar = tuple(VARIANTS)
 
-    def __init__(
-        self,
-        folder: Path,
-        store: FeatureStore,
-        split: Split,
-        labels: Labels,
-        config: CDTPConfig,
-        variants: tuple[str, ...],
-        seed: int,
-        accelerator: Accelerator,
-        report: Report,
-    ) -> None:
-        super().__init__(folder, store, split, labels, config, variants, seed, accelerator, report)
-        self.config = config
-        self.specs = sequence_specs(store)
+    config: CDTPConfig
+
+    def _build(self) -> None:
+        self.specs = sequence_specs(self.store)
         self.plain = self._new("plain", "backbone")
-        self.models = {variant: self._new(variant, variant) for variant in variants}
-        self.joint = config.training == "joint"
+        self.models = {variant: self._new(variant, variant) for variant in self.variants}
+        self.joint = self.config.training == "joint"
 
     @classmethod
     def check(cls, store: FeatureStore, labels: Labels, config: CDTPConfig, variants: tuple[str, ...]) -> None:

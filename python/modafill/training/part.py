@@ -33,7 +33,7 @@ class PartTrainer(ABC):
         store: features; windowed where sequences are windows of turns.
         split: row numbers of the training, validation and test parts.
         labels: what is to be recognised in every row, fitted on the training part.
-        config: numbers of the model.
+        config: numbers of the model, a ``CONFIG``.
         variants: what is trained beside each other; the first one goes into ``model/``.
         seed: of weights, order, dropout and noise.
         report: called after each epoch.
@@ -41,6 +41,7 @@ class PartTrainer(ABC):
 
     CONFIG: ClassVar[type[ModelConfig]]
     VARIANTS: ClassVar[tuple[str, ...]]
+    config: Any
 
     def __init__(
         self,
@@ -48,7 +49,7 @@ class PartTrainer(ABC):
         store: FeatureStore,
         split: Split,
         labels: Labels,
-        config: ModelConfig,
+        config: Any,
         variants: tuple[str, ...],
         seed: int,
         accelerator: Accelerator,
@@ -61,8 +62,13 @@ class PartTrainer(ABC):
         self.target = torch.from_numpy(labels.encode(store.labels(labels.name))).to(self.device)
         self.available = torch.from_numpy(store.available())
         self.names = list(store.modalities)
-        self._numbers = config.to_dict()
+        self.config = config
         self._number = 0
+        self._build()
+
+    @abstractmethod
+    def _build(self) -> None:
+        """Make the networks, untrained."""
 
     @cached_property
     def key(self) -> dict[str, Any]:
@@ -73,7 +79,7 @@ class PartTrainer(ABC):
         for batch in self.store.unwindowed().iter_batches(np.arange(len(self.store)), 1024):
             for features in batch.features.values():
                 digest.update(features.numpy().tobytes())
-        return {**self._numbers, "seed": self.seed, "data": digest.hexdigest()[:16]}
+        return {**self.config.to_dict(), "seed": self.seed, "data": digest.hexdigest()[:16]}
 
     @property
     def stages(self) -> Path:
