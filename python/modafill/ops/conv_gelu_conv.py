@@ -231,7 +231,7 @@ def _run_backward(
     w1, w2 = _within_reach(x, w1), _within_reach(x, w2)
     b1, b2 = backends.contiguous(b1), backends.contiguous(b2)
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    made: list[Tensor | None] = [torch.empty_like(x) if need[0] else None]
+    made: list[Tensor | None] = [backends.fresh(torch.empty_like(x), backend) if need[0] else None]
     for t, n in zip((w1, b1, w2, b2), need[1:], strict=True):
         made.append(torch.empty_like(t, dtype=compute) if n and t is not None else None)
     if grad.numel() == 0:

@@ -198,7 +198,7 @@ def _forward(
     q, k, v = _dense(q), _dense(k), _dense(v)
     bias, mode, key_lengths, row_id = map(backends.contiguous, (bias, mode, key_lengths, row_id))
     if out is None:
-        out = _like(q)
+        out = backends.fresh(_like(q), backend)
     logsumexp = q.new_empty(q.shape[:3], dtype=_compute_dtype(q)) if need_logsumexp else None
     args = q, k, v, bias, mode, causal, key_lengths, scale, dropout, seed, seed_tensor, row_id
     if out.numel() == 0:
@@ -308,7 +308,7 @@ def _run_backward(
     bias, mode, key_lengths, row_id = map(backends.contiguous, (bias, mode, key_lengths, row_id))
     args = q, k, v, bias, mode, causal, key_lengths, scale, dropout, seed, seed_tensor, row_id
     empty = q.numel() == 0 or k.numel() == 0
-    grads = [_like(x) if n else None for x, n in zip((q, k, v), need[:3], strict=True)]
+    grads = [backends.fresh(_like(x), backend) if n else None for x, n in zip((q, k, v), need[:3], strict=True)]
     if empty:
         for g in grads:
             if g is not None:
@@ -325,11 +325,12 @@ def _run_backward(
     groups = 1
     if need[3] and bias is not None:
         groups = _groups(q, bias)
-        bias_grad = torch.zeros_like(bias)
+        bias_grad = backends.fresh(torch.empty_like(bias), backend).zero_()
         dtype = _compute_dtype(q)
         # Sums of the first group are the result where that is not rounded.
         tables = groups - 1 if dtype == bias.dtype else groups
-        partial = bias.new_zeros((tables, *bias.shape), dtype=dtype) if groups > 1 else None
+        if groups > 1:
+            partial = backends.fresh(bias.new_empty((tables, *bias.shape), dtype=dtype), backend).zero_()
     if not empty:
         backends.launch(
             "prompt_attention_backward",
