@@ -20,8 +20,8 @@ ROOFLINES = ("triad", "copy")
 _SHORT_NS = 2_000_000
 _LONGEST_BURST = 10
 _MIN_ROUNDS, _MAX_ROUNDS = 5, 2000
-# Where a call takes seconds.
-_LONG_NS, _ROUNDS_OF_LONG_CALLS = 5_000_000_000, 2
+# Of calls this long two are timed, the second without another to warm up.
+_LONG_NS = 5_000_000_000
 
 
 class Unavailable(Exception):
@@ -140,8 +140,8 @@ def run_case(case: Case, *, seconds: float, notice: Callable[[str], None] = lamb
 class Timer(Protocol):
     """Times calls of one contender, each on the next buffer set."""
 
-    def __call__(self, run: Callable[[int], Any], calls: int) -> list[int]:
-        """Nanoseconds of each of ``calls`` calls, after an untimed one.
+    def __call__(self, run: Callable[[int], Any], calls: int, warm_up: bool = True) -> list[int]:
+        """Nanoseconds of each of ``calls`` calls, after an untimed one if they ``warm_up``.
 
         That one wakes the worker threads and, where results are allocated afresh, brings their pages back from a host
         that takes free memory away between turns, as virtual machines do: what is timed is a call in a loop.
@@ -155,17 +155,17 @@ def measure(runs: Mapping[str, Callable[[int], Any]], timer: Timer, *, seconds: 
     meets all of them. Rounds go on until ``seconds`` have passed for each contender.
     """
     trials = {name: timer(run, 1)[0] for name, run in runs.items()}
-    bursts, longest = {name: _burst(trial) for name, trial in trials.items()}, max(trials.values(), default=0)
-    samples: dict[str, list[int]] = {name: [] for name in runs}
+    bursts = {name: _burst(trial) for name, trial in trials.items()}
+    long = max(trials.values(), default=0) >= _LONG_NS
+    samples: dict[str, list[int]] = {name: [trial] if long else [] for name, trial in trials.items()}
     names: Sequence[str] = list(runs)
     deadline = time.perf_counter() + seconds * len(names)
     for index in range(_MAX_ROUNDS):
-        rounds = _MIN_ROUNDS if longest < _LONG_NS else _ROUNDS_OF_LONG_CALLS
-        if index >= rounds and time.perf_counter() > deadline:
+        if index >= (1 if long else _MIN_ROUNDS) and time.perf_counter() > deadline:
             break
         first = index % len(names) if names else 0
         for name in (*names[first:], *names[:first]):
-            samples[name] += timer(runs[name], bursts[name])
+            samples[name] += timer(runs[name], bursts[name], not long)
     return samples
 
 
@@ -184,8 +184,9 @@ class _CpuTimer:
         self._sets = sets
         self._next = 0
 
-    def __call__(self, run: Callable[[int], Any], calls: int) -> list[int]:
-        run(self._advance())
+    def __call__(self, run: Callable[[int], Any], calls: int, warm_up: bool = True) -> list[int]:
+        if warm_up:
+            run(self._advance())
         times = []
         for _ in range(calls):
             index = self._advance()
@@ -212,8 +213,9 @@ class _CudaTimer:
         self._flush = torch.empty(2 * size, dtype=torch.int8, device=device)
         self._sets = sets
 
-    def __call__(self, run: Callable[[int], Any], calls: int) -> list[int]:
-        run(0)
+    def __call__(self, run: Callable[[int], Any], calls: int, warm_up: bool = True) -> list[int]:
+        if warm_up:
+            run(0)
         events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(calls)]
         for index, (start, end) in enumerate(events):
             self._flush.zero_()

@@ -321,7 +321,8 @@ def test_a_provider_that_cannot_run_is_left_out_with_its_reason() -> None:
 def test_contenders_take_turns_and_each_round_starts_with_the_next() -> None:
     turns: list[str] = []
 
-    def timer(run: Callable[[int], Any], calls: int) -> list[int]:
+    def timer(run: Callable[[int], Any], calls: int, warm_up: bool = True) -> list[int]:
+        assert warm_up
         run(0)
         return [10**9] * calls
 
@@ -331,12 +332,26 @@ def test_contenders_take_turns_and_each_round_starts_with_the_next() -> None:
     assert {name: len(times) for name, times in samples.items()} == {"a": 5, "b": 5, "c": 5}
 
 
+def test_calls_of_many_seconds_are_timed_twice_and_warmed_up_once() -> None:
+    warm_ups: list[bool] = []
+
+    def timer(run: Callable[[int], Any], calls: int, warm_up: bool = True) -> list[int]:
+        run(0)
+        warm_ups.append(warm_up)
+        return [(10 + len(warm_ups)) * 10**9] * calls
+
+    samples = runner.measure({name: lambda _: None for name in "ab"}, timer, seconds=1e-9)
+    assert samples == {"a": [11 * 10**9, 13 * 10**9], "b": [12 * 10**9, 14 * 10**9]}
+    assert warm_ups == [True, True, False, False]
+
+
 def test_calls_of_all_contenders_share_the_rotation_of_buffer_sets() -> None:
     seen: list[int] = []
     timer = runner._CpuTimer(4)
     timer(seen.append, 3)
     timer(seen.append, 1)
-    assert seen == [1, 2, 3, 0, 1, 2]
+    timer(seen.append, 1, warm_up=False)
+    assert seen == [1, 2, 3, 0, 1, 2, 3]
 
 
 def test_minimal_traffic_reads_each_element_where_it_is_needed_alone() -> None:
