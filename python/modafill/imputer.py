@@ -19,6 +19,8 @@ from modafill.models.admc import ADMC
 from modafill.models.cdtp import CDTP
 from modafill.models.pretrained import load_pretrained
 
+_MOST_ROWS, _COMPLETIONS_BYTES = 1024, 2**29
+
 
 @dataclass(frozen=True)
 class Imputation:
@@ -192,11 +194,12 @@ def impute_store(
     *,
     n_samples: int = 1,
     seed: int = 0,
-    batch_size: int = 1024,
+    batch_size: int | None = None,
 ) -> Iterator[int]:
     """Write a store of completed embeddings, what was generated marked; yields the rows done so far.
 
     The file appears at ``out`` when the last row is written, or not at all. Labels, groups, splits and ids come along.
+    ``batch_size`` rows are completed at a time; None = as many as keep K completions within half a gigabyte.
     """
     _check_store(imputer, store)
     width = imputer.model.config.width
@@ -213,7 +216,7 @@ def impute_store(
         kinds=dict.fromkeys(names, kind),
         task={k: v for k, v in store.task.items() if k != "window"},
     ) as writer:
-        for rows, batch in _batches(imputer, store, batch_size):
+        for rows, batch in _batches(imputer, store, n_samples, batch_size):
             done = imputer.complete(batch, n_samples=n_samples, seed=seed)
             writer.append(
                 {name: x.cpu().numpy() for name, x in done.embeddings.items()},
@@ -236,11 +239,11 @@ def recognise_store(
     *,
     n_samples: int = 1,
     seed: int = 0,
-    batch_size: int = 1024,
+    batch_size: int | None = None,
 ) -> Iterator[int]:
     """Write a CSV file of ``id`` with the likeliest class and the probability of each, or the score.
 
-    Yields the rows done so far.
+    Yields the rows done so far, ``batch_size`` at a time, as :func:`impute_store`.
 
     The file appears at ``out`` when the last row is written, or not at all.
     """
@@ -249,7 +252,7 @@ def recognise_store(
         writer = csv.writer(file)
         classes = imputer.classes
         writer.writerow(["id", "class", *(f"p({name})" for name in classes)] if classes else ["id", "score"])
-        for rows, batch in _batches(imputer, store, batch_size):
+        for rows, batch in _batches(imputer, store, n_samples, batch_size):
             said = imputer.model.recognise(batch, n_samples=n_samples, seed=seed).cpu()
             for name, row in zip(store.ids(rows), said.view(len(rows), -1), strict=True):
                 best = [classes[int(row.argmax())]] if classes else []
@@ -267,9 +270,15 @@ def _check_store(imputer: ModalityImputer, store: FeatureStore) -> None:
         raise ValueError(f"{store.name}: nothing is observed in {where}, expected at least one modality")
 
 
-def _batches(imputer: ModalityImputer, store: FeatureStore, batch_size: int) -> Iterator[tuple[np.ndarray, Batch]]:
+def _batches(
+    imputer: ModalityImputer, store: FeatureStore, n_samples: int, batch_size: int | None
+) -> Iterator[tuple[np.ndarray, Batch]]:
     """Row numbers and the model's modalities of a whole store, on the model's device."""
-    device, names = next(imputer.parameters()).device, imputer.modalities
+    device, names, model = next(imputer.parameters()).device, imputer.modalities, imputer.model
+    if batch_size is None:
+        steps = sum(model.lengths) if isinstance(model, CDTP) else len(names)
+        completions = 4 * max(1, n_samples) * steps * model.config.width
+        batch_size = max(1, min(_MOST_ROWS, _COMPLETIONS_BYTES // completions))
     for start in range(0, len(store), batch_size):
         rows = np.arange(start, min(start + batch_size, len(store)))
         read = store.read(rows).to(device)

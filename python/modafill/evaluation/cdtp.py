@@ -57,6 +57,11 @@ def evaluate_part(
     """
     if sampling_steps and not trainer.diffusing:
         raise ValueError(f"sampling-steps: got {list(sampling_steps)}, but the run trained no variant that diffuses")
+    for model in trainer.diffusing[:1]:
+        assert model.diffusion is not None
+        last = model.diffusion.last_step
+        if any(not 1 <= steps <= last for steps in sampling_steps):
+            raise ValueError(f"sampling-steps: got {list(sampling_steps)}, expected 1…{last}, the steps in use")
     records: list[Record] = []
     metrics = figures_of(trainer.labels)
 
@@ -196,10 +201,15 @@ class _Space:
             out.append(token[valid_mask(whole.lengths[m], steps)].flatten())
         return torch.cat(out)
 
+    def for_ridge(self, tokens: Tensor, given: Sequences) -> Tensor:
+        """``tokens`` of ``given`` with the mean of its step behind a sequence's end, as ridge was fitted."""
+        return torch.where(self._valid(given), tokens, self.step_means)
+
     def fills(self) -> dict[str, ZeroFill | MeanFill | RidgeFill]:
         """The rivals, fitted on the complete training rows.
 
-        What lies behind the end of a training sequence counts for no mean; to ridge it is the mean of its step.
+        Denoisers also learn from rows that have both ends of their pair alone; rows that lack a modality for good are
+        lost to ridge. What lies behind the end of a sequence counts for no mean and for no error.
         """
         sets, seen = [], []
         for rows in self.trainer.rows_with(None):
@@ -207,14 +217,14 @@ class _Space:
             sets.append(torch.cat([self.tokens(x) for x in whole]))
             seen.append(torch.cat([self._valid(x) for x in whole]))
         count = seen[0].sum(0)
-        mean = torch.where(seen[0], sets[0], 0.0).sum(0) / count.clamp(min=1)
+        self.step_means = mean = torch.where(seen[0], sets[0], 0.0).sum(0) / count.clamp(min=1)
         train, valid = (torch.where(there, tokens, mean) for there, tokens in zip(seen, sets, strict=True))
         shape = len(self.lengths), max(self.lengths)
         zero, scale = (x[:, None].expand(*shape, -1).flatten(1) for x in (self.mean, self.std))
         return {
             "zero fill": ZeroFill(zero, scale),
             "mean fill": MeanFill(mean[None]),
-            "ridge": RidgeFill(train.cpu(), valid.cpu(), penalties=RIDGE_PENALTIES),
+            "ridge": RidgeFill(train.cpu(), valid.cpu(), RIDGE_PENALTIES, seen[1].cpu()),
         }
 
     def _valid(self, x: Sequences) -> Tensor:
@@ -236,11 +246,13 @@ def _filled(
     tokens, available = space.tokens(given), given.available
     out: dict[str, tuple[Tensor, Tensor]] = {}
     for name, fill in fills.items():
-        point = fill.point(tokens, available)
-        if isinstance(fill, RidgeFill) and n_samples > 1:
-            out[name] = point, fill.sample(tokens, available, n_samples, seed, given.row_id)
-        else:
-            out[name] = point, point[None]
+        if not isinstance(fill, RidgeFill):
+            out[name] = fill.point(tokens, available), fill.sample(tokens, available, 1, seed, given.row_id)
+            continue
+        read = space.for_ridge(tokens, given)
+        samples = fill.sample(read, available, n_samples, seed, given.row_id) if n_samples > 1 else None
+        point = fill.point(read, available)
+        out[name] = point, point[None] if samples is None else samples
     if trainer.diffusing and not trainer.joint:
         model = trainer.diffusing[0]
         samples = torch.stack(

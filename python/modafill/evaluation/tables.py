@@ -106,12 +106,16 @@ def _width(column: Sequence[str]) -> int:
 
 
 def make_tables(records: Sequence[Record]) -> list[Table]:
-    """Aggregate records; the average over incomplete sets is taken within each fold and seed first."""
+    """Aggregate records; the average over incomplete sets is taken within each fold and seed first.
+
+    A figure that some training lacks (a correlation of constant answers) is no cell and makes no average.
+    """
     tables = []
     for question, metric in dict.fromkeys((r.question, r.metric) for r in records):
         chosen = [r for r in records if (r.question, r.metric) == (question, metric)]
         columns = [*dict.fromkeys(r.available for r in chosen if r.available != FULL), AVERAGE]
         columns += [FULL] if any(r.available == FULL for r in chosen) else []
+        count = len({(r.fold, r.seed) for r in chosen})
         cells: dict[str, dict[str, tuple[float, float]]] = {}
         for method in dict.fromkeys(r.method for r in chosen):
             trials: dict[tuple[int, int], dict[str, float]] = {}
@@ -120,15 +124,15 @@ def make_tables(records: Sequence[Record]) -> list[Table]:
                     trials.setdefault((r.fold, r.seed), {})[r.available] = r.value
             for values in trials.values():
                 incomplete = [v for name, v in values.items() if name != FULL]
-                if incomplete:
+                if len(incomplete) == len(columns) - 1 - (FULL in columns):
                     values[AVERAGE] = statistics.fmean(incomplete)
             cells[method] = {}
             for column in columns:
                 found = [values[column] for values in trials.values() if column in values]
-                if found:
+                if len(found) == count:
                     spread = statistics.stdev(found) if len(found) > 1 else 0.0
                     cells[method][column] = (statistics.fmean(found), spread)
-        tables.append(Table(question, metric, tuple(columns), cells, len({(r.fold, r.seed) for r in chosen})))
+        tables.append(Table(question, metric, tuple(columns), cells, count))
     return tables
 
 

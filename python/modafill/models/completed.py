@@ -29,7 +29,7 @@ class Completed:
     Attributes:
         observed: name → ``[B, …]``, what the encoder made of the features; rows that lack the modality are anything.
         samples: name → ``[K, B, …]``, equal to ``observed`` where that was available.
-        lengths: name → int64 ``[B]``, true lengths of sequences; none where a modality has one vector.
+        lengths: name → int64 ``[B]``, true lengths of sequences; none where a model completes vectors.
     """
 
     observed: dict[str, Tensor]

@@ -41,7 +41,7 @@ class CDTPTrainer(PartTrainer):
     def _build(self) -> None:
         self.specs = sequence_specs(self.store)
         self.plain = self._new("plain", "backbone")
-        self.models = {variant: self._new(variant, variant) for variant in self.variants}
+        self.models = {variant: self._new(variant, "variants") for variant in self.variants}
         self.joint = self.config.training == "joint"
 
     @classmethod
@@ -95,8 +95,8 @@ class CDTPTrainer(PartTrainer):
 
     def train_diffusion(self) -> None:
         """The denoisers, on frozen projections (eq. 5); every variant that diffuses gets the same."""
-        first, *others = self.diffusing
-        diffusion = cast(ConditionalDiffusion, first.diffusion)
+        torch.manual_seed(derive_seed(self.seed, "diffusion", "weights"))
+        diffusion = ConditionalDiffusion(self.plain.lengths, self.config).to(self.device)
         self._fit_scales(diffusion, self.plain)
         steps = self._steps(diffusion, "diffusion")
 
@@ -107,7 +107,7 @@ class CDTPTrainer(PartTrainer):
 
         epochs, rate, decay = self.config.diffusion_epochs, self.config.diffusion_learning_rate, self.config.ema_decay
         self._train("diffusion", diffusion, loss, epochs, learning_rate=rate, ema_decay=decay)
-        for model in others:
+        for model in self.diffusing:
             cast(ConditionalDiffusion, model.diffusion).load_state_dict(diffusion.state_dict())
 
     def train_variant(self, variant: str) -> None:
@@ -193,6 +193,7 @@ class CDTPTrainer(PartTrainer):
         begin: Callable[[int], None] = lambda _: None,
         order: str | None = None,
     ) -> None:
+        """``order`` names what stages of equal rows and dropout have in common; None = the stage's own."""
         check_rows(name, self.split.train, self.split.valid)
 
         def batches(epoch: int, rank: int, processes: int) -> Iterator[Batch]:
@@ -201,7 +202,8 @@ class CDTPTrainer(PartTrainer):
 
         patience = self.config.patience if validate is not None else None
         rate = self.config.learning_rate if learning_rate is None else learning_rate
-        self.train_stage(Stage(name, model, batches, loss, epochs, rate, validate, patience, ema_decay))
+        stage = Stage(name, model, batches, loss, epochs, rate, validate, patience, ema_decay, draws=order)
+        self.train_stage(stage)
 
     def _validation_loss(self, predict: Callable[[Batch], Tensor]) -> float:
         rows = torch.from_numpy(self.split.valid).to(self.device)

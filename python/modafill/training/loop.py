@@ -69,6 +69,7 @@ class Stage:
         ema_decay: decay per update of the averaged weights that become the result; 0 for none.
         grad_clip: largest gradient norm, 1.0 as in MMIN; ADMC names none.
         key: what else the result depends on; a checkpoint of another key is refused.
+        draws: what dropout's seed is named by; None = ``name``. Stages to be compared share it.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Stage:
     ema_decay: float = 0.0
     grad_clip: float = 1.0
     key: dict[str, Any] = field(default_factory=dict)
+    draws: str | None = None
 
 
 def linear_decay(epochs: int) -> Callable[[int], float]:
@@ -146,7 +148,7 @@ def train_stage(
     while state["epoch"] < stage.epochs and (stage.patience is None or state["stale"] < stage.patience):
         epoch = state["epoch"]
         model.train()
-        torch.manual_seed(derive_seed(seed, stage.name, epoch, accelerator.process_index))
+        torch.manual_seed(derive_seed(seed, stage.draws or stage.name, epoch, accelerator.process_index))
         total, count = torch.zeros((), device=accelerator.device), 0
         for batch in stage.batches(epoch, accelerator.process_index, accelerator.num_processes):
             loss = stage.loss(model, batch, epoch)

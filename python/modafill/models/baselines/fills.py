@@ -48,10 +48,15 @@ class RidgeFill:
     Args:
         tokens, valid_tokens: complete rows ``[N, M, D]`` of the training and validation parts.
         penalties: grid of ridge penalties.
+        valid_real: bool like ``valid_tokens``, which of their elements are no padding; errors are of these alone.
     """
 
     def __init__(
-        self, tokens: Tensor, valid_tokens: Tensor, penalties: tuple[float, ...] = (1.0, 10.0, 100.0, 1e3, 1e4)
+        self,
+        tokens: Tensor,
+        valid_tokens: Tensor,
+        penalties: tuple[float, ...] = (1.0, 10.0, 100.0, 1e3, 1e4),
+        valid_real: Tensor | None = None,
     ) -> None:
         self.patterns = missing_patterns(tokens.shape[1])
         self.models: list[Ridge | _DualRidge] = []
@@ -59,11 +64,17 @@ class RidgeFill:
         for pattern in self.patterns:
             x, y = tokens[:, pattern].flatten(1).numpy(), tokens[:, ~pattern].flatten(1).numpy()
             x_valid, y_valid = valid_tokens[:, pattern].flatten(1).numpy(), valid_tokens[:, ~pattern].flatten(1).numpy()
-            candidates = [_ridge(penalty, x, y) for penalty in penalties]
-            residuals = [y_valid - model.predict(x_valid) for model in candidates]
-            best = min(range(len(candidates)), key=lambda i: float((residuals[i] ** 2).mean()))
-            self.models.append(candidates[best])
-            self.spreads.append(torch.from_numpy(residuals[best].std(0)))
+            real = None if valid_real is None else valid_real[:, ~pattern].flatten(1).numpy()
+            best: tuple[float, Ridge | _DualRidge, np.ndarray] | None = None
+            for penalty in penalties:
+                model = _ridge(penalty, x, y)
+                residuals = np.ma.masked_array(y_valid - model.predict(x_valid), None if real is None else ~real)
+                error = float((residuals**2).mean())
+                if best is None or error < best[0]:
+                    best = error, model, residuals.std(0).filled(0.0)
+            assert best is not None
+            self.models.append(best[1])
+            self.spreads.append(torch.from_numpy(best[2]))
 
     def point(self, tokens: Tensor, available: Tensor) -> Tensor:
         """Tokens with the regression's prediction in place of the missing ones."""

@@ -144,11 +144,13 @@ class ConditionalDiffusion(nn.Module):
             shape = (*work.rows.shape, self.lengths[self.pairs[work.pairs[0]][0]], self.config.width)
             condition, weights = self._condition(codes, lengths, work), self._weights(work)
             flat = (shape[0] * shape[1], *shape[2:])
-            noisy = ops.randn(flat, seed=seed, row_id=ids, draw=Draw.INITIAL, dtype=x[0].dtype, device=available.device)
+            # Also under autocast what is denoised keeps the precision of the parameters.
+            kind, device = self.mean.dtype, available.device
+            noisy = ops.randn(flat, seed=seed, row_id=ids, draw=Draw.INITIAL, dtype=kind, device=device)
             for step, previous in pairwise(steps):
                 at = torch.full(shape[:2], step, device=available.device)
                 predicted = self._predict(noisy.view(shape), at, condition, lengths_of_target, work, weights)
-                predicted = predicted.flatten(0, 1)
+                predicted = predicted.flatten(0, 1).to(kind)
                 if self.config.prediction == "v":
                     signal, sigma = (float(schedule.table[step, c]) for c in (SQRT_ALPHA_BAR, SQRT_ONE_MINUS_ALPHA_BAR))
                     predicted = signal * predicted + sigma * noisy

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from modafill.models.folder import find_folder, load_weights, read_config, save_
 from modafill.ops.prompt_attention import MAX_LENGTH, MAX_WIDTH
 
 Pairs = dict[tuple[int, int], Tensor]
+# Draws of fewer rows go through the networks together.
+_ROWS_AT_A_TIME = 256
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,15 @@ class Sequences:
         x = [torch.where(seen[:, m, None, None], v, 0.0) for m, v in enumerate(self.x)]
         lengths = [torch.where(seen[:, m], n, 0) for m, n in enumerate(self.lengths)]
         return Sequences(x, lengths, seen, self.row_id)
+
+    def repeat(self, row_ids: Tensor) -> Sequences:
+        """The batch once for each of ``row_ids [K, B]``, one behind the other."""
+        count = len(row_ids)
+        x, lengths = (
+            [t.expand(count, *t.shape).flatten(0, 1) for t in tensors] for tensors in (self.x, self.lengths)
+        )
+        available = self.available.expand(count, *self.available.shape).flatten(0, 1)
+        return Sequences(x, lengths, available, row_ids.flatten())
 
     def to(self, device: torch.device | str) -> Sequences:
         """The same on another device."""
@@ -184,12 +195,14 @@ class CDTP(nn.Module):
         return out
 
     def _mapped(self, given: Sequences) -> Pairs:
-        """MPLMM's first stage: a linear map over channels."""
+        """MPLMM's first stage: a linear map over channels, 0 behind the source's end."""
         assert self.channel_maps is not None
-        return {
-            (target, source): nn.functional.gelu(self.channel_maps(given.x[source][None], slice(i, i + 1))[0])
-            for i, (target, source) in enumerate(self.backbone.pairs)
-        }
+        made = {}
+        for i, (target, source) in enumerate(self.backbone.pairs):
+            x = given.x[source]
+            mapped = nn.functional.gelu(self.channel_maps(x[None], slice(i, i + 1))[0])
+            made[target, source] = torch.where(valid_mask(given.lengths[source], x.shape[1])[..., None], mapped, 0.0)
+        return made
 
     def predict(self, completed: Sequences) -> Tensor:
         """``[B, outputs]`` of completed sequences."""
@@ -220,11 +233,22 @@ class CDTP(nn.Module):
         self, given: Sequences, n_samples: int, *, seed: int = 0, sampling_steps: int | None = None
     ) -> Iterator[Pairs]:
         """K draws of :meth:`generate`; the first ones stay the same when K grows."""
+        size = len(given.row_id)
+        for count, _, generated in self._draws(given, n_samples, seed, sampling_steps):
+            for at in range(0, count * size, size) if size else [0] * count:
+                yield {pair: made[at : at + size] for pair, made in generated.items()}
+
+    def _draws(
+        self, given: Sequences, n_samples: int, seed: int, sampling_steps: int | None = None
+    ) -> Iterator[tuple[int, Sequences, Pairs]]:
+        """K draws of :meth:`generate`, several at a time: how many, the batch as often, and what was drawn."""
         pairs = len(self.backbone.pairs)
         if n_samples * pairs >= 1 << (63 - SAMPLE_SHIFT):
             raise ValueError(f"n_samples: got {n_samples}, expected at most {(1 << (63 - SAMPLE_SHIFT)) // pairs - 1}")
-        for row_id in sample_row_ids(given.row_id, n_samples).view(n_samples, -1):
-            yield self.generate(replace(given, row_id=row_id), seed=seed, sampling_steps=sampling_steps)
+        ids = sample_row_ids(given.row_id, n_samples).view(n_samples, len(given.row_id))
+        for some in ids.split(max(1, _ROWS_AT_A_TIME // max(1, len(given.row_id)))):
+            drawn = given.repeat(some)
+            yield len(some), drawn, self.generate(drawn, seed=seed, sampling_steps=sampling_steps)
 
     def fill(self, given: Sequences, generated: Pairs, draw: int) -> Sequences:
         """What is missing as it was generated from one source, without prompts or maps.
@@ -274,12 +298,13 @@ class CDTP(nn.Module):
         self.check(batch)
         check_samples(n_samples)
         given, answers = self.project(batch), []
-        for generated in self.samples(given, n_samples, seed=seed):
-            said = self.predict(self.complete(given, generated))
-            answers.append(said[:, 0] if self.outputs == 1 else said.softmax(-1))
-            if not generated:  # then every sample is the same
-                break
-        return torch.stack(answers).mean(0)
+        if self.diffusion is None or bool(given.available.all()):
+            n_samples = 1  # every sample is the same
+        for count, drawn, generated in self._draws(given, n_samples, seed):
+            said = self.predict(self.complete(drawn, generated))
+            answer = said[:, 0] if self.outputs == 1 else said.softmax(-1)
+            answers.append(answer.unflatten(0, (count, len(batch))))
+        return torch.cat(answers).mean(0)
 
     def save_pretrained(self, path: str | Path, **about: Any) -> None:
         """Write ``config.json`` and ``model.safetensors`` to the folder ``path``; ``about`` goes into the former."""
