@@ -20,7 +20,7 @@ ROOFLINES = ("triad", "copy")
 _SHORT_NS = 2_000_000
 _LONGEST_BURST = 10
 _MIN_ROUNDS, _MAX_ROUNDS = 5, 2000
-# Of calls this long two are timed, the second without another to warm up.
+# Of a contender whose calls are this long two are timed, the second without another to warm up.
 _LONG_NS = 5_000_000_000
 
 
@@ -156,16 +156,17 @@ def measure(runs: Mapping[str, Callable[[int], Any]], timer: Timer, *, seconds: 
     """
     trials = {name: timer(run, 1)[0] for name, run in runs.items()}
     bursts = {name: _burst(trial) for name, trial in trials.items()}
-    long = max(trials.values(), default=0) >= _LONG_NS
-    samples: dict[str, list[int]] = {name: [trial] if long else [] for name, trial in trials.items()}
+    long = {name: trial >= _LONG_NS for name, trial in trials.items()}
+    samples: dict[str, list[int]] = {name: [trial] if long[name] else [] for name, trial in trials.items()}
     names: Sequence[str] = list(runs)
     deadline = time.perf_counter() + seconds * len(names)
     for index in range(_MAX_ROUNDS):
-        if index >= (1 if long else _MIN_ROUNDS) and time.perf_counter() > deadline:
+        if index >= _MIN_ROUNDS and time.perf_counter() > deadline:
             break
         first = index % len(names) if names else 0
         for name in (*names[first:], *names[:first]):
-            samples[name] += timer(runs[name], bursts[name], not long)
+            if index == 0 or not long[name]:
+                samples[name] += timer(runs[name], bursts[name], not long[name])
     return samples
 
 

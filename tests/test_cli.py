@@ -345,7 +345,7 @@ TRAIN = ["train", "admc", "--data", "{archive}", "--mapping", "{mapping}", "--ou
         (["inspect"], "path"),
         (["evaluate", "{folder}"], "no run.json there"),
         (["evaluate", "{unfinished}"], "fold0-seed0 not trained yet; run the same `modafill train` again"),
-        (["evaluate", "{run}", "--metric", "AUC"], "metric: got 'AUC', expected UA, WA, F1, NLL or all"),
+        (["evaluate", "{run}", "--metric", "AUC"], "metric: got 'AUC', expected UA, WA, F1, F1 weighted, NLL or all"),
         (["evaluate", "{run}", "--samples", "0"], "--samples"),
         (["evaluate", "{run}", "--start-steps", "3,b"], "start-steps: got '3,b', expected numbers with commas"),
         (["evaluate", "{run}", "--start-steps", "61"], "start_step: got 61, expected a diffusion step in 1…60"),

@@ -237,7 +237,10 @@ def evaluate(
         str, typer.Option(help="test, or valid: to choose settings without looking at the test part.")
     ] = "test",
     metric: Annotated[
-        str, typer.Option(help="Recognition metric to print: UA, WA, F1, NLL or all; of scores MAE. Files have all.")
+        str,
+        typer.Option(
+            help="Metric of classes to print: UA, WA, F1, F1 weighted, NLL or all; of scores MAE. Files have all."
+        ),
     ] = "UA",
     jobs: Annotated[int, typer.Option(help="Folds and seeds evaluated at a time, sharing the cores.")] = 1,
 ) -> None:
@@ -254,15 +257,15 @@ def evaluate(
     "probabilities averaged" averages an output over K completions. Linear models (logistic regression, of scores ridge
     regression) read what is observed, "complete data" is the frozen classifier with nothing missing.
 
-    Metrics: WA is accuracy, UA macro recall, F1 macro F1 (%); NLL the negative log-likelihood of the true class (nats).
-    Of scores: MAE, the mean absolute error, Corr, Pearson's correlation, and for −3…3 ACC-7, ACC-2 and F1, "nonzero"
-    without targets of 0 (%). NRMSE is the root mean squared error and CRPS the continuous ranked probability score of
-    what was hidden, in units of its standard deviation.
+    Metrics: WA is accuracy, UA macro recall, F1 macro F1, F1 weighted that weighted by class (%); NLL the negative
+    log-likelihood of the true class (nats). Of scores: MAE, the mean absolute error, Corr, Pearson's correlation, and
+    for −3…3 ACC-7, ACC-2 and F1, "nonzero" without targets of 0 (%). NRMSE is the root mean squared error and CRPS the
+    continuous ranked probability score of what was hidden, in units of its standard deviation.
 
     Writes results.json, results.csv and results.md (results-valid.* for the validation part) into the run's folder.
     """
-    if metric not in ("UA", "WA", "F1", "NLL", "all"):
-        raise ValueError(f"metric: got {metric!r}, expected UA, WA, F1, NLL or all")
+    if metric not in ("UA", "WA", "F1", "F1 weighted", "NLL", "all"):
+        raise ValueError(f"metric: got {metric!r}, expected UA, WA, F1, F1 weighted, NLL or all")
     from modafill.evaluation.run import Asked
 
     asked = Asked(samples, _numbers("start-steps", start_steps), _numbers("sampling-steps", sampling_steps), part)

@@ -333,16 +333,19 @@ def test_contenders_take_turns_and_each_round_starts_with_the_next() -> None:
 
 
 def test_calls_of_many_seconds_are_timed_twice_and_warmed_up_once() -> None:
-    warm_ups: list[bool] = []
+    turns: list[tuple[str, bool]] = []
+    took = {"a": 10**10, "b": 10**9, "c": 10**10}
 
     def timer(run: Callable[[int], Any], calls: int, warm_up: bool = True) -> list[int]:
-        run(0)
-        warm_ups.append(warm_up)
-        return [(10 + len(warm_ups)) * 10**9] * calls
+        turns.append((run(0), warm_up))
+        return [took[turns[-1][0]] + len(turns)] * calls
 
-    samples = runner.measure({name: lambda _: None for name in "ab"}, timer, seconds=1e-9)
-    assert samples == {"a": [11 * 10**9, 13 * 10**9], "b": [12 * 10**9, 14 * 10**9]}
-    assert warm_ups == [True, True, False, False]
+    samples = runner.measure({name: lambda _, n=name: n for name in "abc"}, timer, seconds=1e-9)
+    assert samples["a"] == [10**10 + 1, 10**10 + 4]
+    assert samples["c"] == [10**10 + 3, 10**10 + 6]
+    assert len(samples["b"]) == 5
+    assert [turn for turn in turns if turn[0] == "a"] == [("a", True), ("a", False)]
+    assert [turn for turn in turns if turn[0] == "b"] == [("b", True)] * 6
 
 
 def test_calls_of_all_contenders_share_the_rotation_of_buffer_sets() -> None:

@@ -30,8 +30,8 @@ def test_every_provider_gives_the_same(mode: str) -> None:
     rows = {row["provider"]: row for row in run_case(quick(mode), seconds=0.01)}
     assert list(rows) == ["modafill", "modafill-bfloat16", "eager", "eager-per-sample"]
     assert all(row["correct"] for row in rows.values())
-    assert rows["eager"]["max_error"] > 0  # it is not the same code
-    assert rows["modafill-bfloat16"]["max_error"] > 10 * rows["eager"]["max_error"]  # nor the same precision
+    assert rows["modafill"]["max_error"] > 0  # it is not the same code
+    assert rows["modafill-bfloat16"]["max_error"] > 10 * rows["modafill"]["max_error"]  # nor the same precision
     assert [row["samples_at_a_time"] for row in rows.values()] == [2, 2, 2, 1]
     # Two samples of different patterns; in a batch, targets of one length share their evaluations.
     assert rows["modafill"]["network_evaluations"] == rows["eager"]["network_evaluations"]
@@ -46,8 +46,10 @@ def test_the_gradients_of_micro_batches_add_up_to_those_of_the_batch() -> None:
     for micro_batch in (None, 1):
         problem = systems.Cdtp("small", micro_batch, case)
         problem.builders["modafill"]().check()
-        found.append(problem._expected)
-    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-5 * float(found[0].abs().max()))
+        found.append({name: p.grad for name, p in problem.model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for name, expected in found[0].items():
+        assert float((found[1][name] - expected).norm()) <= 1e-4 * float(expected.norm()), name
 
 
 def test_the_papers_size_goes_through_a_cpu_in_micro_batches() -> None:
@@ -60,10 +62,11 @@ def test_the_papers_size_goes_through_a_cpu_in_micro_batches() -> None:
     assert {case.problem.args for case in big("cuda")} == {("paper", None)}  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("op", ["_attention", "_conv_gelu_conv", "_ddim_step"])
+@pytest.mark.parametrize("op", ["prompt_attention", "conv_gelu_conv", "ddim_step"])
 def test_a_wrong_op_is_seen(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = getattr(systems, op)
-    monkeypatch.setattr(systems, op, lambda *args, **options: 1.1 * right(*args, **options))
+    right = getattr(ops, op)
+    monkeypatch.setattr(ops, op, lambda *args, **options: 1.1 * right(*args, **options))
     rows = {row["provider"]: row for row in run_case(quick("train"), seconds=0.01)}
-    assert rows["modafill"]["correct"]
-    assert not rows["eager"]["correct"]
+    assert not rows["modafill"]["correct"]
+    assert rows["eager"]["correct"]
+    assert rows["eager-per-sample"]["correct"]

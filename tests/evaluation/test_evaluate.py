@@ -27,7 +27,7 @@ from modafill.training import Run
 from modafill.training.admc import RIVALS as RIVAL_KEYS
 
 COLUMNS = ("{a}", "{t}", "{v}", "{at}", "{av}", "{tv}", "average")
-METRICS = ("WA", "UA", "F1", "NLL")
+METRICS = ("WA", "UA", "F1", "F1 weighted", "NLL")
 RIVALS = ["zero fill", "mean fill", "ridge"]
 
 

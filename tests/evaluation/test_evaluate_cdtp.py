@@ -22,7 +22,7 @@ from modafill.models.cdtp import Sequences
 from modafill.training import Run, train
 
 COLUMNS = ("{a}", "{t}", "{v}", "{at}", "{av}", "{tv}", "average")
-METRICS = ("WA", "UA", "F1", "NLL")
+METRICS = ("WA", "UA", "F1", "F1 weighted", "NLL")
 AUDIO = missing_patterns(3).tolist().index([False, True, False])
 
 
@@ -159,10 +159,18 @@ def test_admc_beside_it(tiny, tiny_cdtp, tmp_path):
     with pytest.raises(ValueError, match=r"results\.json is not there; run `modafill evaluate"):
         tables_of(tmp_path / "cdtp", beside=(tmp_path / "admc",))
     theirs = tables_of(tmp_path / "admc", Asked(n_samples=2))
+    results = tmp_path / "admc" / "results.json"
+    without = {k: v for k, v in json.loads(results.read_text()).items() if k != "samples"}
+    whole = results.read_text()
+    results.write_text(json.dumps(without))
+    with pytest.raises(ValueError, match=r"results\.json does not say its K; run `modafill evaluate"):
+        tables_of(tmp_path / "cdtp", beside=(tmp_path / "admc",))
+    results.write_text(whole)
     found = tables_of(tmp_path / "cdtp", Asked(n_samples=1), beside=(tmp_path / "admc",))[RECOGNITION, "UA"]
     (question,) = {question for question, _ in theirs if "fusion network" in question}
     expected = theirs[question, "UA"].cells
     assert found.cells["ADMC clean"] == expected["ADMC clean"]
+    assert found.cells["ADMC clean, probabilities averaged, K = 2"] == expected["ADMC clean, probabilities averaged"]
     assert found.cells["zero fill, a fusion network per pattern"] == expected["zero fill"]
     assert list(found.cells).count("logistic regression") == 1
 

@@ -26,11 +26,12 @@ def test_recognition(classes, n, seed):
             "WA": accuracy_score(target, predicted),
             "UA": recall_score(target, predicted, average="macro", zero_division=0),
             "F1": f1_score(target, predicted, average="macro", zero_division=0),
+            "F1 weighted": f1_score(target, predicted, average="weighted", zero_division=0),
             "NLL": log_loss(target, exact / exact.sum(1, keepdim=True), labels=range(classes)),
         },
         abs=1e-6,
     )
-    assert len(set(got.values())) == 4
+    assert len(set(got.values())) == 5
 
 
 def test_recognition_by_hand():
@@ -39,6 +40,7 @@ def test_recognition_by_hand():
     got = recognition(probabilities, torch.tensor([0, 0, 0, 0, 1, 1]))
     certain_and_wrong = -math.log(2**-23) * 2 / 6
     expected = {"WA": 4 / 6, "UA": (3 / 4 + 1 / 2) / 2, "F1": (6 / 8 + 2 / 4) / 2, "NLL": certain_and_wrong}
+    expected["F1 weighted"] = (4 * 6 / 8 + 2 * 2 / 4) / 6
     assert got == pytest.approx(expected)
 
 

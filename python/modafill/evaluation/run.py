@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import torch
 
 from modafill import __version__
 from modafill.evaluation import admc, cdtp
-from modafill.evaluation.parts import PARTS, trained
+from modafill.evaluation.parts import AVERAGED, PARTS, trained
 from modafill.evaluation.tables import Record, Table, make_tables, save_tables
 from modafill.training import Run
 from modafill.training.admc import ADMCTrainer
@@ -77,7 +77,7 @@ def evaluate_run(
         raise ValueError(f"{folder}: {', '.join(unfinished)} not trained yet; run the same `modafill train` again")
     stem = "results" if asked.part == "test" else f"results-{asked.part}"
     records: list[Record] = []
-    others = [record for other in beside for record in _records_beside(run, other, stem)]
+    others = [record for other in beside for record in _records_beside(run, other, stem, asked.n_samples)]
     progress(0, len(run.parts))
     with worker_pool(jobs) as pool:
         results = (map if pool is None else pool.map)(partial(_evaluate_part, run, asked), run.parts)
@@ -90,7 +90,7 @@ def evaluate_run(
         f"{Path(run.data).name}: {run.folds} fold(s) × {len(run.seeds)} seed(s), {asked.part} part, "
         f"K = {asked.n_samples} samples, modafill {__version__}, torch {torch.__version__}."
     )
-    save_tables(folder / stem, records, tables, about)
+    save_tables(folder / stem, records, tables, about, asked.n_samples)
     return tables
 
 
@@ -105,8 +105,11 @@ def _evaluate_part(run: Run, asked: Asked, fold_and_seed: tuple[int, int]) -> li
     )
 
 
-def _records_beside(run: Run, folder: Path, stem: str) -> list[Record]:
-    """ADMC's recognition, and that of its fusion networks on simple fills, in the words of CDTP's tables."""
+def _records_beside(run: Run, folder: Path, stem: str, n_samples: int) -> list[Record]:
+    """ADMC's recognition, and that of its fusion networks on simple fills, in the words of CDTP's tables.
+
+    Where it was made with other windows or another K, the row says so.
+    """
     other = Run.load(folder)
     if other.model != "admc":
         raise ValueError(f"beside: {folder} holds a run of {other.model}, expected admc")
@@ -116,21 +119,19 @@ def _records_beside(run: Run, folder: Path, stem: str) -> list[Record]:
     file = folder / f"{stem}.json"
     if not file.is_file():
         raise ValueError(f"beside: {file} is not there; run `modafill evaluate {folder}` first")
-    found = [Record(**record) for record in json.loads(file.read_text(encoding="utf-8"))["records"]]
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if "samples" not in content:
+        raise ValueError(f"beside: {file} does not say its K; run `modafill evaluate {folder}` again")
+    found = [Record(**record) for record in content["records"]]
     chosen = [r for r in found if r.question == admc.RECOGNITION and "regression" not in r.method]
     read = "" if run.window == other.window else f", {_window_name(other)}"
-    return [
-        Record(
-            cdtp.RECOGNITION,
-            r.metric,
-            (r.method if r.method.startswith("ADMC") else f"{r.method}, a fusion network per pattern") + read,
-            r.available,
-            r.fold,
-            r.seed,
-            r.value,
-        )
-        for r in chosen
-    ]
+    drawn = "" if content["samples"] == n_samples else f", K = {content['samples']}"
+
+    def title(method: str) -> str:
+        whose = "" if method.startswith("ADMC") else ", a fusion network per pattern"
+        return f"{method}{drawn if method.endswith(AVERAGED) else ''}{whose}{read}"
+
+    return [replace(r, question=cdtp.RECOGNITION, method=title(r.method)) for r in chosen]
 
 
 def _window_name(run: Run) -> str:

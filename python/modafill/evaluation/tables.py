@@ -136,9 +136,10 @@ def make_tables(records: Sequence[Record]) -> list[Table]:
     return tables
 
 
-def save_tables(stem: Path, records: Sequence[Record], tables: Sequence[Table], about: str) -> None:
+def save_tables(stem: Path, records: Sequence[Record], tables: Sequence[Table], about: str, n_samples: int) -> None:
     """Write ``stem`` + ``.json`` (every figure), ``.csv`` (the same, flat) and ``.md`` (the tables)."""
-    write_json(stem.with_suffix(".json"), {"about": about, "records": [asdict(r) for r in records]})
+    content = {"about": about, "samples": n_samples, "records": [asdict(r) for r in records]}
+    write_json(stem.with_suffix(".json"), content)
     with replacing(stem.with_suffix(".csv")) as beside, open(beside, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(Record.__dataclass_fields__))
         writer.writeheader()

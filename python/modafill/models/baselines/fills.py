@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from sklearn.kernel_ridge import KernelRidge
@@ -64,11 +66,11 @@ class RidgeFill:
         for pattern in self.patterns:
             x, y = tokens[:, pattern].flatten(1).numpy(), tokens[:, ~pattern].flatten(1).numpy()
             x_valid, y_valid = valid_tokens[:, pattern].flatten(1).numpy(), valid_tokens[:, ~pattern].flatten(1).numpy()
-            real = None if valid_real is None else valid_real[:, ~pattern].flatten(1).numpy()
+            padding: Any = np.ma.nomask if valid_real is None else ~valid_real[:, ~pattern].flatten(1).numpy()
             best: tuple[float, Ridge | _DualRidge, np.ndarray] | None = None
             for penalty in penalties:
                 model = _ridge(penalty, x, y)
-                residuals = np.ma.masked_array(y_valid - model.predict(x_valid), None if real is None else ~real)
+                residuals = np.ma.masked_array(y_valid - model.predict(x_valid), padding)
                 error = float((residuals**2).mean())
                 if best is None or error < best[0]:
                     best = error, model, residuals.std(0).filled(0.0)

@@ -90,7 +90,10 @@ class StackedEncoder(nn.Module):
     """n of MulT's transformer encoders side by side.
 
     Sequences are scaled by √d and get sinusoids; keys and values are, at every layer, the embedded source. Departures
-    from MulT's code: true lengths count (there padding takes part in attention), and positions are those of CDTP.
+    from MulT's code: true lengths count (there padding takes part in attention), and positions are those of CDTP. The
+    causal mask's offset is that of the padded lengths, as there; but what is pooled is the last true step, not the last
+    padded one, which sees the whole source: where a target of n steps is short for its source, steps of that beyond
+    n + |Lq − Lk| are not seen by its last one.
 
     Args:
         count: n.

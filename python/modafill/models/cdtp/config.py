@@ -14,7 +14,7 @@ COMPLETIONS = ("diffusion", "linear", "none")
 TYPE_PROMPTS = ("bias", "append", "none")
 PREDICTIONS = ("epsilon", "v")
 TRAININGS = ("two-stage", "joint")
-# Ablations: what differs from the configuration.
+# Ablations: what differs from the configuration. Without their addition, signal prompts still make the type prompts.
 VARIANTS: dict[str, dict[str, Any]] = {
     "full": {},
     "no-generative": {"generative_prompt": False},

@@ -46,9 +46,7 @@ class Sequences:
     def repeat(self, row_ids: Tensor) -> Sequences:
         """The batch once for each of ``row_ids [K, B]``, one behind the other."""
         count = len(row_ids)
-        x, lengths = (
-            [t.expand(count, *t.shape).flatten(0, 1) for t in tensors] for tensors in (self.x, self.lengths)
-        )
+        x, lengths = ([t.expand(count, *t.shape).flatten(0, 1) for t in tensors] for tensors in (self.x, self.lengths))
         available = self.available.expand(count, *self.available.shape).flatten(0, 1)
         return Sequences(x, lengths, available, row_ids.flatten())
 
