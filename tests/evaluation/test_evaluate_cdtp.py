@@ -11,13 +11,16 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from sklearn.linear_model import Ridge
 from sklearn.metrics import accuracy_score
 
-from modafill.data import Batch, Labels, convert_npz, missing_patterns
-from modafill.evaluation.cdtp import DIFFUSION, RECOGNITION, _filled, _Space, evaluate_part
+from modafill.data import FeatureStore, Labels, convert_npz, missing_patterns
+from modafill.evaluation.cdtp import DIFFUSION, RECOGNITION, RIDGE_PENALTIES, _filled, _Space, evaluate_part
 from modafill.evaluation.metrics import figures_of, nrmse, recognition, regression, sentiment
 from modafill.evaluation.parts import CALIBRATION, ERROR, FROZEN
 from modafill.evaluation.run import Asked, evaluate_run
+from modafill.evaluation.tables import FULL
+from modafill.models.baselines import RidgeFill
 from modafill.models.cdtp import Sequences
 from modafill.training import Run, train
 
@@ -94,24 +97,75 @@ def test_recognition_by_hand(tables, trainer, batch):
             assert found == pytest.approx(accuracy_score(target, said))
 
 
-def test_hidden_values_do_not_reach_the_tables(trainer, monkeypatch):
-    """Whatever stands where a pattern hides: the same answers, of every method that reads only what is shown."""
+@pytest.mark.parametrize("hidden", ["text", "audio", "vision"])
+def test_hidden_values_do_not_reach_the_tables(trainer, monkeypatch, hidden):
+    """Test rows with another modality in the store itself: the same answers in all columns that do not show it."""
 
     def answers():
-        records = evaluate_part(trainer, 0, n_samples=2)
-        return {tuple(asdict(r).values()) for r in records if r.question in (RECOGNITION, FROZEN)}
+        records = evaluate_part(trainer, 0, n_samples=2, sampling_steps=(2,))
+        chosen = [r for r in records if r.question in (RECOGNITION, FROZEN)]
+        shown = [r for r in chosen if hidden[0] in r.available or r.available == FULL]
+        return [{tuple(asdict(r).values()) for r in some} for some in ([r for r in chosen if r not in shown], shown)]
 
-    before, hide = answers(), Batch.hide
+    without, with_it = answers()
+    assert {record[2] for record in without} >= {DIFFUSION, f"{DIFFUSION}, probabilities averaged", "ridge", "CDTP"}
+    read, test = FeatureStore.read, torch.from_numpy(trainer.split.test)
 
-    def hide_and_poison(batch, available):
-        hidden = hide(batch, available)
-        for m, (name, x) in enumerate(hidden.features.items()):
-            seen = hidden.available[:, m].view(-1, *[1] * (x.ndim - 1))
-            hidden.features[name] = torch.where(seen, x, torch.nan)
-        return hidden
+    def read_another(store, *args, **options):
+        batch = read(store, *args, **options)
+        rows = torch.isin(batch.row_id, test)
+        x = batch.features[hidden]
+        x[rows] = 3 * torch.randn(x[rows].shape, generator=torch.Generator().manual_seed(0)) + 5
+        return batch
 
-    monkeypatch.setattr(Batch, "hide", hide_and_poison)
-    assert answers() == before
+    monkeypatch.setattr(FeatureStore, "read", read_another)
+    after, changed = answers()
+    assert after == without
+    assert changed != with_it
+
+
+def test_ridge_reads_what_it_was_fitted_on_and_errs_on_what_is_real(trainer, batch, tables):
+    """NRMSE of ridge of {a} with scikit-learn's: behind an end stands the mean of its step, and no error."""
+
+    def standard(rows):
+        whole = trainer.plain.project(trainer.store.read(rows[trainer.available[rows].all(1).numpy()]))
+        steps = torch.arange(longest)
+        out, real = [], []
+        for m, (x, n) in enumerate(zip(whole.x, whole.lengths, strict=True)):
+            x = torch.nn.functional.pad((x - mean[m]) / std[m], (0, 0, 0, longest - x.shape[1]))
+            keep = (steps < n[:, None])[..., None].expand_as(x)
+            out.append(torch.where(keep, x, 0.0).flatten(1).double())
+            real.append(keep.flatten(1))
+        return torch.stack(out, 1), torch.stack(real, 1)
+
+    (mean, std), longest = trainer.scales(trainer.plain), max(trainer.plain.lengths)
+    with torch.no_grad():
+        (train, there), (valid, in_valid), (test, in_test) = map(
+            standard, (trainer.split.train, trainer.split.valid, trainer.split.test)
+        )
+    means = train.sum(0) / there.sum(0).clamp(min=1)
+    train, valid, filled = (torch.where(k, x, means) for x, k in ((train, there), (valid, in_valid), (test, in_test)))
+    errors = {}
+    for penalty in RIDGE_PENALTIES:
+        model = Ridge(alpha=penalty).fit(train[:, 1].numpy(), train[:, [0, 2]].flatten(1).numpy())
+        said = [torch.from_numpy(model.predict(x[:, 1].numpy())).view(len(x), 2, -1) for x in (valid, filled)]
+        validation = (said[0] - valid[:, [0, 2]])[in_valid[:, [0, 2]]].square().mean()
+        errors[float(validation)] = float((said[1] - test[:, [0, 2]])[in_test[:, [0, 2]]].square().mean().sqrt())
+    found = tables[ERROR, "NRMSE"].cells["ridge"]["{a}"][0]
+    assert found == pytest.approx(errors[min(errors)], rel=1e-3)
+
+
+def test_residuals_of_padding_are_none():
+    torch.manual_seed(0)
+    x, y = torch.randn(60, 1, 3), torch.randn(60, 1, 3)
+    real = torch.arange(3) < torch.arange(1, 61)[:, None, None] % 4
+    real = torch.cat([torch.ones_like(real), real], 1)
+    tokens = torch.cat([x, torch.where(real[:, 1:], y, 0.0)], 1)
+    fill = RidgeFill(tokens[:30], tokens[30:], (1.0, 1e6), real[30:])
+    index = [p.tolist() for p in fill.patterns].index([True, False])
+    residual = tokens[30:, 1].numpy() - fill.models[index].predict(x[30:, 0].numpy())
+    expected = [residual[real[30:, 1, d].numpy(), d].std() for d in range(3)]
+    assert fill.spreads[index].tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def test_error_of_the_mean_by_hand(tables, trainer, batch):
@@ -237,6 +291,12 @@ def test_further_sampling_steps_want_a_variant_that_diffuses(tiny_cdtp, tmp_path
     train(run, ignore)
     with pytest.raises(ValueError, match=r"sampling-steps: got \[2\], but the run trained no variant that diffuses"):
         evaluate_run(run.folder, Asked(sampling_steps=(2,)))
+
+
+@pytest.mark.parametrize("steps", [0, 2000])
+def test_further_sampling_steps_that_there_are_not(tiny_cdtp, steps):
+    with pytest.raises(ValueError, match=rf"sampling-steps: got \[{steps}\], expected 1…\d+, the steps in use"):
+        evaluate_run(tiny_cdtp.run, Asked(sampling_steps=(steps,)))
 
 
 def test_the_window_of_what_stands_beside_is_named(tiny, tiny_cdtp, tmp_path):

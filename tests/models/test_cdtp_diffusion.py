@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 
 from modafill import ops
 from modafill.data import Batch, all_patterns
-from modafill.diffusion import angular_steps
+from modafill.diffusion import angular_steps, sample_row_ids
 from modafill.models.cdtp import CDTP, CDTPConfig, ConditionalDiffusion, SequenceSpec, StackedUNet
+from modafill.models.cdtp import system as cdtp_system
 from modafill.models.cdtp.stacked import _Windows
 from modafill.ops import Draw
 
@@ -244,6 +246,35 @@ def test_sizes_that_cannot_be(specs, outputs, changes, classes, message) -> None
 def test_lengths_that_cannot_be(length: int, sequence: bool) -> None:
     with pytest.raises(ValueError, match=f"length: got {length}, expected"):
         SequenceSpec(3, length, sequence=sequence)
+
+
+@pytest.mark.parametrize("rows_at_a_time", [1, 21, 256])
+def test_draws_are_the_same_however_many_run_together(rows_at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = system()
+    batch = batch_of().hide(all_patterns(3))
+    given = model.project(batch)
+    ids = sample_row_ids(batch.row_id, 5).view(5, 7)
+    one_by_one = [model.generate(replace(given, row_id=ids[k]), seed=2) for k in range(5)]
+    expected = torch.stack([model.predict(model.complete(given, drawn)).softmax(-1) for drawn in one_by_one]).mean(0)
+    monkeypatch.setattr(cdtp_system, "_ROWS_AT_A_TIME", rows_at_a_time)
+    found = list(model.samples(given, 5, seed=2))
+    assert len(found) == 5
+    for drawn, right in zip(found, one_by_one, strict=True):
+        assert drawn.keys() == right.keys()
+        for pair in right:
+            torch.testing.assert_close(drawn[pair], right[pair])
+    torch.testing.assert_close(model.recognise(batch, n_samples=5, seed=2), expected)
+
+
+def test_what_is_denoised_stays_in_float32_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, step, seen = system(), ops.ddim_step, []
+    given = model.project(batch_of().hide(all_patterns(3)))
+    monkeypatch.setattr(ops, "ddim_step", lambda x, *args, **named: seen.append(x.dtype) or step(x, *args, **named))
+    with torch.autocast("cpu", torch.bfloat16):
+        made = model.generate(model.project(batch_of().hide(all_patterns(3))))
+    assert set(seen) == {torch.float32}
+    for pair, right in model.generate(given).items():
+        torch.testing.assert_close(made[pair], right, rtol=0.05, atol=0.05)
 
 
 def test_samples_beyond_64_bits_are_refused() -> None:

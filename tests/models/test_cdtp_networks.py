@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -152,6 +153,69 @@ def test_mults_encoder_against_plain_float64(self_attention: bool) -> None:
             None if bias is None else bias[n, mode, 0],
         )
         torch.testing.assert_close(found[n], expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["bias", "append"])
+def test_completion_prompts_and_fusion_by_hand(kind: str) -> None:
+    """Each sample alone, from the equations of §3.3 and §3.4, in float64."""
+    model, batch = make(type_prompt=kind).double(), mixed()
+    given = model.project(replace(batch, features={name: x.double() for name, x in batch.features.items()}))
+    g = torch.Generator().manual_seed(1)
+    pairs = model.backbone.pairs
+    generated = {(t, s): torch.randn(7, model.lengths[t], 16, generator=g, dtype=torch.float64) for t, s in pairs}
+    found = model.predict(model.complete(given, generated))
+    prompts, maps, ends = model.prompts, model.maps, model.suggested_lengths(given)
+    assert maps is not None
+
+    def cut(x: Tensor, end: int) -> Tensor:
+        return torch.cat([x[:end], torch.zeros_like(x[end:])])
+
+    for row in range(7):
+        seen = given.available[row].tolist()
+        sources = [m for m in range(3) if seen[m]]
+        n = [int(end[row]) for end in ends]
+        x = []
+        for m in range(3):
+            whole = given.x[m][row]
+            if not seen[m]:
+                stack = torch.cat([prompts.generative[m], *(generated[m, s][row] for s in sources)])
+                key = f"{m}<{'+'.join(map(str, sources))}"
+                whole = nn.functional.gelu(maps.weights[key] @ stack + maps.biases[key])
+            x.append(cut(whole + prompts.signal[m][1 if seen[m] else 0], n[m])[None])
+        matrix = sum(prompts.signal[m][int(seen[m])].T @ prompts.projection[m] for m in range(3))
+        fused = []
+        for m in range(3):
+            crossed = [
+                _plain_encoder(model.backbone.crossmodal, i, x[t], x[s], torch.tensor([n[s]]), None)
+                for i, (t, s) in enumerate(pairs)
+                if t == m
+            ]
+            hidden, bias, types = torch.cat(crossed, dim=-1), None, prompts.missing_type[m] @ matrix
+            if kind == "append":
+                hidden = torch.cat([hidden[:, : n[m]], types[None]], dim=1)
+            else:
+                size = (model.lengths[m],) * 2
+                bias = nn.functional.interpolate(types[None, None], size, mode="bilinear")[0]
+            last = hidden.shape[1] if kind == "append" else n[m]
+            encoded = _plain_encoder(model.backbone.memory, m, hidden, None, torch.tensor([last]), bias)
+            fused.append(encoded[:, last - 1])
+        y = torch.cat(fused, dim=-1)
+        first, second = (layer for layer in model.backbone.head if isinstance(layer, nn.Linear))
+        expected = model.backbone.classify(y + second(first(y).relu()))[0]
+        torch.testing.assert_close(found[row], expected, rtol=1e-9, atol=1e-9)
+
+
+def test_mplmms_map_reads_no_padding() -> None:
+    model, batch = make(completion="linear"), mixed()
+    given = model.project(batch)
+    assert model.channel_maps is not None
+    for (target, source), made in model._mapped(given).items():
+        i = model.backbone.pairs.index((target, source))
+        for row, end in enumerate(given.lengths[source].tolist()):
+            weight, bias = model.channel_maps.weight[i], model.channel_maps.bias[i]
+            expected = nn.functional.gelu(given.x[source][row, :end] @ weight + bias)
+            torch.testing.assert_close(made[row, :end], expected)
+            assert not made[row, end:].any()
 
 
 @pytest.mark.parametrize("length", [1, 2, 5, 7, 8])

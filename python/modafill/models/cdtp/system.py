@@ -233,7 +233,7 @@ class CDTP(nn.Module):
         """K draws of :meth:`generate`; the first ones stay the same when K grows."""
         size = len(given.row_id)
         for count, _, generated in self._draws(given, n_samples, seed, sampling_steps):
-            for at in range(0, count * size, size) if size else [0] * count:
+            for at in range(0, count * size, size):
                 yield {pair: made[at : at + size] for pair, made in generated.items()}
 
     def _draws(
@@ -244,7 +244,7 @@ class CDTP(nn.Module):
         if n_samples * pairs >= 1 << (63 - SAMPLE_SHIFT):
             raise ValueError(f"n_samples: got {n_samples}, expected at most {(1 << (63 - SAMPLE_SHIFT)) // pairs - 1}")
         ids = sample_row_ids(given.row_id, n_samples).view(n_samples, len(given.row_id))
-        for some in ids.split(max(1, _ROWS_AT_A_TIME // max(1, len(given.row_id)))):
+        for some in ids.split(max(1, _ROWS_AT_A_TIME // len(given.row_id))):
             drawn = given.repeat(some)
             yield len(some), drawn, self.generate(drawn, seed=seed, sampling_steps=sampling_steps)
 
