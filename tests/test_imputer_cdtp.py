@@ -142,6 +142,16 @@ def make(**changes) -> CDTP:
     return CDTP(specs, 1, config).eval()
 
 
+def test_as_many_rows_at_a_time_as_their_completions_fit(imputer, tiny_cdtp, tmp_path, monkeypatch):
+    row = 4 * sum(imputer.model.lengths) * imputer.model.config.width
+    monkeypatch.setattr("modafill.imputer._COMPLETIONS_BYTES", 100 * row)
+    convert_npz(tiny_cdtp.archive, tmp_path / "in.h5", tiny_cdtp.mapping)
+    with FeatureStore(tmp_path / "in.h5") as store:
+        assert list(recognise_store(imputer, store, tmp_path / "few.csv", n_samples=2)) == [50, 96]
+        assert list(recognise_store(imputer, store, tmp_path / "one.csv", n_samples=1)) == [96]
+        assert next(iter(recognise_store(imputer, store, tmp_path / "many.csv", n_samples=1000))) == 1
+
+
 def test_scores_of_a_model_of_scores(tmp_path):
     model = make()
     model.save_pretrained(tmp_path / "model")

@@ -44,8 +44,7 @@ def test_projections_and_denoisers_are_frozen_where_the_variants_are_trained(tin
     assert not [name for name in stage(tiny_cdtp, "variant-linear") if name.startswith("diffusion.")]
 
 
-def test_every_prompt_and_map_moves(tiny_cdtp):
-    """The rows of three epochs meet every pattern, so that nothing stays where it began."""
+def test_every_prompt_moves_and_so_do_the_maps_of_the_patterns_met(tiny_cdtp):
     trainer = trainer_of(tiny_cdtp)
     before = trainer.models["full"].state_dict()
     after = stage(tiny_cdtp, "variant-full")
@@ -90,6 +89,25 @@ def test_model_folder_holds_the_first_variant(tiny_cdtp):
     expected = stage(tiny_cdtp, "variant-full")
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
     assert model.classes == ["calm", "glad", "sad"]
+
+
+def test_denoisers_are_the_same_whichever_variants_there_are(tiny_cdtp, tmp_path):
+    run = replace(Run.load(tiny_cdtp.run), folder=tmp_path / "run", variants=("append",))
+    train(run, ignore)
+    found = read_tensors(run.folder / "fold0-seed0" / "stages" / "diffusion.safetensors")[0]
+    for name, tensor in stage(tiny_cdtp, "diffusion").items():
+        assert torch.equal(found[name], tensor), name
+
+
+def test_variants_begin_alike_and_get_the_same_dropout(tiny_cdtp, tmp_path, monkeypatch):
+    """Equal configurations under two names end with the same weights."""
+    monkeypatch.setitem(VARIANTS, "no-type", VARIANTS["no-signal"])
+    run = replace(Run.load(tiny_cdtp.run), folder=tmp_path / "run", variants=("no-signal", "no-type"))
+    train(replace(run, config=replace(run.config, epochs=1, dropout=0.3)), ignore)
+    stages = run.folder / "fold0-seed0" / "stages"
+    one, other = (read_tensors(stages / f"variant-{name}.safetensors")[0] for name in run.variants)
+    for name, tensor in one.items():
+        assert torch.equal(other[name], tensor), name
 
 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in ("full", "linear", "plain")])
