@@ -78,7 +78,7 @@ def evaluate_part(
         pattern, column = patterns[index], pattern_name(patterns[index], names)
         answers: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
         errors: dict[str, _Errors] = defaultdict(_Errors)
-        for batch in _batches(trainer, rows):
+        for batch in _batches(trainer, rows, space.rows_of(n_samples)):
             shown = batch.hide(pattern.to(trainer.device).expand(len(batch), -1))
             for name, answer in _recognise(trainer, shown, n_samples, seed, sampling_steps).items():
                 answers[RECOGNITION, name].append(answer)
@@ -130,8 +130,8 @@ class _Errors:
         return self.scores / self.count
 
 
-def _batches(trainer: CDTPTrainer, rows: Tensor) -> Iterator[Batch]:
-    for batch in trainer.store.iter_batches(rows.cpu().numpy(), EVALUATION_BATCH):
+def _batches(trainer: CDTPTrainer, rows: Tensor, size: int = EVALUATION_BATCH) -> Iterator[Batch]:
+    for batch in trainer.store.iter_batches(rows.cpu().numpy(), size):
         yield batch.to(trainer.device)
 
 
@@ -175,6 +175,11 @@ class _Space:
     def __init__(self, trainer: CDTPTrainer) -> None:
         self.trainer, self.lengths = trainer, trainer.plain.lengths
         self.mean, self.std = (x.to(torch.float32) for x in trainer.scales(trainer.plain))
+
+    def rows_of(self, n_samples: int) -> int:
+        """How many rows at a time: K samples of their tokens within a gigabyte."""
+        row = 4 * n_samples * len(self.lengths) * max(self.lengths) * self.mean.shape[1]
+        return max(1, min(EVALUATION_BATCH, 2**30 // row))
 
     def tokens(self, x: Sequences) -> Tensor:
         out = []
