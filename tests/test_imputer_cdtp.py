@@ -177,6 +177,20 @@ def test_what_it_cannot_read(features, message):
         ModalityImputer(make())(features)
 
 
+@pytest.mark.parametrize(
+    ("lengths", "error", "message"),
+    [
+        (torch.tensor([1, 1]), TypeError, "lengths: got Tensor, expected a mapping"),
+        ({"audio": [1, 1]}, TypeError, r"lengths\['audio'\]: got list, expected an int64 tensor \[B\]"),
+    ],
+)
+def test_lengths_that_it_cannot_use(imputer, lengths, error, message):
+    sizes = {name: spec.width for name, spec in imputer.model.modalities.items()}
+    features = {"audio": torch.randn(2, 3, sizes["audio"]), "vision": None}
+    with pytest.raises(error, match=message):
+        imputer(features, lengths=lengths)
+
+
 def test_a_model_without_diffusion_recognises_but_does_not_impute():
     imputer = ModalityImputer(make(completion="linear"))
     features = {"text": torch.randn(5, 3, 6)}

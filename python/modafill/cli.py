@@ -254,8 +254,9 @@ def evaluate(
     CDTP: its variants, trained with missing modalities, read one completion. The frozen classifier is the plain
     backbone, trained before anything was hidden; it reads projected sequences completed by CDTP's diffusion or a rival.
 
-    "probabilities averaged" averages an output over K completions. Linear models (logistic regression, of scores ridge
-    regression) read what is observed, "complete data" is the frozen classifier with nothing missing.
+    "probabilities averaged" ("scores averaged") averages an output over K completions. Linear models
+    (logistic regression, of scores ridge regression) read what is observed, "complete data" is the frozen classifier
+    with nothing missing. Error (of the mean of K) and calibration are better the larger K is.
 
     Metrics: WA is accuracy, UA macro recall, F1 macro F1, F1 weighted that weighted by class (%); NLL the negative
     log-likelihood of the true class (nats). Of scores: MAE, the mean absolute error, Corr, Pearson's correlation, and

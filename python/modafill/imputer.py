@@ -108,7 +108,8 @@ class ModalityImputer(nn.Module):
             features: name → ``[B, D]`` or ``[B, L, D]``; None or an absent name is missing in every row.
             available: bool ``[B, M]``, True = observed. Default: every modality given. Values that are not available
                 are never read.
-            lengths: name → int64 ``[B]``, true lengths of sequences. Default: all of L.
+            lengths: name → int64 ``[B]``, true lengths of sequences. Default: all of L. Those of a modality that is not
+                available are not read: it gets what the others' suggest (:meth:`CDTP.complete`).
             n_samples: K completions per row.
             seed, row_ids: the noise of a row depends on (seed, row id) alone. Ids in [0, 2⁴⁸); default 0…B−1.
 
@@ -152,6 +153,11 @@ class ModalityImputer(nn.Module):
         if unknown:
             raise ValueError(f"features: got unknown modality {unknown[0]!r}, expected {list(self.modalities)}")
         sequences = [name for name, spec in self.model.modalities.items() if spec.sequence]
+        if lengths is not None and not isinstance(lengths, Mapping):
+            raise TypeError(f"lengths: got {type(lengths).__name__}, expected a mapping from name to int64 tensor")
+        for name, steps in (lengths or {}).items():
+            if not isinstance(steps, Tensor):
+                raise TypeError(f"lengths[{name!r}]: got {type(steps).__name__}, expected an int64 tensor [B]")
         unknown = sorted(set(lengths or {}) - set(sequences))
         if unknown:
             raise ValueError(f"lengths: got {unknown[0]!r}, expected names of sequence modalities, {sequences}")

@@ -43,12 +43,12 @@ def evaluate_part(
 ) -> list[Record]:
     """Every figure of a trained fold, on the samples that have every modality, hiding one set after the other.
 
-    The rows of the first question read one completion, "probabilities averaged" all K. The frozen classifier is the
-    backbone that was trained before anything was hidden (on rows that really lack something, too): it reads projected
-    sequences that are completed by the mean of K draws as the imputer makes them, or with "probabilities averaged" by
-    each of them, or by a rival. Errors are those
-    of projected sequences, in units of their standard deviation; ``training="joint"`` has no such rows of CDTP's own,
-    because every variant then has projections and denoisers of its own.
+    The rows of the first question read one completion, "probabilities averaged" (of scores "scores averaged") all K.
+    The frozen classifier is the backbone that was trained before anything was hidden (on rows that really lack
+    something, too): it reads projected sequences that are completed by the mean of K draws as the imputer makes them,
+    or with "probabilities averaged" by each of them, or by a rival. Errors are those of projected sequences, in units
+    of their standard deviation; ``training="joint"`` has no such rows of CDTP's own, because every variant then has
+    projections and denoisers of its own.
 
     Args:
         trainer: has run; its networks are loaded.
@@ -88,7 +88,7 @@ def evaluate_part(
                 answers[FROZEN, name].append(_answer(trainer, trainer.plain.predict(space.put(given, point))))
                 if len(samples) > 1:
                     each = [_answer(trainer, trainer.plain.predict(space.put(given, sample))) for sample in samples]
-                    answers[FROZEN, f"{name}, {AVERAGED}"].append(torch.stack(each).mean(0))
+                    answers[FROZEN, f"{name}, {_averaged(trainer)}"].append(torch.stack(each).mean(0))
                 guess = space.hidden(point, whole, pattern)
                 drawn = torch.stack([space.hidden(sample, whole, pattern) for sample in samples])
                 errors[name].add(guess, drawn, truth)
@@ -135,6 +135,10 @@ def _batches(trainer: CDTPTrainer, rows: Tensor, size: int = EVALUATION_BATCH) -
         yield batch.to(trainer.device)
 
 
+def _averaged(trainer: CDTPTrainer) -> str:
+    return "scores averaged" if trainer.labels.regression else AVERAGED
+
+
 def _answer(trainer: CDTPTrainer, prediction: Tensor) -> Tensor:
     """Class probabilities ``[B, classes]`` or scores ``[B]``."""
     return prediction[:, 0] if trainer.labels.regression else prediction.softmax(-1)
@@ -163,7 +167,7 @@ def _recognise(
         if first:
             if n_samples > 1:
                 drawn = model.samples(given, n_samples, seed=seed)
-                out[f"{name}, {AVERAGED}"] = torch.stack([say(sample) for sample in drawn]).mean(0)
+                out[f"{name}, {_averaged(trainer)}"] = torch.stack([say(sample) for sample in drawn]).mean(0)
             for steps in sampling_steps:
                 out[f"{name}, {steps} DDIM steps"] = say(model.generate(given, seed=seed, sampling_steps=steps))
     return out

@@ -346,8 +346,8 @@ def check_sizes(modalities: dict[str, SequenceSpec], config: CDTPConfig) -> None
         )
     if config.type_prompt == "bias" and longest == 1:
         raise ValueError(
-            "type_prompt: got 'bias' for modalities of one step each, expected 'append' or 'none': the softmax over one"
-            " key is 1, whatever is added to its logit"
+            "type_prompt: got 'bias' for modalities of one step each, expected sequences (windows of a dialogue's"
+            " turns, `--window`), or 'append' or 'none': over one key the softmax is 1, whatever is added to its logit"
         )
     most = MAX_LENGTH - config.prompt_length * (config.type_prompt == "append")
     if longest > most:
