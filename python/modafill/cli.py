@@ -256,7 +256,7 @@ def evaluate(
 
     "probabilities averaged" ("scores averaged") averages an output over K completions. Linear models
     (logistic regression, of scores ridge regression) read what is observed, "complete data" is the frozen classifier
-    with nothing missing. Error (of the mean of K) and calibration are better the larger K is.
+    with nothing missing. The error is that of the mean of K, which is the smaller the larger K is.
 
     Metrics: WA is accuracy, UA macro recall, F1 macro F1, F1 weighted that weighted by class (%); NLL the negative
     log-likelihood of the true class (nats). Of scores: MAE, the mean absolute error, Corr, Pearson's correlation, and
