@@ -104,7 +104,7 @@ def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
             row["provider"] if row["correct"] else f"{row['provider']} WRONG",
             _three_digits(row["p50_ms"]),
             f"{_three_digits(row['p20_ms'])}–{_three_digits(row['p80_ms'])}",
-            f"{row['gb_per_s']:.1f}",
+            f"{row['gb_per_s']:.1f}" if row["gb_per_s"] >= 0.05 else "",
             "" if row["roofline_fraction"] is None else f"{row['roofline_fraction']:.2f}",
             _ratio(speed_up(row, fastest)) if is_ours(row) else "",
             *([_ratio(speed_up(row, paper)) if measured else ""] if paper else []),

@@ -383,13 +383,40 @@ def test_a_store_may_have_more_than_the_model(imputer: ModalityImputer, store: F
     assert all(torch.equal(a.features[name], b.features[name]) for name in NAMES)
 
 
-def test_a_store_without_a_modality_of_the_model(imputer: ModalityImputer, tmp_path: Path) -> None:
-    with StoreWriter(
-        tmp_path / "in.h5", modalities=["vision"], widths={"vision": 3}, kinds={"vision": "vector"}
-    ) as writer:
-        writer.append({"vision": np.zeros((2, 3))})
-    with pytest.raises(ValueError, match="has no modality 'audio'"):
-        next(impute_store(imputer, FeatureStore(tmp_path / "in.h5"), tmp_path / "out.h5"))
+def _vision_store(path: Path, name: str = "vision", width: int = 3) -> FeatureStore:
+    with StoreWriter(path, modalities=[name], widths={name: width}, kinds={name: "vector"}) as writer:
+        writer.append({name: np.linspace(0, 1, 2 * width).reshape(2, width)})
+    return FeatureStore(path)
+
+
+def test_a_modality_that_a_store_lacks_is_generated(imputer: ModalityImputer, tmp_path: Path) -> None:
+    source = _vision_store(tmp_path / "in.h5")
+    expected = imputer({"vision": source.read(np.arange(2)).features["vision"]}, seed=4)
+    list(impute_store(imputer, source, tmp_path / "out.h5", seed=4))
+    with FeatureStore(tmp_path / "out.h5") as done:
+        assert done.generated().tolist() == [[name != "vision" for name in done.modalities]] * 2
+        found = done.read(np.arange(2), generated=True)
+    assert all(torch.equal(found.features[name], x) for name, x in expected.embeddings.items())
+    assert expected.generated.sum() == 4
+
+
+def test_a_run_is_no_model(tiny) -> None:
+    with pytest.raises(ValueError, match="this is a run, its models are folders such as .*run/fold0-seed0/model"):
+        ModalityImputer.from_pretrained(tiny.run)
+
+
+def test_a_store_that_the_model_cannot_read(imputer: ModalityImputer, tmp_path: Path) -> None:
+    foreign, wide = _vision_store(tmp_path / "foreign.h5", "touch"), _vision_store(tmp_path / "wide.h5", width=7)
+    list(impute_store(imputer, _vision_store(tmp_path / "in.h5"), tmp_path / "done.h5"))
+    for store, message in (
+        (foreign, "has the modalities touch, the model was trained on text, audio, vision"),
+        (wide, "vision has 7 features, expected 3, as in training"),
+        (FeatureStore(tmp_path / "done.h5"), "these are completed embeddings, text has"),
+    ):
+        for function in (impute_store, recognise_store):
+            with pytest.raises(ValueError, match=message):
+                next(function(imputer, store, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_store_of_vectors_for_a_model_of_sequences(imputer: ModalityImputer, tmp_path: Path) -> None:

@@ -237,11 +237,12 @@ def evaluate(
         str, typer.Option(help="test, or valid: to choose settings without looking at the test part.")
     ] = "test",
     metric: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="Metric of classes to print: UA, WA, F1, F1 weighted, NLL or all; of scores MAE. Files have all."
+            help="Metric of recognition to print: of classes UA, WA, F1, 'F1 weighted' or NLL; of scores MAE or Corr, "
+            "for −3…3 ACC-7, ACC-2, F1, 'ACC-2 nonzero' or 'F1 nonzero'; or all. Files have all. Default: UA, or MAE"
         ),
-    ] = "UA",
+    ] = None,
     jobs: Annotated[int, typer.Option(help="Folds and seeds evaluated at a time, sharing the cores.")] = 1,
 ) -> None:
     """Tables of a run: a row per method, a column per available set ({at}: audio and text are observed).
@@ -265,15 +266,18 @@ def evaluate(
 
     Writes results.json, results.csv and results.md (results-valid.* for the validation part) into the run's folder.
     """
-    if metric not in ("UA", "WA", "F1", "F1 weighted", "NLL", "all"):
-        raise ValueError(f"metric: got {metric!r}, expected UA, WA, F1, F1 weighted, NLL or all")
-    from modafill.evaluation.run import Asked
+    from modafill.evaluation.run import Asked, metric_names
+    from modafill.training import Run
+
+    known = metric_names(Run.load(run))
+    if metric not in (None, "all", *known):
+        raise ValueError(f"metric: got {metric!r}, expected one of {', '.join(known)}, all")
 
     asked = Asked(samples, _numbers("start-steps", start_steps), _numbers("sampling-steps", sampling_steps), part)
     tables = _evaluate(run, asked, jobs, tuple(beside or []))
     if part == "valid":
         out_console.print("On the validation part:")
-    printed = (metric, "MAE", "NRMSE", "CRPS")
+    printed = (*(["UA", "MAE"] if metric is None else [metric]), "NRMSE", "CRPS")
     _print_tables([table for table in tables if metric == "all" or table.metric in printed])
     stem = "results" if part == "test" else f"results-{part}"
     _say(f"wrote {stem}.json, {stem}.csv and {stem}.md into {run}")
@@ -450,7 +454,7 @@ def _model_and_store(run: Path, fold: int, path: Path, mapping: str | None) -> I
     import tempfile
 
     from modafill.data import open_data
-    from modafill.imputer import ModalityImputer
+    from modafill.imputer import ModalityImputer, check_store
     from modafill.training import Run
 
     folder = run
@@ -466,6 +470,7 @@ def _model_and_store(run: Path, fold: int, path: Path, mapping: str | None) -> I
         raise ValueError(f"fold: got {fold}, but {run} is one model, not a run")
     imputer = ModalityImputer.from_pretrained(folder)
     with tempfile.TemporaryDirectory() as scratch, open_data(path, Path(scratch), mapping) as store:
+        check_store(imputer, store)
         yield imputer, store.windowed(imputer.model.window)
 
 

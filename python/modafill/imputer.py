@@ -207,7 +207,7 @@ def impute_store(
     The file appears at ``out`` when the last row is written, or not at all. Labels, groups, splits and ids come along.
     ``batch_size`` rows are completed at a time; None = as many as keep K completions within half a gigabyte.
     """
-    _check_store(imputer, store)
+    check_store(imputer, store)
     width = imputer.model.config.width
     names = imputer.modalities
     kind = "sequence" if isinstance(imputer.model, CDTP) else "vector"
@@ -253,7 +253,7 @@ def recognise_store(
 
     The file appears at ``out`` when the last row is written, or not at all.
     """
-    _check_store(imputer, store)
+    check_store(imputer, store)
     with replacing(out) as beside, open(beside, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         classes = imputer.classes
@@ -266,11 +266,20 @@ def recognise_store(
             yield int(rows[-1]) + 1
 
 
-def _check_store(imputer: ModalityImputer, store: FeatureStore) -> None:
-    missing = sorted(set(imputer.modalities) - set(store.modalities))
-    if missing:
-        raise ValueError(f"{store.name}: has no modality {missing[0]!r}, the model was trained on {imputer.modalities}")
-    empty = np.flatnonzero(~store.available()[:, [store.modalities.index(name) for name in imputer.modalities]].any(1))
+def check_store(imputer: ModalityImputer, store: FeatureStore) -> None:
+    """Raise ValueError unless the model can read ``store``; a modality that it lacks is missing in every row."""
+    shared = [name for name in imputer.modalities if name in store.modalities]
+    if not shared:
+        expected = f"the model was trained on {', '.join(imputer.modalities)}"
+        raise ValueError(f"{store.name}: has the modalities {', '.join(store.modalities)}, {expected}")
+    for name in shared:
+        width, expected_width = store.widths[name], imputer.model.modalities[name].width
+        if width != expected_width:
+            completed = "these are completed embeddings, " if bool(store.generated().any()) else ""
+            raise ValueError(
+                f"{store.name}: {completed}{name} has {width} features, expected {expected_width}, as in training"
+            )
+    empty = np.flatnonzero(~store.available()[:, [store.modalities.index(name) for name in shared]].any(1))
     if len(empty):
         where = name_rows(empty.tolist())
         raise ValueError(f"{store.name}: nothing is observed in {where}, expected at least one modality")
@@ -288,6 +297,16 @@ def _batches(
     for start in range(0, len(store), batch_size):
         rows = np.arange(start, min(start + batch_size, len(store)))
         read = store.read(rows).to(device)
-        available = read.available[:, [store.modalities.index(name) for name in names]]
-        lengths = {name: read.lengths[name] for name in names if name in read.lengths}
-        yield rows, Batch({name: read.features[name] for name in names}, available, read.row_id, lengths)
+        available = torch.zeros(len(rows), len(names), dtype=torch.bool, device=device)
+        features, lengths = {}, {}
+        for m, (name, spec) in enumerate(model.modalities.items()):
+            if name in store.modalities:
+                features[name] = read.features[name]
+                available[:, m] = read.available[:, store.modalities.index(name)]
+                if name in read.lengths:
+                    lengths[name] = read.lengths[name]
+            else:
+                features[name] = torch.zeros(len(rows), *([1] if spec.sequence else []), spec.width, device=device)
+                if spec.sequence:
+                    lengths[name] = torch.zeros_like(read.row_id)
+        yield rows, Batch(features, available, read.row_id, lengths)

@@ -18,6 +18,7 @@ MAPPING: dict[str, Any] = {
     "columns": {"text": "names"},
     "available": "seen",
     "label": {"name": "y", "kind": "class"},
+    "labels": {"as score": {"name": "y", "kind": "score"}},
     "group": "who",
 }
 
@@ -59,6 +60,7 @@ def test_archive_and_store_tell_the_same(archive: Path, tmp_path: Path) -> None:
     patterns = {p["observed"]: p["samples"] for p in report["patterns"]}
     assert patterns == {"{at}": 1199, "{t}": 201, "{a}": 50, "{}": 50}
     assert report["label"] == {"name": "y", "kind": "class", "classes": {"0": 500, "1": 500, "2": 500}}
+    assert report["labels"] == {"as score": {"name": "y", "kind": "score"}}
     assert report["groups"] == {"who": 215}
     assert report["unmapped"] == [{"name": "notes", "dtype": "float64", "shape": [2, 5]}]
 
@@ -68,7 +70,7 @@ def test_archive_and_store_tell_the_same(archive: Path, tmp_path: Path) -> None:
         assert modality.pop("dtype") == "float32"
     for modality in report["modalities"]:
         del modality["dtype"]
-    for key in ("samples", "modalities", "patterns", "label", "groups", "splits", "window"):
+    for key in ("samples", "modalities", "patterns", "label", "labels", "groups", "splits", "window"):
         assert stored[key] == report[key]
 
 
@@ -121,6 +123,7 @@ def test_rendering_shows_what_was_found(archive: Path, tmp_path: Path) -> None:
         "{at}",
         "1,199",
         "label y (class)",
+        "further label as score: y (score)",
         "215 groups",
         "2×5",
     ):

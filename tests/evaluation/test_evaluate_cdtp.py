@@ -18,7 +18,7 @@ from modafill.data import FeatureStore, Labels, convert_npz, missing_patterns
 from modafill.evaluation.cdtp import DIFFUSION, RECOGNITION, RIDGE_PENALTIES, _filled, _Space, evaluate_part
 from modafill.evaluation.metrics import figures_of, nrmse, recognition, regression, sentiment
 from modafill.evaluation.parts import CALIBRATION, ERROR, FROZEN
-from modafill.evaluation.run import Asked, evaluate_run
+from modafill.evaluation.run import Asked, evaluate_run, metric_names
 from modafill.evaluation.tables import FULL
 from modafill.models.baselines import RidgeFill
 from modafill.models.cdtp import Sequences
@@ -259,6 +259,7 @@ def test_scores(tiny_cdtp, tmp_path):
     rows = {"CDTP", "CDTP, scores averaged", "MulT, missing ones empty", "ridge regression"}
     assert set(tables[RECOGNITION, "MAE"].cells) == rows
     assert "lower is better" in tables[RECOGNITION, "MAE"].title
+    assert metric_names(run) == ("MAE", "Corr")
 
 
 def test_joint_training_has_no_frozen_rows_of_its_own(tiny_cdtp, tmp_path):

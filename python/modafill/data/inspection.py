@@ -37,8 +37,8 @@ def inspect_path(path: str | os.PathLike[str], mapping: MappingLike | None = Non
     Returns:
         A JSON-able dict. Always ``path``, ``format``, ``bytes``; for a store or a mapped archive ``samples``,
         ``modalities`` (kind, width, dtype, lengths, counts of missing samples and of NaN and infinity in observed
-        values, constant columns), ``patterns``, ``label``, ``groups``, ``splits``; for an archive ``mapping`` and
-        ``unmapped`` arrays, and ``problem`` where no mapping fits.
+        values, constant columns), ``patterns``, ``label``, ``labels`` (names and kinds of further ones), ``groups``,
+        ``splits``; for an archive ``mapping`` and ``unmapped`` arrays, and ``problem`` where no mapping fits.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -75,6 +75,7 @@ def _inspect_store(store: FeatureStore) -> dict[str, Any]:
         "window": store.task.get("window"),
         **_availability(store.modalities, modalities, store.available()),
         "label": None if spec is None else _label(spec, store.labels(spec["name"])),
+        "labels": _further(store.task.get("labels", {})),
         "groups": {name: len(np.unique(store.groups(name))) for name in store.group_names},
         "splits": {name: dict(Counter(map(str, store.split(name)))) for name in store.split_names},
     }
@@ -121,6 +122,7 @@ def _inspect_npz(npz: NpzFile, given: MappingLike | None) -> dict[str, Any]:
         "window": mapping.window,
         **_availability(tuple(mapping.modalities), modalities, np.concatenate(available)),
         "label": None if spec is None else _label(spec, np.concatenate(values)),
+        "labels": _further(mapping.labels),
         "groups": {} if mapping.group is None else {column_name(mapping.group): len(np.unique(np.concatenate(groups)))},
         "splits": {"split": dict(Counter(np.concatenate(parts).tolist()))} if parts else {},
         "unmapped": _arrays(npz, mapping.arrays()),
@@ -169,6 +171,10 @@ def _label(spec: Mapping[str, Any], values: np.ndarray) -> dict[str, Any]:
         else:
             report["histogram"] = {f"{value:.4g}": n for value, n in zip(distinct, counts.tolist(), strict=True)}
     return report
+
+
+def _further(specs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, str]]:
+    return {name: {"name": column_name(spec["name"]), "kind": spec["kind"]} for name, spec in specs.items()}
 
 
 class _Columns:
@@ -233,6 +239,10 @@ def render_inspection(report: Mapping[str, Any]) -> RenderableType:
                 parts.append(_counts(f"label {label['name']} ({label['kind']})", label["classes"]))
             if "histogram" in label:
                 parts.append(_counts(label["name"], label["histogram"]))
+    parts += [
+        Text(f"further label {name}: {spec['name']} ({spec['kind']})")
+        for name, spec in report.get("labels", {}).items()
+    ]
     parts += [Text(f"group {name}: {n} groups") for name, n in report.get("groups", {}).items()]
     parts += [_counts(f"parts of {name}", counts) for name, counts in report.get("splits", {}).items()]
     if report.get("unmapped"):

@@ -12,6 +12,7 @@ import torch
 
 from modafill import __version__
 from modafill.evaluation import admc, cdtp
+from modafill.evaluation.metrics import figures_of
 from modafill.evaluation.parts import AVERAGED, PARTS, trained
 from modafill.evaluation.tables import Record, Table, make_tables, save_tables
 from modafill.training import Run
@@ -92,6 +93,16 @@ def evaluate_run(
     )
     save_tables(folder / stem, records, tables, about, asked.n_samples)
     return tables
+
+
+def metric_names(run: Run) -> tuple[str, ...]:
+    """Names of what is measured of the answers of ``run``."""
+    with run.open_store() as store:
+        labels = run.fit_labels(store, run.splits(store)[0])
+    answers, targets = torch.eye(labels.n_classes), torch.arange(labels.n_classes)
+    if labels.regression:
+        answers = targets = torch.tensor([-1.0, 1.0])
+    return tuple(figures_of(labels)(answers, targets))
 
 
 def _evaluate_part(run: Run, asked: Asked, fold_and_seed: tuple[int, int]) -> list[Record]:

@@ -33,10 +33,10 @@ class ModelConfig:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(known)}")
         for number in fields(self):
-            value, least = getattr(self, number.name), 0 if number.name.endswith("epochs") else 1
+            value = getattr(self, number.name)
             whole = number.type == "int" or (number.type == "int | None" and value is not None)
-            if whole and (type(value) is not int or value < least):
-                raise ValueError(f"{number.name}: got {value!r}, expected a whole number, at least {least}")
+            if whole and (type(value) is not int or value < 1):
+                raise ValueError(f"{number.name}: got {value!r}, expected a whole number, at least 1")
             if number.type == "bool" and type(value) is not bool:
                 raise ValueError(f"{number.name}: got {value!r}, expected a bool")
             if str(number.type).startswith("tuple[int"):

@@ -26,7 +26,9 @@ def read_config(path: Path) -> dict[str, Any]:
     """``config.json`` of a model folder; ValueError names what is wrong with it."""
     file = path / "config.json"
     if not file.is_file():
-        raise ValueError(f"{path}: no config.json there, expected a folder written by save_pretrained")
+        models = sorted(path.glob("fold*-seed*/model"))
+        hint = f"; this is a run, its models are folders such as {models[0]}" if models else ""
+        raise ValueError(f"{path}: no config.json there, expected a folder written by save_pretrained{hint}")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:

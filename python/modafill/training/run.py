@@ -50,7 +50,7 @@ class Run:
         own_split: keep the parts that the data come with; False divides all samples anew.
 
     Raises:
-        ValueError: no such model or variant, or no variant or seed.
+        ValueError: no such model or variant, no variant or seed, or a window of less than 0.
     """
 
     folder: Path
@@ -76,6 +76,8 @@ class Run:
             raise ValueError(f"variants: got {got}, expected one of {', '.join(known)}")
         if not self.seeds:
             raise ValueError("seeds: got none, expected at least one")
+        if self.window is not None and self.window < 0:
+            raise ValueError(f"window: got {self.window}, expected a number of turns, or 0 for single vectors")
 
     def describe(self) -> dict[str, Any]:
         """JSON-able content of ``run.json``."""
