@@ -401,7 +401,7 @@ def test_a_modality_that_a_store_lacks_is_generated(imputer: ModalityImputer, tm
 
 
 def test_a_run_is_no_model(tiny) -> None:
-    with pytest.raises(ValueError, match="this is a run, its models are folders such as .*run/fold0-seed0/model"):
+    with pytest.raises(ValueError, match=r"this is a run, its models are folders such as .*run/fold0-seed0/model"):
         ModalityImputer.from_pretrained(tiny.run)
 
 
