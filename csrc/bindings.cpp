@@ -33,6 +33,9 @@ struct CpuOps {
   decltype(&baseline::prompt_attention_backward) prompt_attention_backward;
   decltype(&baseline::conv_gelu_conv) conv_gelu_conv;
   decltype(&baseline::conv_gelu_conv_backward) conv_gelu_conv_backward;
+  decltype(&baseline::token_denoiser) token_denoiser;
+  decltype(&baseline::token_denoiser_size) token_denoiser_size;
+  decltype(&baseline::pack_token_denoiser) pack_token_denoiser;
 };
 
 #define MODAFILL_OPS_OF(isa)                                                                                           \
@@ -44,7 +47,10 @@ struct CpuOps {
    isa::prompt_attention,                                                                                              \
    isa::prompt_attention_backward,                                                                                     \
    isa::conv_gelu_conv,                                                                                                \
-   isa::conv_gelu_conv_backward}
+   isa::conv_gelu_conv_backward,                                                                                       \
+   isa::token_denoiser,                                                                                                \
+   isa::token_denoiser_size,                                                                                           \
+   isa::pack_token_denoiser}
 
 // The best instruction set this processor has, or the one that MODAFILL_CPU_ISA names.
 CpuOps choose_cpu_ops() {
@@ -256,6 +262,33 @@ ConvGeluConvBackward conv_gelu_conv_backward(const ConvGeluConvArgs &forward, ui
           groups};
 }
 
+TokenDenoiserArgs token_denoiser_args(int dtype, int weights_dtype, uintptr_t out, uintptr_t x, uintptr_t available,
+                                      uintptr_t added, const std::vector<uintptr_t> &weights, uintptr_t packed,
+                                      int64_t batch, int64_t tokens, int64_t width, int64_t channels, int64_t heads,
+                                      int64_t hidden, int64_t layers, double epsilon) {
+  std::vector<const void *> tensors;
+  for (const uintptr_t weight : weights)
+    tensors.push_back(pointer<const void>(weight));
+  return {static_cast<DType>(dtype),
+          static_cast<DType>(weights_dtype),
+          pointer<void>(out),
+          pointer<const void>(x),
+          pointer<const bool>(available),
+          pointer<const void>(added),
+          std::move(tensors),
+          pointer<void>(packed),
+          batch,
+          tokens,
+          width,
+          channels,
+          heads,
+          hidden,
+          layers,
+          epsilon};
+}
+
+TokenDenoiserArgs token_denoiser_job(const TokenDenoiserArgs &args) { return args; }
+
 void check_step(const char *name, int64_t row, int64_t step, int64_t low, int64_t high) {
   if (step < low || step > high)
     throw std::invalid_argument(std::string(name) + ": got " + std::to_string(step) + " in row " + std::to_string(row) +
@@ -298,6 +331,8 @@ void check(const PromptAttentionArgs &args) {
 void check(const ConvGeluConvArgs &) {}
 
 void check(const ConvGeluConvBackward &) {}
+
+void check(const TokenDenoiserArgs &) {}
 
 void check(const PromptAttentionForward &job) { check(job.attention); }
 
@@ -355,4 +390,8 @@ PYBIND11_MODULE(_C, m) {
   py::class_<ConvGeluConvArgs>(m, "ConvGeluConvArgs").def(py::init(&conv_gelu_conv_args));
   define(m, "conv_gelu_conv", conv_gelu_conv_forward, cpu.conv_gelu_conv, nullptr);
   define(m, "conv_gelu_conv_backward", conv_gelu_conv_backward, cpu.conv_gelu_conv_backward, nullptr);
+  py::class_<TokenDenoiserArgs>(m, "TokenDenoiserArgs").def(py::init(&token_denoiser_args));
+  define(m, "token_denoiser", token_denoiser_job, cpu.token_denoiser, nullptr);
+  define(m, "pack_token_denoiser", token_denoiser_job, cpu.pack_token_denoiser, nullptr);
+  m.def("token_denoiser_size", cpu.token_denoiser_size);
 }

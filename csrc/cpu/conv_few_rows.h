@@ -33,59 +33,6 @@ void windows(C *to, const C *from, int64_t rows, int64_t length, int64_t width, 
     }
 }
 
-// out[row, o] = a[row] b[o] + bias[o] for kRows rows of a and kOuts of b, each of `k` elements.
-template <int kRows, int kOuts, class C>
-MODAFILL_INLINE void dot_products(C *out, int64_t out_row, const C *a, const C *b, const C *bias, int64_t k) {
-  Vector<C> sum[kRows][kOuts];
-#pragma GCC unroll 4
-  for (int row = 0; row < kRows; ++row)
-#pragma GCC unroll 4
-    for (int o = 0; o < kOuts; ++o)
-      sum[row][o] = Vector<C>{};
-  int64_t i = 0;
-  for (; i + kWidth<C> <= k; i += kWidth<C>) {
-    Vector<C> weights[kOuts];
-#pragma GCC unroll 4
-    for (int o = 0; o < kOuts; ++o)
-      weights[o] = load(b + o * k + i);
-#pragma GCC unroll 4
-    for (int row = 0; row < kRows; ++row) {
-      const Vector<C> value = load(a + row * k + i);
-#pragma GCC unroll 4
-      for (int o = 0; o < kOuts; ++o)
-        sum[row][o] += value * weights[o];
-    }
-  }
-  for (int row = 0; row < kRows; ++row)
-    for (int o = 0; o < kOuts; ++o) {
-      C total = lanes_sum<C>(sum[row][o]);
-      for (int64_t j = i; j < k; ++j)
-        total += a[row * k + j] * b[o * k + j];
-      out[row * out_row + o] = bias ? total + bias[o] : total;
-    }
-}
-
-template <int kOuts, class C>
-MODAFILL_INLINE void dot_rows(C *out, int64_t out_row, const C *a, const C *b, const C *bias, int64_t rows, int64_t k) {
-  int64_t row = 0;
-  for (; row + 4 <= rows; row += 4)
-    dot_products<4, kOuts>(out + row * out_row, out_row, a + row * k, b, bias, k);
-  for (; row < rows; ++row)
-    dot_products<1, kOuts>(out + row * out_row, out_row, a + row * k, b, bias, k);
-}
-
-// Columns [begin, end) of out [rows, ...] = a [rows, k] times b [..., k] transposed, plus the bias.
-template <class C>
-void dot_columns(C *out, int64_t out_row, const C *a, const C *b, const C *bias, int64_t rows, int64_t k, int64_t begin,
-                 int64_t end) {
-  constexpr int kOuts = kVectorBytes == 64 ? 4 : 2; // what the registers hold
-  int64_t o = begin;
-  for (; o + kOuts <= end; o += kOuts)
-    dot_rows<kOuts>(out + o, out_row, a, b + o * k, bias ? bias + o : nullptr, rows, k);
-  for (; o < end; ++o)
-    dot_rows<1>(out + o, out_row, a, b + o * k, bias ? bias + o : nullptr, rows, k);
-}
-
 // Columns [begin, end) of out [m, n] = a [m, k] b [k, n], whose rows are dense and n apart.
 template <class C>
 void weigh_columns(C *out, const C *a, int64_t a_row, int64_t a_step, const C *b, int64_t m, int64_t n, int64_t k,

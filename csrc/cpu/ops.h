@@ -3,6 +3,7 @@
 
 #include "../common/attention.h"
 #include "../common/convolution.h"
+#include "../common/tokens.h"
 
 namespace modafill {
 
@@ -16,6 +17,9 @@ namespace modafill {
   void prompt_attention_backward(const PromptAttentionBackward &job, int threads);                                     \
   void conv_gelu_conv(const ConvGeluConvArgs &args, int threads);                                                      \
   void conv_gelu_conv_backward(const ConvGeluConvBackward &job, int threads);                                          \
+  void token_denoiser(const TokenDenoiserArgs &args, int threads);                                                     \
+  int64_t token_denoiser_size(const TokenDenoiserArgs &args);                                                          \
+  void pack_token_denoiser(const TokenDenoiserArgs &args, int threads);                                                \
   }
 
 MODAFILL_DECLARE_OPS(baseline)

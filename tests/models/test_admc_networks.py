@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from modafill import ops
-from modafill.diffusion import step_embedding
+from modafill.diffusion import SOLVERS, angular_steps, sample_clean, sample_replace, step_embedding
 from modafill.models.admc import ADN, ADMCConfig, Fusion, ModalityEncoder, TokenScaler
 
 SMALL = ADMCConfig(
@@ -354,11 +355,48 @@ def test_noise_has_the_same_bits_wherever_a_row_stands() -> None:
 
 
 @conditionings
+@pytest.mark.parametrize("adn_width", [None, 24])
+def test_the_fast_path_is_the_network(conditioning: str, adn_width: int | None) -> None:
+    """What sampling runs, and the module itself in the same loop."""
+    adn, tokens = make_adn(conditioning, adn_width=adn_width, start_step=9, sampling_steps=9), tokens_of(8)
+    x = torch.randn(8, 3, SMALL.width, generator=torch.Generator().manual_seed(5))
+    predict = adn.predictor([400, 7, 1])
+    for step in (7, 400, 1):
+        with torch.no_grad():
+            expected = adn(x, step, AVAILABLE).masked_fill(AVAILABLE[..., None], 0.0)
+        torch.testing.assert_close(predict(x, step, AVAILABLE), expected, rtol=1e-5, atol=1e-5)
+    options = {"schedule": adn.schedule, "seed": 4, "row_id": torch.arange(8)}
+    observed = torch.where(AVAILABLE[..., None], tokens, 0.0)
+    with torch.no_grad():
+        if conditioning == "replace":
+            expected = sample_replace(adn, observed, AVAILABLE, start_step=9, **options)
+        else:
+            steps = angular_steps(adn.schedule, adn.last_step, 9)
+            expected = sample_clean(partial(adn, available=AVAILABLE), observed, AVAILABLE, steps=steps, **options)
+    torch.testing.assert_close(adn.sample(tokens, AVAILABLE, seed=4)[0], expected, rtol=0, atol=1e-4)
+    half = adn.sample(tokens, AVAILABLE, seed=4, dtype=torch.bfloat16)[0]
+    assert 1e-6 < (half - expected).abs().max() < 0.1
+
+
+def test_solvers_of_the_configuration_and_of_a_call() -> None:
+    tokens, plain = tokens_of(8), make_adn("clean", sampling_steps=6)
+    results = {solver: plain.sample(tokens, AVAILABLE, solver=solver) for solver in SOLVERS}
+    for solver, expected in results.items():
+        assert torch.equal(make_adn("clean", sampling_steps=6, solver=solver).sample(tokens, AVAILABLE), expected)
+    assert len({tuple(out[0, 0, 0].tolist()) for out in results.values()}) == len(SOLVERS)
+    with pytest.raises(ValueError, match="solver: got 'euler', expected one of ddim, dpm\\+\\+, heun"):
+        plain.sample(tokens, AVAILABLE, solver="euler")
+    seen: list[tuple[int, int]] = []
+    plain.sample(tokens, AVAILABLE, n_samples=2, chunk_size=5, progress=lambda *done: seen.append(done))
+    assert seen == [(5, 12), (10, 12), (12, 12)]
+
+
+@conditionings
 def test_complete_rows_cost_nothing(conditioning: str, monkeypatch: pytest.MonkeyPatch) -> None:
     adn, tokens = make_adn(conditioning), tokens_of(4)
     calls: list[int] = []
-    forward = adn.forward
-    monkeypatch.setattr(adn, "forward", lambda x, *args, **more: calls.append(len(x)) or forward(x, *args, **more))
+    op = ops.token_denoiser
+    monkeypatch.setattr(ops, "token_denoiser", lambda net, x, *more: calls.append(len(x)) or op(net, x, *more))
     complete = torch.ones(4, 3, dtype=torch.bool)
     assert torch.equal(adn.sample(tokens, complete, n_samples=3), tokens.expand(3, -1, -1, -1))
     assert calls == []

@@ -107,7 +107,7 @@ def test_other_ops_run_in_the_dtype_of_their_inputs(name: str, backend: str) -> 
         assert same(call.results(), expected)
 
 
-@pytest.mark.parametrize("name", backends.OPS)
+@pytest.mark.parametrize("name", backends.REGISTERED)
 @pytest.mark.parametrize("where", ["inside", "outside"])
 def test_compiles_whole(name: str, where: str) -> None:
     """With the context within what is compiled, and around it."""

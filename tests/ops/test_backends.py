@@ -30,7 +30,7 @@ def test_explain_says_what_auto_runs_and_why_not_something_faster(op: str) -> No
     choice = ops.explain(op)
     assert (choice.backend, choice.rejected) == ("cpu", {})
     half = ops.explain(op, dtype=torch.float16)
-    assert half.backend == ("torch" if op == "conv_gelu_conv" else "reference")
+    assert half.backend == ("torch" if "torch" in backends.OPS[op] else "reference")
     assert "float16" in half.rejected["cpu"]
     assert op in str(half)
     assert half.rejected["cpu"] in str(half)
@@ -182,6 +182,10 @@ x, table = torch.ones(64, 4, 512), Schedule.linear(50).table
 q, rows, w = (torch.ones(shape, requires_grad=True) for shape in ((8, 4, 64, 32), (16, 64, 64), (64, 64, 3)))
 attention, convolution = ops.prompt_attention(q, q, q, None), ops.conv_gelu_conv(rows, w, None, w, None)
 plain = [t.detach() for t in (q, rows, w)]
+layer = torch.nn.TransformerEncoderLayer(64, 4, 128, activation="gelu", batch_first=True, norm_first=True)
+encoder = torch.nn.TransformerEncoder(layer, 2, norm=torch.nn.LayerNorm(64), enable_nested_tensor=False)
+network = ops.TokenNetwork(encoder, torch.nn.Linear(64, 64))
+tokens, added = torch.ones(64, 3, 64), torch.ones(3, 2, 64)
 calls = {
     "randn": lambda: ops.randn(x.shape, seed=1),
     "add_noise": lambda: ops.add_noise(x, table, 3, seed=1),
@@ -191,6 +195,7 @@ calls = {
     "prompt_attention_backward": lambda: torch.autograd.grad(attention, q, plain[0]),
     "conv_gelu_conv": lambda: ops.conv_gelu_conv(plain[1], plain[2], None, plain[2], None),
     "conv_gelu_conv_backward": lambda: torch.autograd.grad(convolution, w, plain[1]),
+    "token_denoiser": lambda: ops.token_denoiser(network, tokens, torch.zeros(64, 3, dtype=torch.bool), added),
 }
 for threads, (name, call) in enumerate(calls.items(), 2):
     torch.set_num_threads(threads)

@@ -21,7 +21,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-every_op = pytest.mark.parametrize("name", backends.OPS)
+every_op = pytest.mark.parametrize("name", backends.REGISTERED)
 
 
 @every_op
@@ -41,7 +41,7 @@ def test_any_strides_give_the_same_bits(name: str, layout: str) -> None:
             assert same(call.results(**{argument: view}), expected), argument
 
 
-@pytest.mark.parametrize("name", [name for name in backends.OPS if make_call(name).leaves])
+@pytest.mark.parametrize("name", [name for name in backends.REGISTERED if make_call(name).leaves])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_any_strides_of_the_gradient_give_the_same_bits(name: str, layout: str) -> None:
     call = make_call(name)
@@ -99,7 +99,7 @@ def test_meta_tensors_give_shapes_dtypes_and_strides(name: str, kind: str) -> No
         assert (ours.shape, ours.dtype, ours.stride()) == (real.shape, real.dtype, real.stride())
 
 
-@pytest.mark.parametrize("name", [name for name in backends.OPS if name != "add_noise"])
+@pytest.mark.parametrize("name", [name for name in backends.REGISTERED if name != "add_noise"])
 def test_out_on_meta_and_out_of_no_element(name: str) -> None:
     call = make_call(name)
     on_meta = call.map(lambda t: t.to("meta"))

@@ -12,9 +12,9 @@ from torch.autograd import forward_ad
 
 from modafill.ops import backends
 
-DIFFERENTIABLE = [name for name in backends.OPS if make_call(name).leaves]
+DIFFERENTIABLE = [name for name in backends.REGISTERED if make_call(name).leaves]
 
-every_op = pytest.mark.parametrize("name", backends.OPS)
+every_op = pytest.mark.parametrize("name", backends.REGISTERED)
 both_backends = pytest.mark.parametrize("backend", ["cpu", "reference"])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -15,6 +16,7 @@ from modafill.ops.reference import Draw
 Denoiser = Callable[[Tensor, int], Tensor]
 
 SAMPLE_SHIFT = 48
+SOLVERS = ("ddim", "dpm++", "heun")
 
 
 def check_samples(n_samples: int) -> None:
@@ -52,6 +54,18 @@ def angular_steps(schedule: Schedule, start_step: int, evaluations: int) -> list
     wanted = angle[start_step] * (1 - torch.arange(1, evaluations, dtype=torch.float64) / evaluations)
     nearest = (angle[1:start_step, None] - wanted).abs().argmin(0) + 1 if start_step > 1 else wanted.long()
     return [start_step, *sorted(set(nearest.tolist()), reverse=True), 0]
+
+
+def solver_steps(schedule: Schedule, start_step: int, evaluations: int, solver: str) -> list[int]:
+    """The steps that ``solver`` (of :data:`SOLVERS`) visits with at most that many network evaluations.
+
+    :func:`angular_steps`; Heun's evaluates twice between two steps, but for the last.
+    """
+    if solver not in SOLVERS:
+        raise ValueError(f"solver: got {solver!r}, expected one of {', '.join(SOLVERS)}")
+    if not 1 <= evaluations <= start_step:
+        raise ValueError(f"evaluations: got {evaluations}, expected 1…{start_step} (the start step)")
+    return angular_steps(schedule, start_step, (evaluations + 1) // 2 if solver == "heun" else evaluations)
 
 
 def sample_replace(
@@ -103,19 +117,25 @@ def sample_clean(
     schedule: Schedule,
     *,
     steps: list[int],
+    solver: str = "ddim",
     eta: float = 0.0,
     seed: int,
     row_id: Tensor | None = None,
 ) -> Tensor:
-    """DDIM over missing tokens (CDTP eq. 8–9) with the observed tokens clean at every step.
+    """DDIM over missing tokens (CDTP eq. 8–9) with the observed tokens clean at every step, or a second-order solver.
+
+    Both of these are DDIM steps on another ε̂. DPM-Solver++(2M) (Lu et al. 2022, algorithm 2) extrapolates x̂₀ from the
+    step before; the last step, to σ = 0, does not. Heun's method (Karras et al. 2022, algorithm 1, in their variables
+    x/√ᾱ and √((1 − ᾱ)/ᾱ)) takes the mean of ε̂ at both ends of a step, but for the last, with twice the evaluations.
 
     Args:
         predict_v: v_θ(x ``[B, M, D]``, step), v = √ᾱ ε − √(1 − ᾱ) x₀ (Salimans & Ho 2022). ε-prediction would divide
             the network's error by √ᾱ, which is 10⁻² at the first step.
         observed: ``[B, M, D]``; values of missing tokens are never read.
         available: bool ``[B, M]``.
-        steps: the visited steps, descending, last one 0 (:func:`angular_steps`).
-        eta: 0 is deterministic DDIM, 1 is ancestral sampling.
+        steps: the visited steps, descending, last one 0 (:func:`solver_steps`).
+        solver: ``"ddim"``, ``"dpm++"`` or ``"heun"``.
+        eta: 0 is deterministic DDIM, 1 is ancestral sampling; 0 with the other solvers.
         seed, row_id: as in :func:`sample_replace`.
 
     Returns:
@@ -123,15 +143,38 @@ def sample_clean(
     """
     if len(steps) < 2 or steps[-1] != 0 or any(n <= previous for n, previous in pairwise(steps)):
         raise ValueError(f"steps: got {steps}, expected at least one diffusion step, descending, and 0 at the end")
+    if solver not in SOLVERS:
+        raise ValueError(f"solver: got {solver!r}, expected one of {', '.join(SOLVERS)}")
+    if eta and solver != "ddim":
+        raise ValueError(f"eta: got {eta}, expected 0 with solver {solver!r}")
     schedule.check_step("steps", steps[0])
     table = schedule.table.to(observed.device)
     keep = available[..., None]
     start = ops.randn(tuple(observed.shape), seed=seed, row_id=row_id, draw=Draw.INITIAL, device=observed.device)
     x = torch.where(keep, observed, start.to(observed.dtype))
-    for n, previous in pairwise(steps):
-        signal = float(schedule.table[n, ops.reference.SQRT_ALPHA_BAR])
-        sigma = float(schedule.table[n, ops.reference.SQRT_ONE_MINUS_ALPHA_BAR])
-        eps = signal * predict_v(x, n) + sigma * x
+    signals = schedule.table[:, ops.reference.SQRT_ALPHA_BAR].tolist()
+    sigmas = schedule.table[:, ops.reference.SQRT_ONE_MINUS_ALPHA_BAR].tolist()
+
+    def step(x: Tensor, eps: Tensor, n: int, previous: int) -> Tensor:
         x = ops.ddim_step(x, eps, table, n, previous, eta=eta, seed=seed, row_id=row_id)
-        x = torch.where(keep, observed, x)
+        return torch.where(keep, observed, x)
+
+    clean_before, length_before = x, math.inf
+    for n, previous in pairwise(steps):
+        signal, sigma = signals[n], sigmas[n]
+        v = predict_v(x, n)
+        eps = signal * v + sigma * x
+        if solver == "dpm++":
+            clean = signal * x - sigma * v
+            # Of the step in log(signal / sigma), of which there is no end at step 0.
+            length = math.log(signals[previous] / sigmas[previous] * sigma / signal) if previous else 0.0
+            ahead = length / (2 * length_before)
+            if ahead:
+                eps = eps - (signal * ahead / sigma) * (clean - clean_before)
+            clean_before, length_before = clean, length
+        elif solver == "heun" and previous:
+            there = step(x, eps, n, previous)
+            eps_there = signals[previous] * predict_v(there, previous) + sigmas[previous] * there
+            eps = (eps + eps_there) / 2
+        x = step(x, eps, n, previous)
     return x

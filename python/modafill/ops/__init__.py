@@ -12,10 +12,12 @@ from modafill.ops.masked_reverse_step import masked_reverse_step
 from modafill.ops.prompt_attention import prompt_attention
 from modafill.ops.randn import randn
 from modafill.ops.reference import Draw
+from modafill.ops.token_denoiser import TokenNetwork, token_denoiser
 
 __all__ = [
     "Choice",
     "Draw",
+    "TokenNetwork",
     "add_noise",
     "conv_gelu_conv",
     "ddim_step",
@@ -24,4 +26,5 @@ __all__ = [
     "prompt_attention",
     "randn",
     "reference",
+    "token_denoiser",
 ]

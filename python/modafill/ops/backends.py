@@ -22,6 +22,7 @@ import operator
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,7 +46,11 @@ OPS = {
     **dict.fromkeys(("masked_reverse_step", "ddim_step", "add_noise", "randn"), ("cpu", "cuda", "triton")),
     "prompt_attention": ("cpu", "triton"),
     "conv_gelu_conv": ("cpu", "triton", "torch"),
+    "token_denoiser": ("cpu", "torch"),
 }
+# Those that PyTorch knows, with what stands above; the others are for inference, and run as PyTorch's layers where
+# something traces.
+REGISTERED = tuple(op for op in OPS if op != "token_denoiser")
 # What auto does call by call on a CPU, by dtype: ops that have such a rule say it here.
 RULES: dict[str, Callable[[torch.dtype], str]] = {}
 
@@ -136,6 +141,17 @@ def native_build() -> dict[str, Any]:
         "openmp": _C.openmp,
         "cuda_architectures": _C.cuda_architectures.split(),
     }
+
+
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Whether this processor was measured to multiply bfloat16 faster than float32.
+
+    It is where it has AMX, or AVX512-BF16 of AMD's: Intel's without AMX was half as fast as float32.
+    """
+    vendor = Path("/proc/cpuinfo")
+    amd = vendor.is_file() and "AuthenticAMD" in vendor.read_text(encoding="utf-8", errors="replace")
+    return torch.cpu._is_amx_tile_supported() or (amd and torch.cpu._is_avx512_bf16_supported())
 
 
 def requested(backend: str) -> str:

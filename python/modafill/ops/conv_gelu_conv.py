@@ -18,7 +18,7 @@ _SCHEMA = f"({_ARGUMENTS}, str backend) -> Tensor"
 _BACKWARD_SCHEMA = f"(Tensor grad, {_ARGUMENTS}, bool[] need, str backend) -> Tensor[]"
 
 MAX_TAPS = 7
-_HAS_BFLOAT16 = torch.cpu._is_avx512_bf16_supported()
+_HAS_BFLOAT16 = backends.multiplies_bfloat16()
 # The gradients of the weights are summed in groups of rows, each with tables of its own.
 _GROUP_BYTES = 1 << 24
 _GROUP_ROWS = 96

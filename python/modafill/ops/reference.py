@@ -275,6 +275,47 @@ def prompt_attention(
     return weights @ v * poison
 
 
+def token_denoiser(
+    x: Tensor,
+    available: Tensor,
+    added: Tensor,
+    tensors: Sequence[Tensor | None],
+    *,
+    heads: int,
+    epsilon: float = 1e-5,
+) -> Tensor:
+    """A pre-norm transformer on ``x [B, M, width]``, zeros for observed tokens.
+
+    ``tensors`` are weights and biases: projection in (or None twice); for each layer norm, attention in, attention out,
+    norm, first and second; norm and projection out. See :func:`modafill.ops.token_denoiser`.
+    """
+    pairs = [
+        None if w is None or b is None else (w.to(torch.float64), b.to(torch.float64))
+        for w, b in zip(tensors[::2], tensors[1::2], strict=True)
+    ]
+    project_in, *middle, last_norm, project_out = pairs
+
+    def linear(a: Tensor, pair: tuple[Tensor, Tensor] | None) -> Tensor:
+        return a if pair is None else a @ pair[0].T + pair[1]
+
+    def norm(a: Tensor, pair: tuple[Tensor, Tensor] | None) -> Tensor:
+        centred = a - a.mean(-1, keepdim=True)
+        scaled = centred / (centred.square().mean(-1, keepdim=True) + epsilon).sqrt()
+        return scaled if pair is None else scaled * pair[0] + pair[1]
+
+    count, tokens, _ = x.shape
+    embeddings = added.to(torch.float64)
+    h = linear(x.to(torch.float64), project_in) + torch.where(available[..., None], embeddings[:, 1], embeddings[:, 0])
+    for norm1, into, out_of, norm2, first, second in zip(*[iter(middle)] * 6, strict=True):
+        q, k, v = linear(norm(h, norm1), into).reshape(count, tokens, 3, heads, h.shape[-1] // heads).unbind(2)
+        logits = torch.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(q.shape[-1])
+        mixed = torch.einsum("bhij,bjhd->bihd", logits.softmax(-1), v)
+        h = h + linear(mixed.flatten(2), out_of)
+        a = linear(norm(h, norm2), first)
+        h = h + linear(0.5 * a * (1.0 + torch.erf(a / math.sqrt(2.0))), second)
+    return torch.where(available[..., None], 0.0, linear(norm(h, last_norm), project_out))
+
+
 def conv_gelu_conv(
     x: Tensor, w1: Tensor, b1: Tensor | None, w2: Tensor, b2: Tensor | None, *, approximate: str = "none"
 ) -> Tensor:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from modafill import ops
 from modafill.diffusion import (
     Schedule,
-    angular_steps,
     check_samples,
     sample_clean,
     sample_replace,
     sample_row_ids,
+    solver_steps,
     step_embedding,
 )
 from modafill.models.admc.config import ADMCConfig
@@ -78,6 +80,23 @@ class ADN(nn.Module):
         return self.project_out(self.encoder(h))
 
     @torch.no_grad()
+    def predictor(self, steps: Sequence[int], dtype: torch.dtype | None = None) -> Callable[..., Tensor]:
+        """:meth:`forward` of ``(x, step, available)`` for the missing tokens alone, zeros for the others.
+
+        Args:
+            steps: those that will be asked for; what depends on them alone is computed here.
+            dtype: of the weights in products, as :class:`modafill.ops.TokenNetwork`; None = the module's own.
+        """
+        project_in = None if isinstance(self.project_in, nn.Identity) else self.project_in
+        network = ops.TokenNetwork(self.encoder, self.project_out, project_in, dtype)
+        embedded = self.step_mlp(step_embedding(torch.tensor(steps, device=self.modality.device), self.width))
+        states = 0.0 if self.state is None else self.state
+        # [steps, M, missing or observed, d]
+        added = (embedded[:, None, None] + (self.modality[:, None] + states)).expand(-1, -1, 2, -1).contiguous()
+        place = {step: i for i, step in enumerate(steps)}
+        return lambda x, step, available: ops.token_denoiser(network, x, available, added[place[step]])
+
+    @torch.no_grad()
     def sample(
         self,
         tokens: Tensor,
@@ -88,12 +107,22 @@ class ADN(nn.Module):
         row_id: Tensor | None = None,
         start_step: int | None = None,
         sampling_steps: int | None = None,
+        solver: str | None = None,
+        dtype: torch.dtype | None = None,
         chunk_size: int = 4096,
+        progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> Tensor:
         """K completions ``[K, B, M, D]`` of ``tokens [B, M, D]``: observed tokens bit-exact, missing ones generated.
 
-        Complete rows cost nothing; values of missing tokens are never read. ``start_step`` applies to ``"replace"``,
-        ``sampling_steps`` to ``"clean"``; None takes the configuration's. ``chunk_size``: rows of one network call.
+        Complete rows cost nothing; values of missing tokens are never read.
+
+        Args:
+            start_step: of ``"replace"``; None takes the configuration's.
+            sampling_steps, solver: of ``"clean"`` (:func:`modafill.diffusion.sample_clean`), the former its network
+                evaluations; None takes the configuration's.
+            dtype: of the weights in products (:class:`modafill.ops.TokenNetwork`); None = the module's own.
+            chunk_size: completions that go through all steps at a time.
+            progress: called with the completions made so far and their number.
         """
         if tokens.ndim != 3 or tokens.shape[1:] != (self.n_modalities, self.config.width):
             expected = f"[B, {self.n_modalities}, {self.config.width}]"
@@ -107,10 +136,11 @@ class ADN(nn.Module):
             raise ValueError(f"chunk_size: got {chunk_size}, expected at least 1")
         if row_id is not None and row_id.shape != (len(tokens),):
             raise ValueError(f"row_id: got shape {list(row_id.shape)}, expected [{len(tokens)}]")
-        foreign = {"replace": ("sampling_steps", sampling_steps), "clean": ("start_step", start_step)}
-        name, value = foreign[self.config.conditioning]
-        if value is not None:
-            raise ValueError(f"{name}: got {value}, expected None with conditioning {self.config.conditioning!r}")
+        replace = self.config.conditioning == "replace"
+        foreign = {"sampling_steps": sampling_steps, "solver": solver} if replace else {"start_step": start_step}
+        for name, value in foreign.items():
+            if value is not None:
+                raise ValueError(f"{name}: got {value!r}, expected None with conditioning {self.config.conditioning!r}")
         bad = (~available.any(1)).nonzero().flatten().tolist()
         if bad:
             raise ValueError(
@@ -122,36 +152,40 @@ class ADN(nn.Module):
         out = tokens.expand(n_samples, *tokens.shape).clone()
         sample_ids = sample_row_ids(rows[todo], n_samples)
         index = todo.repeat(n_samples)
+        solver = solver or self.config.solver
+        if replace:
+            first = self.config.start_step if start_step is None else start_step
+            self.schedule.check_step("start_step", first)
+            steps = list(range(first, -1, -1))
+        else:
+            evaluations = self.config.sampling_steps if sampling_steps is None else sampling_steps
+            steps = solver_steps(self.schedule, self.last_step, evaluations, solver)
+        predict = self.predictor(steps[:-1], dtype)
         parts = []
         for at in range(0, len(index), chunk_size):
             part = slice(at, at + chunk_size)
-            observed, mask = tokens[index[part]], available[index[part]]
-            if self.config.conditioning == "replace":
-                done = sample_replace(
-                    self,
-                    observed,
-                    mask,
-                    self.schedule,
-                    start_step=self.config.start_step if start_step is None else start_step,
-                    seed=seed,
-                    row_id=sample_ids[part],
-                    init=self.config.init,
+            observed, mask, ids = tokens[index[part]], available[index[part]], sample_ids[part]
+            network = partial(predict, available=mask)
+            if replace:
+                parts.append(
+                    sample_replace(
+                        network,
+                        observed,
+                        mask,
+                        self.schedule,
+                        start_step=first,
+                        seed=seed,
+                        row_id=ids,
+                        init=self.config.init,
+                    )
                 )
             else:
-                done = sample_clean(
-                    partial(self, available=mask),
-                    observed,
-                    mask,
-                    self.schedule,
-                    steps=angular_steps(
-                        self.schedule,
-                        self.last_step,
-                        self.config.sampling_steps if sampling_steps is None else sampling_steps,
-                    ),
-                    seed=seed,
-                    row_id=sample_ids[part],
+                parts.append(
+                    sample_clean(
+                        network, observed, mask, self.schedule, steps=steps, solver=solver, seed=seed, row_id=ids
+                    )
                 )
-            parts.append(done)
+            progress(min(at + chunk_size, len(index)), len(index))
         if parts:
             out[:, todo] = torch.cat(parts).reshape(n_samples, len(todo), *tokens.shape[1:])
         return out

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from modafill.diffusion import SOLVERS
 from modafill.models.config import ModelConfig
 
 CONDITIONINGS = ("replace", "clean")
@@ -33,7 +34,8 @@ class ADMCConfig(ModelConfig):
         start_step: n of ``"replace"``, 50 (§5.5; 30 and 80 in Table 4).
         init: first value of missing tokens in ``"replace"``: ``"unit"`` (paper) or ``"scaled"``.
         min_alpha_bar: ``"clean"`` uses steps up to the one with this ᾱ; beyond it the schedule holds no signal.
-        sampling_steps: DDIM evaluations of ``"clean"``.
+        sampling_steps, solver: network evaluations of ``"clean"``, and by which of
+            :data:`modafill.diffusion.SOLVERS`.
         condition_noise: standard deviation of noise on the observed tokens while ``"clean"`` trains, in units of theirs
             (conditioning augmentation, Ho et al. 2022, JMLR 23:47). It keeps the network from trusting what holds for
             training embeddings only, as a ridge penalty does; sampling reads the observed tokens as they are.
@@ -66,6 +68,7 @@ class ADMCConfig(ModelConfig):
     init: str = "unit"
     min_alpha_bar: float = 1e-4
     sampling_steps: int = 20
+    solver: str = "ddim"
     condition_noise: float = 0.0
     ema_decay: float = 0.995
     latent_scale: float = 1.0
@@ -80,7 +83,7 @@ class ADMCConfig(ModelConfig):
     fusion_epochs: int = 60
     patience: int = 10
 
-    CHOICES: ClassVar = {"conditioning": CONDITIONINGS, "init": INITS}
+    CHOICES: ClassVar = {"conditioning": CONDITIONINGS, "init": INITS, "solver": SOLVERS}
     RANGES: ClassVar = {
         "textcnn_dropout": (0.0, 0.99),
         "encoder_dropout": (0.0, 0.99),

@@ -1,0 +1,205 @@
+"""A transformer over the few tokens of each sample, which is asked for the missing ones alone. For inference."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modafill.ops import backends, reference
+from modafill.ops.backends import _C
+
+# Fewer tokens do not pay for a copy of the weights.
+_FEW_TOKENS = 24
+# Samples that PyTorch's layers take at a time on a CPU, so that what lies between the layers stays in the caches.
+_ROWS_AT_A_TIME = 128
+_TENSORS_PER_LAYER = 12
+
+
+def _rule(dtype: torch.dtype) -> str:
+    """What :func:`modafill.ops.explain` says of weights of ``dtype`` on a CPU."""
+    if dtype == torch.bfloat16 and backends.multiplies_bfloat16():
+        return "torch for bfloat16 weights: this processor multiplies them faster than float32"
+    return ""
+
+
+backends.RULES["token_denoiser"] = _rule
+
+
+class TokenNetwork:
+    """The weights of a transformer that :func:`token_denoiser` runs, as they were when this was made.
+
+    Args:
+        encoder: pre-norm layers with exact GELU (``norm_first=True, activation="gelu", batch_first=True``) and a norm
+            behind the last one. Its dropout is not applied.
+        project_out: from its channels to the width of the tokens.
+        project_in: from the width of the tokens to its channels; None where both are equal.
+        dtype: of the matrices and their biases, None = theirs: beside float32, bfloat16 or float16. Normalisations, and
+            what lies between the layers, stay in the precision of the module.
+
+    Raises:
+        ValueError: another kind of encoder, or a dtype that does not go with the module's.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.TransformerEncoder,
+        project_out: nn.Linear,
+        project_in: nn.Linear | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        layers = [cast(nn.TransformerEncoderLayer, layer) for layer in encoder.layers]
+        fits = encoder.norm is not None and all(
+            layer.norm_first and layer.activation is F.gelu and layer.self_attn.in_proj_bias is not None
+            for layer in layers
+        )
+        if not layers or not fits:
+            raise ValueError("encoder: expected layers with norm_first, exact GELU and biases, and a norm behind them")
+        self.state_dtype = project_out.weight.dtype
+        self.dtype = dtype or self.state_dtype
+        if self.state_dtype not in (torch.float32, torch.float64) or (
+            self.dtype != self.state_dtype
+            and (self.state_dtype != torch.float32 or self.dtype not in (torch.bfloat16, torch.float16))
+        ):
+            raise ValueError(
+                f"dtype: got {self.dtype} for a module of {self.state_dtype}, expected that of a float32 or float64 "
+                "module, or bfloat16 or float16 for a float32 one"
+            )
+        norm = cast(nn.LayerNorm, encoder.norm)
+        self.heads, self.epsilon = layers[0].self_attn.num_heads, norm.eps
+        self.width, self.channels = project_out.weight.shape
+        self.hidden, self.n_layers = layers[0].linear1.out_features, len(layers)
+
+        def norms(module: nn.LayerNorm) -> list[Tensor | None]:
+            return [module.weight.detach(), module.bias.detach()]
+
+        def matrices(weight: Tensor, bias: Tensor) -> list[Tensor | None]:
+            return [t.detach().to(self.dtype).contiguous() for t in (weight, bias)]
+
+        self.tensors = [None, None] if project_in is None else matrices(project_in.weight, project_in.bias)
+        for layer in layers:
+            attention = layer.self_attn
+            self.tensors += [
+                *norms(layer.norm1),
+                *matrices(cast(Tensor, attention.in_proj_weight), cast(Tensor, attention.in_proj_bias)),
+                *matrices(attention.out_proj.weight, attention.out_proj.bias),
+                *norms(layer.norm2),
+                *matrices(layer.linear1.weight, layer.linear1.bias),
+                *matrices(layer.linear2.weight, layer.linear2.bias),
+            ]
+        self.tensors += [*norms(norm), *matrices(project_out.weight, project_out.bias)]
+        self._packed: Tensor | None = None
+
+    def _described(self, x: Tensor, available: Tensor, added: Tensor, out: Tensor, packed: Tensor | None) -> Any:
+        return _C.TokenDenoiserArgs(
+            backends.DTYPE_CODES[x.dtype],
+            backends.DTYPE_CODES[self.dtype],
+            *map(backends.pointer, (out, x, available, added)),
+            [backends.pointer(tensor) for tensor in self.tensors],
+            backends.pointer(packed),
+            *x.shape,
+            self.channels,
+            self.heads,
+            self.hidden,
+            self.n_layers,
+            self.epsilon,
+        )
+
+    def run(self, x: Tensor, available: Tensor, added: Tensor) -> Tensor:
+        """As :func:`token_denoiser` by the extension, for arguments that were checked."""
+        out = torch.empty_like(x)
+        if self._packed is None and x.shape[0] * x.shape[1] > _FEW_TOKENS:
+            described = self._described(x, available, added, out, None)
+            packed = x.new_empty(_C.token_denoiser_size(described))
+            backends.launch("pack_token_denoiser", "cpu", x.device, self._described(x, available, added, out, packed))
+            self._packed = packed
+        backends.launch("token_denoiser", "cpu", x.device, self._described(x, available, added, out, self._packed))
+        return out
+
+
+def _in_torch(network: TokenNetwork, x: Tensor, available: Tensor, added: Tensor) -> Tensor:
+    """The op in PyTorch's own layers."""
+    count, tokens, width = x.shape
+    channels, heads, dtype = network.channels, network.heads, network.dtype
+    tensors: Any = network.tensors
+    h = x if tensors[0] is None else F.linear(x.to(dtype), tensors[0], tensors[1]).to(x.dtype)
+    h = h + added[torch.arange(tokens, device=x.device), available.to(torch.int64)]
+    missing = (~available).flatten().nonzero().flatten()
+
+    def normalised(weight: Tensor, bias: Tensor) -> Tensor:
+        return F.layer_norm(h, (channels,), weight, bias, network.epsilon).to(dtype)
+
+    for i in range(network.n_layers):
+        n1, m1, w_in, b_in, w_out, b_out, n2, m2, w1, c1, w2, c2 = tensors[
+            2 + i * _TENSORS_PER_LAYER : 2 + (i + 1) * _TENSORS_PER_LAYER
+        ]
+        qkv = F.linear(normalised(n1, m1), w_in, b_in).reshape(count, tokens, 3, heads, channels // heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        if i + 1 == network.n_layers:
+            # Nobody reads what the last layer says of observed tokens.
+            samples = missing // tokens
+            q = q.transpose(1, 2).flatten(0, 1)[missing].unsqueeze(2)
+            k, v, h = k[samples], v[samples], h.flatten(0, 1)[missing].unsqueeze(1)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        h = h + F.linear(attended, w_out, b_out).to(x.dtype)
+        h = h + F.linear(F.gelu(F.linear(normalised(n2, m2), w1, c1)), w2, c2).to(x.dtype)
+    norm, shift, w, b = tensors[-4:]
+    said = F.linear(normalised(norm, shift), w, b).to(x.dtype).flatten(0, 1)
+    return x.new_zeros(count * tokens, width).index_copy(0, missing, said).view_as(x)
+
+
+def token_denoiser(
+    network: TokenNetwork, x: Tensor, available: Tensor, added: Tensor, *, backend: str = "auto"
+) -> Tensor:
+    """What a transformer says of the missing tokens of each sample: ADN (ADMC §3.2), without what nobody reads.
+
+    A complete sample costs nothing, and the last layer asks for missing tokens alone. On a CPU each thread takes some
+    samples through all layers at a time.
+
+    Args:
+        network: the weights.
+        x: ``[B, M, width]``, float32 or float64 as the network's normalisations.
+        available: bool ``[B, M]``, True = observed.
+        added: ``[M, 2, channels]`` like ``x``: what is added to each token after the projection in, where it is missing
+            and where it is observed (embeddings of step, modality and state).
+        backend: ``"auto"`` or one of :data:`modafill.ops.backends.BACKENDS`; see :func:`modafill.ops.explain`.
+
+    Returns:
+        Like ``x``: the network's output for missing tokens, zeros for observed ones. No gradient flows through it.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit.
+        RuntimeError: ``backend`` names one that cannot run here.
+    """
+    backends.check_tensor("x", x)
+    if x.ndim != 3 or x.shape[2] != network.width or x.dtype != network.state_dtype:
+        expected = f"{backends.dtype_name(network.state_dtype)} [B, M, {network.width}]"
+        raise ValueError(f"x: got {backends.describe(x)}, expected {expected}")
+    for name, value, shape, dtype in (
+        ("available", available, x.shape[:2], torch.bool),
+        ("added", added, (x.shape[1], 2, network.channels), x.dtype),
+    ):
+        backends.check_tensor(name, value)
+        backends.check_described(name, value, shape, dtype, x.device)
+    automatic = backends.requested(backend) == "auto"
+    if automatic and not backends.runs_eagerly(x, available, added):
+        chosen = "torch"
+    else:
+        chosen = backends.select("token_denoiser", x.device, network.dtype, backend)
+        if automatic and chosen == "cpu" and _rule(network.dtype):
+            chosen = "torch"
+    with torch.no_grad():
+        if chosen == "cpu":
+            return network.run(x.contiguous(), available.contiguous(), added.contiguous())
+        if chosen == "reference":
+            return reference.token_denoiser(
+                x, available, added, network.tensors, heads=network.heads, epsilon=network.epsilon
+            ).to(x.dtype)
+        size = _ROWS_AT_A_TIME if x.is_cpu else max(1, len(x))
+        with torch.autocast(x.device.type, enabled=False):
+            parts = [
+                _in_torch(network, x[i : i + size], available[i : i + size], added) for i in range(0, len(x), size)
+            ]
+        return torch.cat(parts) if parts else torch.empty_like(x)

@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from modafill import ops
+from modafill.ops import TokenNetwork, token_denoiser
+
+# channels, heads, hidden, width of the tokens: vectors of every length, whole and in part.
+SIZES = {"odd": (20, 5, 52, 24), "projected": (96, 4, 192, 64), "direct": (64, 8, 112, 64)}
+
+
+def modules(size: str, dtype: torch.dtype = torch.float32, layers: int = 2) -> tuple[nn.Module, nn.Module, nn.Module]:
+    channels, heads, hidden, width = SIZES[size]
+    torch.manual_seed(1)
+    layer = nn.TransformerEncoderLayer(
+        channels, heads, hidden, dropout=0.3, activation="gelu", batch_first=True, norm_first=True
+    )
+    encoder = nn.TransformerEncoder(layer, layers, norm=nn.LayerNorm(channels, eps=1e-3), enable_nested_tensor=False)
+    for module in encoder.modules():
+        if isinstance(module, nn.LayerNorm):
+            nn.init.normal_(module.weight, 1.0, 0.3)
+            nn.init.normal_(module.bias)
+            module.eps = 1e-3
+        elif isinstance(module, nn.MultiheadAttention):
+            nn.init.normal_(module.in_proj_bias)
+            nn.init.normal_(module.out_proj.bias)
+    into = nn.Identity() if size == "direct" else nn.Linear(width, channels)
+    return tuple(m.to(dtype).eval() for m in (encoder, nn.Linear(channels, width), into))
+
+
+def network(size: str, dtype: torch.dtype = torch.float32, weights: torch.dtype | None = None) -> TokenNetwork:
+    encoder, out, into = modules(size, dtype)
+    return TokenNetwork(encoder, out, None if isinstance(into, nn.Identity) else into, weights)
+
+
+def inputs(size: str, rows: int, tokens: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(rows)
+    channels, _, _, width = SIZES[size]
+    available = torch.rand(rows, tokens, generator=generator) < 0.5
+    x = torch.randn(rows, tokens, width, generator=generator, dtype=torch.float64)
+    added = torch.randn(tokens, 2, channels, generator=generator, dtype=torch.float64)
+    return x.to(dtype), available, added.to(dtype)
+
+
+def by_torch(size: str, x: Tensor, available: Tensor, added: Tensor, dtype: torch.dtype) -> Tensor:
+    """PyTorch's own modules, asked for every token."""
+    encoder, out, into = modules(size, dtype)
+    with torch.no_grad():
+        h = into(x.to(dtype)) + added.to(dtype)[torch.arange(x.shape[1]), available.long()]
+        return out(encoder(h)).masked_fill(available[..., None], 0.0)
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch", "reference"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("size", SIZES)
+def test_it_is_the_transformer_of_pytorch(size: str, dtype: torch.dtype, tolerance: float, backend: str) -> None:
+    model = network(size, dtype)
+    for tokens, rows, threads in ((3, 1, 1), (3, 1, 2), (2, 5, 2), (3, 40, 2), (5, 67, 1), (5, 67, 2), (1, 3, 2)):
+        torch.set_num_threads(threads)
+        given = inputs(size, rows, tokens, dtype)
+        expected = by_torch(size, *given, torch.float64)
+        found = token_denoiser(model, *given, backend=backend)
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+        assert expected.abs().max() > 0.1 or given[1].all()
+
+
+@pytest.mark.parametrize(
+    "backend, weights", [("cpu", torch.bfloat16), ("torch", torch.bfloat16), ("torch", torch.float16)]
+)
+@pytest.mark.parametrize("rows", [3, 40])
+def test_weights_of_half_precision(weights: torch.dtype, rows: int, backend: str) -> None:
+    given = inputs("projected", rows, 3)
+    exact = by_torch("projected", *given, torch.float64)
+    theirs = by_torch("projected", *given, weights)
+    ours = token_denoiser(network("projected", weights=weights), *given, backend=backend)
+    assert ours.dtype == torch.float32
+    error = (ours - exact).abs().max()
+    assert 1e-6 < error <= 2 * (theirs.double() - exact).abs().max() + 1e-6
+
+
+def test_a_sample_has_the_same_bits_in_any_batch_and_on_any_threads() -> None:
+    model, (x, available, added) = network("projected"), inputs("projected", 200, 3)
+    whole = token_denoiser(model, x, available, added, backend="cpu")
+    for rows in (torch.arange(199, -1, -1), torch.arange(60, 71)):
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            part = token_denoiser(model, x[rows], available[rows], added, backend="cpu")
+            assert torch.equal(part, whole[rows])
+    few = [token_denoiser(network("projected"), x[:4], available[:4], added, backend="cpu") for _ in range(2)]
+    assert torch.equal(*few)
+    torch.testing.assert_close(few[0], whole[:4], rtol=1e-5, atol=1e-5)
+
+
+def test_a_complete_sample_is_not_read_and_no_sample_another() -> None:
+    model, (x, available, added) = network("odd"), inputs("odd", 30, 3)
+    available[::4] = True
+    expected = token_denoiser(model, x, available, added)
+    assert (expected[available] == 0).all()
+    poisoned = x.masked_fill(available.all(1)[:, None, None], torch.nan)
+    assert torch.equal(token_denoiser(model, poisoned, available, added), expected)
+    poisoned[1] = torch.nan
+    assert torch.isnan(token_denoiser(model, poisoned, available, added)[1][~available[1]]).all()
+    rest = torch.arange(30) != 1
+    assert torch.equal(token_denoiser(model, poisoned, available, added)[rest], expected[rest])
+
+
+@pytest.mark.parametrize("rows", [0, 6])
+def test_nothing_to_do(rows: int) -> None:
+    x, _, added = inputs("odd", max(rows, 1), 3)
+    available = torch.ones(rows, 3, dtype=torch.bool)
+    for backend in ("cpu", "torch", "reference"):
+        out = token_denoiser(network("odd"), x[:rows], available, added, backend=backend)
+        assert torch.equal(out, torch.zeros(rows, 3, 24))
+
+
+def test_strided_inputs() -> None:
+    model, (x, available, added) = network("odd"), inputs("odd", 12, 3)
+    expected = token_denoiser(model, x, available, added)
+    wide = torch.stack([x, x * torch.nan], -1)[..., 0]
+    turned = available.T.contiguous().T
+    assert not wide.is_contiguous()
+    assert torch.equal(token_denoiser(model, wide, turned, added.mT.contiguous().mT), expected)
+
+
+def test_what_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ops.explain("token_denoiser").backend == "cpu"
+    assert ops.explain("token_denoiser", dtype=torch.float16).backend == "torch"
+    given = inputs("odd", 12, 3)
+    for fast in (False, True):
+        monkeypatch.setattr(ops.backends, "multiplies_bfloat16", lambda fast=fast: fast)
+        ops.backends._choose.cache_clear()
+        model = network("odd", weights=torch.bfloat16)
+        expected = token_denoiser(model, *given, backend="torch" if fast else "cpu")
+        assert torch.equal(token_denoiser(model, *given), expected)
+        assert ("torch for bfloat16" in str(ops.explain("token_denoiser", dtype=torch.bfloat16))) == fast
+    ops.backends._choose.cache_clear()
+    # Where something watches, PyTorch's own layers run: a compiled function has no break.
+    model = network("odd")
+    compiled = torch.compile(lambda x, added: token_denoiser(model, x, given[1], added), backend="eager")
+    torch.testing.assert_close(compiled(given[0], given[2]), token_denoiser(model, *given), rtol=1e-5, atol=1e-5)
+
+
+def test_mistakes() -> None:
+    model, (x, available, added) = network("odd"), inputs("odd", 4, 3)
+    for wrong, message in (
+        ((x[..., 1:], available, added), r"x: got float32 \[4, 3, 23\] on cpu, expected float32 \[B, M, 24\]"),
+        ((x.double(), available, added), "x: got float64"),
+        ((x[0], available, added), r"x: got float32 \[3, 24\]"),
+        ((x, available.long(), added), r"available: got int64 \[4, 3\] on cpu, expected bool \[4, 3\]"),
+        ((x, available[1:], added), r"available: got bool \[3, 3\]"),
+        ((x, available, added[:2]), r"added: got float32 \[2, 2, 20\] on cpu, expected float32 \[3, 2, 20\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            token_denoiser(model, *wrong)
+    with pytest.raises(TypeError, match="x: got NoneType"):
+        token_denoiser(model, None, available, added)
+    with pytest.raises(RuntimeError, match="token_denoiser has no such backend"):
+        token_denoiser(model, x, available, added, backend="cuda")
+
+
+@pytest.mark.parametrize("change", [{"norm_first": False}, {"activation": "relu"}, {"bias": False}])
+def test_encoders_that_it_does_not_run(change: dict[str, object]) -> None:
+    options = {"norm_first": True, "activation": "gelu", "batch_first": True, **change}
+    layer = nn.TransformerEncoderLayer(8, 2, 16, **options)
+    encoder = nn.TransformerEncoder(layer, 1, norm=nn.LayerNorm(8), enable_nested_tensor=False)
+    with pytest.raises(ValueError, match="encoder: expected layers with norm_first"):
+        TokenNetwork(encoder, nn.Linear(8, 8))
+
+
+@pytest.mark.parametrize("dtype, weights", [(torch.float32, torch.float64), (torch.float64, torch.bfloat16)])
+def test_dtypes_that_do_not_go_together(dtype: torch.dtype, weights: torch.dtype) -> None:
+    with pytest.raises(ValueError, match="dtype: got torch"):
+        network("odd", dtype, weights)
