@@ -14,7 +14,7 @@ from modafill.diffusion import Schedule
 from modafill.ops import backends
 
 NETWORK_OPS = ("prompt_attention", "conv_gelu_conv")
-STEP_OPS = tuple(name for name in backends.OPS if name not in NETWORK_OPS)
+STEP_OPS = tuple(name for name in backends.REGISTERED if name not in NETWORK_OPS)
 
 
 @dataclass(frozen=True)
