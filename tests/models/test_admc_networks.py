@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from modafill import ops
-from modafill.diffusion import SOLVERS, angular_steps, sample_clean, sample_replace, step_embedding
+from modafill.diffusion import SOLVERS, Sampling, angular_steps, sample_clean, sample_replace, step_embedding
 from modafill.models.admc import ADN, ADMCConfig, Fusion, ModalityEncoder, TokenScaler
 
 SMALL = ADMCConfig(
@@ -323,13 +323,13 @@ def test_a_row_is_imputed_the_same_wherever_it_stands(conditioning: str) -> None
     tokens, available, ids = tokens_of(rows), AVAILABLE.repeat(64, 1), torch.arange(rows)
     whole = adn.sample(tokens, available, seed=4)[0]
 
-    def check(at: Tensor, **options: int) -> None:
+    def check(at: Tensor, **options: Any) -> None:
         again = adn.sample(tokens[at], available[at], seed=4, row_id=ids[at], **options)[0]
         torch.testing.assert_close(again, whole[at], rtol=0, atol=1e-5)
 
     check(ids.flip(0))
     check(ids[300:320])
-    check(ids[:64], chunk_size=7)
+    check(ids[:64], sampling=Sampling(chunk_size=7))
     check(ids[:16], n_samples=3)
     for row in (0, 2, 402, 511):
         check(ids[row : row + 1])
@@ -374,20 +374,22 @@ def test_the_fast_path_is_the_network(conditioning: str, adn_width: int | None) 
             steps = angular_steps(adn.schedule, adn.last_step, 9)
             expected = sample_clean(partial(adn, available=AVAILABLE), observed, AVAILABLE, steps=steps, **options)
     torch.testing.assert_close(adn.sample(tokens, AVAILABLE, seed=4)[0], expected, rtol=0, atol=1e-4)
-    half = adn.sample(tokens, AVAILABLE, seed=4, dtype=torch.bfloat16)[0]
+    half = adn.sample(tokens, AVAILABLE, seed=4, sampling=Sampling(dtype=torch.bfloat16))[0]
     assert 1e-6 < (half - expected).abs().max() < 0.1
 
 
 def test_solvers_of_the_configuration_and_of_a_call() -> None:
     tokens, plain = tokens_of(8), make_adn("clean", sampling_steps=6)
-    results = {solver: plain.sample(tokens, AVAILABLE, solver=solver) for solver in SOLVERS}
+    results = {solver: plain.sample(tokens, AVAILABLE, sampling=Sampling(solver=solver)) for solver in SOLVERS}
     for solver, expected in results.items():
         assert torch.equal(make_adn("clean", sampling_steps=6, solver=solver).sample(tokens, AVAILABLE), expected)
     assert len({tuple(out[0, 0, 0].tolist()) for out in results.values()}) == len(SOLVERS)
     with pytest.raises(ValueError, match="solver: got 'euler', expected one of ddim, dpm\\+\\+, heun"):
-        plain.sample(tokens, AVAILABLE, solver="euler")
+        Sampling(solver="euler")
     seen: list[tuple[int, int]] = []
-    plain.sample(tokens, AVAILABLE, n_samples=2, chunk_size=5, progress=lambda *done: seen.append(done))
+    plain.sample(
+        tokens, AVAILABLE, n_samples=2, sampling=Sampling(chunk_size=5), progress=lambda *done: seen.append(done)
+    )
     assert seen == [(5, 12), (10, 12), (12, 12)]
 
 
@@ -405,14 +407,29 @@ def test_complete_rows_cost_nothing(conditioning: str, monkeypatch: pytest.Monke
     evaluations = {"replace": SMALL.start_step, "clean": SMALL.sampling_steps}
     assert len(calls) == evaluations[conditioning]
     calls.clear()
-    options = {"replace": {"start_step": 3}, "clean": {"sampling_steps": 2}}
-    adn.sample(tokens, AVAILABLE[:4], **options[conditioning])
-    assert len(calls) == {"replace": 3, "clean": 2}[conditioning]
-    other = options["clean" if conditioning == "replace" else "replace"]
-    with pytest.raises(
-        ValueError, match=f"{next(iter(other))}: got .* expected None with conditioning '{conditioning}'"
-    ):
-        adn.sample(tokens, AVAILABLE[:4], **other)
+    adn.sample(tokens, AVAILABLE[:4], sampling=Sampling(steps=3))
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("name, value", [("solver", "ddim"), ("eta", 0.5)])
+def test_the_papers_loop_has_no_solver(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"{name}: got {value!r}, expected None with conditioning 'replace'"):
+        make_adn("replace").sample(tokens_of(4), AVAILABLE[:4], sampling=Sampling(**{name: value}))
+
+
+@pytest.mark.parametrize(
+    "name, value, expected",
+    [
+        ("steps", 0, "a whole number, at least 1"),
+        ("steps", 2.5, "a whole number, at least 1"),
+        ("chunk_size", -1, "a whole number, at least 1"),
+        ("solver", "euler", "one of ddim, dpm"),
+        ("dtype", torch.int8, "a floating-point type"),
+    ],
+)
+def test_sampling_says_what_it_wants(name: str, value: object, expected: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}: got {value!r}, expected {expected}"):
+        Sampling(**{name: value})
 
 
 def test_no_rows() -> None:
@@ -430,7 +447,6 @@ def test_no_rows() -> None:
         (torch.zeros(2, 3, 16), torch.ones(3, 3).bool(), {}, "available: got"),
         (torch.zeros(2, 3, 16), torch.tensor([[1, 0, 0], [0, 0, 0]]).bool(), {}, r"nothing is observed in rows \[1\]"),
         (torch.zeros(1, 3, 16), torch.tensor([[True, False, True]]), {"n_samples": 0}, "n_samples: got 0"),
-        (torch.zeros(1, 3, 16), torch.tensor([[True, False, True]]), {"chunk_size": -1}, "chunk_size: got -1"),
         (
             torch.zeros(1, 3, 16),
             torch.tensor([[True, False, True]]),
@@ -447,17 +463,12 @@ def test_sample_errors(
 
 
 @pytest.mark.parametrize(
-    "conditioning, options",
-    [
-        ("replace", {"start_step": 0}),
-        ("replace", {"start_step": 1001}),
-        ("clean", {"sampling_steps": 0}),
-        ("clean", {"sampling_steps": 548}),
-    ],
+    "conditioning, steps, message",
+    [("replace", 1001, "start_step: got 1001"), ("clean", 548, "evaluations: got 548, expected 1…547")],
 )
-def test_sampling_outside_the_schedule(conditioning: str, options: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match=r"(start_step|evaluations): got"):
-        make_adn(conditioning).sample(tokens_of(8), AVAILABLE, **options)
+def test_sampling_outside_the_schedule(conditioning: str, steps: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_adn(conditioning).sample(tokens_of(8), AVAILABLE, sampling=Sampling(steps=steps))
 
 
 def test_scaler_standardises_observed_rows() -> None:

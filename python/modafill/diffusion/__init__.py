@@ -3,8 +3,11 @@
 from modafill.diffusion.embedding import step_embedding
 from modafill.diffusion.samplers import (
     SOLVERS,
+    Sampling,
     angular_steps,
     check_samples,
+    denoise,
+    eps_of_v,
     sample_clean,
     sample_replace,
     sample_row_ids,
@@ -14,9 +17,12 @@ from modafill.diffusion.schedule import Schedule
 
 __all__ = [
     "SOLVERS",
+    "Sampling",
     "Schedule",
     "angular_steps",
     "check_samples",
+    "denoise",
+    "eps_of_v",
     "sample_clean",
     "sample_replace",
     "sample_row_ids",

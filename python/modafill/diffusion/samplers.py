@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -17,6 +18,36 @@ Denoiser = Callable[[Tensor, int], Tensor]
 
 SAMPLE_SHIFT = 48
 SOLVERS = ("ddim", "dpm++", "heun")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn; None leaves it to the model's configuration.
+
+    Attributes:
+        steps: network evaluations for a completion; with ADMC's ``"replace"`` the step n that it starts at, which is
+            their number.
+        solver: one of :data:`SOLVERS`; None with ``"replace"``.
+        eta: 0 is deterministic DDIM, 1 ancestral sampling; None with ``"replace"``.
+        dtype: of the weights in products, such as bfloat16; what is denoised keeps the model's own precision.
+        chunk_size: completions that go through all steps at a time.
+    """
+
+    steps: int | None = None
+    solver: str | None = None
+    eta: float | None = None
+    dtype: torch.dtype | None = None
+    chunk_size: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "chunk_size"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"{name}: got {value!r}, expected a whole number, at least 1")
+        if self.solver not in (None, *SOLVERS):
+            raise ValueError(f"solver: got {self.solver!r}, expected one of {', '.join(SOLVERS)}")
+        if self.dtype not in (None, torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            raise ValueError(f"dtype: got {self.dtype}, expected a floating-point type")
 
 
 def check_samples(n_samples: int) -> None:
@@ -122,11 +153,7 @@ def sample_clean(
     seed: int,
     row_id: Tensor | None = None,
 ) -> Tensor:
-    """DDIM over missing tokens (CDTP eq. 8–9) with the observed tokens clean at every step, or a second-order solver.
-
-    Both of these are DDIM steps on another ε̂. DPM-Solver++(2M) (Lu et al. 2022, algorithm 2) extrapolates x̂₀ from the
-    step before; the last step, to σ = 0, does not. Heun's method (Karras et al. 2022, algorithm 1, in their variables
-    x/√ᾱ and √((1 − ᾱ)/ᾱ)) takes the mean of ε̂ at both ends of a step, but for the last, with twice the evaluations.
+    """:func:`denoise` over missing tokens with the observed tokens clean at every step.
 
     Args:
         predict_v: v_θ(x ``[B, M, D]``, step), v = √ᾱ ε − √(1 − ᾱ) x₀ (Salimans & Ho 2022). ε-prediction would divide
@@ -143,29 +170,68 @@ def sample_clean(
     """
     if len(steps) < 2 or steps[-1] != 0 or any(n <= previous for n, previous in pairwise(steps)):
         raise ValueError(f"steps: got {steps}, expected at least one diffusion step, descending, and 0 at the end")
+    keep = available[..., None]
+    start = ops.randn(tuple(observed.shape), seed=seed, row_id=row_id, draw=Draw.INITIAL, device=observed.device)
+
+    def keep_observed(x: Tensor) -> Tensor:
+        return torch.where(keep, observed, x)
+
+    x = keep_observed(start.to(observed.dtype))
+    predict = eps_of_v(predict_v, schedule)
+    return denoise(
+        predict, x, schedule, steps=steps, solver=solver, eta=eta, seed=seed, row_id=row_id, after=keep_observed
+    )
+
+
+def eps_of_v(predict_v: Denoiser, schedule: Schedule) -> Denoiser:
+    """ε̂ of a network that predicts v = √ᾱ ε − √(1 − ᾱ) x₀ (Salimans & Ho 2022)."""
+    signals = schedule.table[:, ops.reference.SQRT_ALPHA_BAR].tolist()
+    sigmas = schedule.table[:, ops.reference.SQRT_ONE_MINUS_ALPHA_BAR].tolist()
+    return lambda x, n: signals[n] * predict_v(x, n) + sigmas[n] * x
+
+
+def denoise(
+    predict_eps: Denoiser,
+    x: Tensor,
+    schedule: Schedule,
+    *,
+    steps: list[int],
+    solver: str = "ddim",
+    eta: float = 0.0,
+    seed: int,
+    row_id: Tensor | None = None,
+    after: Callable[[Tensor], Tensor] = lambda x: x,
+) -> Tensor:
+    """x₀ ``[B, …]`` from ``x [B, …]`` at ``steps[0]``; ``after`` is applied to x after each step.
+
+    ``"ddim"`` is CDTP's eq. 8–9. The second-order solvers are DDIM steps on another ε̂. DPM-Solver++(2M) (Lu et al.
+    2022, algorithm 2) extrapolates x̂₀ from the step before; the last step, to σ = 0, does not. Heun's method (Karras
+    et al. 2022, algorithm 1, in their variables x/√ᾱ and √((1 − ᾱ)/ᾱ)) takes the mean of ε̂ at both ends of a step, but
+    for the last, with twice the evaluations.
+
+    Args:
+        predict_eps: ε_θ(x, step).
+        steps: the visited steps, descending, last one 0 (:func:`solver_steps`).
+        solver, eta, seed, row_id: as in :func:`sample_clean`.
+    """
     if solver not in SOLVERS:
         raise ValueError(f"solver: got {solver!r}, expected one of {', '.join(SOLVERS)}")
     if eta and solver != "ddim":
         raise ValueError(f"eta: got {eta}, expected 0 with solver {solver!r}")
     schedule.check_step("steps", steps[0])
-    table = schedule.table.to(observed.device)
-    keep = available[..., None]
-    start = ops.randn(tuple(observed.shape), seed=seed, row_id=row_id, draw=Draw.INITIAL, device=observed.device)
-    x = torch.where(keep, observed, start.to(observed.dtype))
+    table = schedule.table.to(x.device)
     signals = schedule.table[:, ops.reference.SQRT_ALPHA_BAR].tolist()
     sigmas = schedule.table[:, ops.reference.SQRT_ONE_MINUS_ALPHA_BAR].tolist()
 
     def step(x: Tensor, eps: Tensor, n: int, previous: int) -> Tensor:
-        x = ops.ddim_step(x, eps, table, n, previous, eta=eta, seed=seed, row_id=row_id)
-        return torch.where(keep, observed, x)
+        return after(ops.ddim_step(x, eps, table, n, previous, eta=eta, seed=seed, row_id=row_id))
 
     clean_before, length_before = x, math.inf
     for n, previous in pairwise(steps):
-        signal, sigma = signals[n], sigmas[n]
-        v = predict_v(x, n)
-        eps = signal * v + sigma * x
+        eps = predict_eps(x, n)
         if solver == "dpm++":
-            clean = signal * x - sigma * v
+            signal, sigma = signals[n], sigmas[n]
+            clean = (x - sigma * eps) / signal
             # Of the step in log(signal / sigma), of which there is no end at step 0.
             length = math.log(signals[previous] / sigmas[previous] * sigma / signal) if previous else 0.0
             ahead = length / (2 * length_before)
@@ -173,8 +239,6 @@ def sample_clean(
                 eps = eps - (signal * ahead / sigma) * (clean - clean_before)
             clean_before, length_before = clean, length
         elif solver == "heun" and previous:
-            there = step(x, eps, n, previous)
-            eps_there = signals[previous] * predict_v(there, previous) + sigmas[previous] * there
-            eps = (eps + eps_there) / 2
+            eps = (eps + predict_eps(step(x, eps, n, previous), previous)) / 2
         x = step(x, eps, n, previous)
     return x

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from modafill.data import all_patterns, missing_patterns, pattern_name
+from modafill.diffusion import Sampling
 from modafill.evaluation.figures import embedding_figure
 from modafill.evaluation.linear import LinearModel
 from modafill.evaluation.metrics import crps, nrmse, recognition
@@ -59,21 +60,21 @@ def evaluate_part(
     patterns = missing_patterns(len(names))
     shown = shown_patterns(names)
     complete = complete_rows(trainer, fold, part)
-    methods: list[tuple[str, str, dict[str, int]]] = [(m, METHOD_NAMES[m], {}) for m in RIVALS]
+    methods: list[tuple[str, str, Sampling | None]] = [(m, METHOD_NAMES[m], None) for m in RIVALS]
     for conditioning in trainer.variants:
-        methods.append((conditioning, METHOD_NAMES[conditioning], {}))
+        methods.append((conditioning, METHOD_NAMES[conditioning], None))
         if conditioning == "replace":
-            methods += [("replace", f"ADMC replace n={n}", {"start_step": n}) for n in start_steps]
+            methods += [("replace", f"ADMC replace n={n}", Sampling(steps=n)) for n in start_steps]
     linear = LinearModel(trainer)
     scale = trainer.config.latent_scale
-    for method, label, options in methods:
+    for method, label, sampling in methods:
         for index in shown:
             pattern, column = patterns[index], pattern_name(patterns[index], names)
             rows = complete
             truth, target = trainer.tokens[rows], trainer.target[rows]
             seed = derive_seed(trainer.seed, "evaluate")
-            completed = trainer.complete(method, rows, pattern, n_samples, seed, **options)
-            if not options:
+            completed = trainer.complete(method, rows, pattern, n_samples, seed, sampling or Sampling())
+            if sampling is None:
                 fusion = trainer.fusion_for(method, index)
                 add(RECOGNITION, label, column, recognition(_probabilities(fusion, completed[:1]), target))
             hidden = ~pattern
@@ -85,14 +86,14 @@ def evaluate_part(
             if isinstance(fill, RidgeFill):
                 available = pattern.to(trainer.device).expand(len(rows), -1)
                 completed = fill.sample(truth, available, n_samples, seed, rows)
-            elif not options and len(completed) > 1:
+            elif sampling is None and len(completed) > 1:
                 figures = recognition(_probabilities(fusion, completed), target)
                 add(RECOGNITION, f"{label}, {AVERAGED}", column, figures)
             if len(completed) > 1:
                 figures = recognition(_probabilities(frozen, completed), target)
                 add(FROZEN, f"{label}, {AVERAGED}", column, figures)
             add(CALIBRATION, label, column, {"CRPS": crps(completed[:, :, hidden], truth[:, hidden], scale)})
-        if not options:
+        if sampling is None:
             tokens, full_fusion = trainer.tokens[complete], trainer.complete_fusion
             if method in trainer.variants:
                 trainer.model.adn = trainer.adns[method]

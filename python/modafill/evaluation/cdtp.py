@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from modafill.data import Batch, all_patterns, missing_patterns, pattern_name
+from modafill.diffusion import Sampling
 from modafill.evaluation.linear import LinearModel
 from modafill.evaluation.metrics import crps, figures_of
 from modafill.evaluation.parts import AVERAGED, CALIBRATION, ERROR, FROZEN, complete_rows, shown_patterns
@@ -169,7 +170,9 @@ def _recognise(
                 drawn = model.samples(given, n_samples, seed=seed)
                 out[f"{name}, {_averaged(trainer)}"] = torch.stack([say(sample) for sample in drawn]).mean(0)
             for steps in sampling_steps:
-                out[f"{name}, {steps} DDIM steps"] = say(model.generate(given, seed=seed, sampling_steps=steps))
+                out[f"{name}, {steps} DDIM steps"] = say(
+                    model.generate(given, seed=seed, sampling=Sampling(steps=steps))
+                )
     return out
 
 

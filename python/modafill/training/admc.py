@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from modafill import ops
 from modafill.data import Batch, FeatureStore, Labels, Standardizer, missing_patterns, random_available
+from modafill.diffusion import Sampling
 from modafill.files import derive_seed, read_tensors, write_tensors
 from modafill.models.admc import ADMC, ADN, ADMCConfig, Fusion, ModalitySpec, UnimodalClassifier, encoder_kind
 from modafill.models.admc.config import CONDITIONINGS
@@ -186,13 +187,20 @@ class ADMCTrainer(PartTrainer):
                 self._fills[method] = self.adns[method]
         return self._fills[method]
 
-    def complete(self, method: str, rows: Tensor, pattern: Tensor, n_samples: int, seed: int, **options: Any) -> Tensor:
+    def complete(
+        self, method: str, rows: Tensor, pattern: Tensor, n_samples: int, seed: int, sampling: Sampling = Sampling()
+    ) -> Tensor:
         """Tokens ``[K, B, M, D]`` of ``rows`` with only ``pattern [M]`` shown: K samples, or a rival's one estimate."""
         available = pattern.to(self.device).expand(len(rows), -1)
         fill = self.fill(method)
         if isinstance(fill, ADN):
             return fill.sample(
-                self.tokens[rows], available, n_samples=n_samples, seed=seed, row_id=rows.to(torch.int64), **options
+                self.tokens[rows],
+                available,
+                n_samples=n_samples,
+                seed=seed,
+                row_id=rows.to(torch.int64),
+                sampling=sampling,
             )
         return fill.point(self.tokens[rows], available)[None]
 

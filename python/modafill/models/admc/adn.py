@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from modafill import ops
 from modafill.diffusion import (
+    Sampling,
     Schedule,
     check_samples,
     sample_clean,
@@ -105,11 +106,7 @@ class ADN(nn.Module):
         n_samples: int = 1,
         seed: int = 0,
         row_id: Tensor | None = None,
-        start_step: int | None = None,
-        sampling_steps: int | None = None,
-        solver: str | None = None,
-        dtype: torch.dtype | None = None,
-        chunk_size: int = 4096,
+        sampling: Sampling = Sampling(),
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> Tensor:
         """K completions ``[K, B, M, D]`` of ``tokens [B, M, D]``: observed tokens bit-exact, missing ones generated.
@@ -117,11 +114,7 @@ class ADN(nn.Module):
         Complete rows cost nothing; values of missing tokens are never read.
 
         Args:
-            start_step: of ``"replace"``; None takes the configuration's.
-            sampling_steps, solver: of ``"clean"`` (:func:`modafill.diffusion.sample_clean`), the former its network
-                evaluations; None takes the configuration's.
-            dtype: of the weights in products (:class:`modafill.ops.TokenNetwork`); None = the module's own.
-            chunk_size: completions that go through all steps at a time.
+            sampling: what differs from the configuration.
             progress: called with the completions made so far and their number.
         """
         if tokens.ndim != 3 or tokens.shape[1:] != (self.n_modalities, self.config.width):
@@ -132,15 +125,12 @@ class ADN(nn.Module):
                 f"available: got {available.dtype} {list(available.shape)}, expected bool {list(tokens.shape[:2])}"
             )
         check_samples(n_samples)
-        if chunk_size < 1:
-            raise ValueError(f"chunk_size: got {chunk_size}, expected at least 1")
         if row_id is not None and row_id.shape != (len(tokens),):
             raise ValueError(f"row_id: got shape {list(row_id.shape)}, expected [{len(tokens)}]")
         replace = self.config.conditioning == "replace"
-        foreign = {"sampling_steps": sampling_steps, "solver": solver} if replace else {"start_step": start_step}
-        for name, value in foreign.items():
-            if value is not None:
-                raise ValueError(f"{name}: got {value!r}, expected None with conditioning {self.config.conditioning!r}")
+        for name in ("solver", "eta") if replace else ():
+            if getattr(sampling, name) is not None:
+                raise ValueError(f"{name}: got {getattr(sampling, name)!r}, expected None with conditioning 'replace'")
         bad = (~available.any(1)).nonzero().flatten().tolist()
         if bad:
             raise ValueError(
@@ -152,15 +142,15 @@ class ADN(nn.Module):
         out = tokens.expand(n_samples, *tokens.shape).clone()
         sample_ids = sample_row_ids(rows[todo], n_samples)
         index = todo.repeat(n_samples)
-        solver = solver or self.config.solver
+        solver, chunk_size = sampling.solver or self.config.solver, sampling.chunk_size or 4096
         if replace:
-            first = self.config.start_step if start_step is None else start_step
+            first = sampling.steps or self.config.start_step
             self.schedule.check_step("start_step", first)
             steps = list(range(first, -1, -1))
         else:
-            evaluations = self.config.sampling_steps if sampling_steps is None else sampling_steps
+            evaluations = sampling.steps or self.config.sampling_steps
             steps = solver_steps(self.schedule, self.last_step, evaluations, solver)
-        predict = self.predictor(steps[:-1], dtype)
+        predict = self.predictor(steps[:-1], sampling.dtype)
         parts = []
         for at in range(0, len(index), chunk_size):
             part = slice(at, at + chunk_size)
@@ -182,7 +172,15 @@ class ADN(nn.Module):
             else:
                 parts.append(
                     sample_clean(
-                        network, observed, mask, self.schedule, steps=steps, solver=solver, seed=seed, row_id=ids
+                        network,
+                        observed,
+                        mask,
+                        self.schedule,
+                        steps=steps,
+                        solver=solver,
+                        eta=sampling.eta or 0.0,
+                        seed=seed,
+                        row_id=ids,
                     )
                 )
             progress(min(at + chunk_size, len(index)), len(index))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from modafill.data import Batch, all_patterns, pattern_index
+from modafill.diffusion import Sampling
 from modafill.models.admc.adn import ADN
 from modafill.models.admc.config import ADMCConfig
 from modafill.models.admc.encoders import ModalityEncoder, UnimodalClassifier
@@ -116,23 +118,39 @@ class ADMC(nn.Module):
         return torch.where(batch.available[..., None], self.scaler(self.embed(batch)), 0.0)
 
     @torch.no_grad()
-    def enhance(self, tokens: Tensor, *, seed: int = 0, row_id: Tensor | None = None) -> Tensor:
+    def enhance(
+        self, tokens: Tensor, *, seed: int = 0, row_id: Tensor | None = None, sampling: Sampling = Sampling()
+    ) -> Tensor:
         """MMER's tokens ``[B, M, 2D]``: each modality beside its generation from all the others (eq. 5)."""
         count = tokens.shape[1]
         generated = torch.empty_like(tokens)
         for m in range(count):
             others = torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
             others[:, m] = False
-            generated[:, m] = self.adn.sample(tokens, others, seed=seed, row_id=row_id)[0, :, m]
+            generated[:, m] = self.adn.sample(tokens, others, seed=seed, row_id=row_id, sampling=sampling)[0, :, m]
         return torch.cat([tokens, generated], dim=-1)
 
     @torch.no_grad()
-    def impute(self, batch: Batch, *, n_samples: int = 1, seed: int = 0) -> Completed:
+    def impute(
+        self,
+        batch: Batch,
+        *,
+        n_samples: int = 1,
+        seed: int = 0,
+        sampling: Sampling = Sampling(),
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Completed:
         """Embeddings ``[B, D]`` of each modality, K times; what is missing is generated."""
         self.check(batch)
         embeddings = self.embed(batch)
         samples = self.adn.sample(
-            self.scaler(embeddings), batch.available, n_samples=n_samples, seed=seed, row_id=batch.row_id
+            self.scaler(embeddings),
+            batch.available,
+            n_samples=n_samples,
+            seed=seed,
+            row_id=batch.row_id,
+            sampling=sampling,
+            progress=progress,
         )
         samples = torch.where(batch.available[..., None], embeddings, self.scaler.inverse(samples))
         return Completed(
@@ -141,7 +159,7 @@ class ADMC(nn.Module):
         )
 
     @torch.no_grad()
-    def recognise(self, batch: Batch, *, n_samples: int = 1, seed: int = 0) -> Tensor:
+    def recognise(self, batch: Batch, *, n_samples: int = 1, seed: int = 0, sampling: Sampling = Sampling()) -> Tensor:
         """Class probabilities ``[B, classes]``: MMCR with each row's own fusion network, MMER where nothing is missing.
 
         Where something is missing, probabilities are averaged over ``n_samples`` completions; MMER reads one. Call it
@@ -150,12 +168,14 @@ class ADMC(nn.Module):
         tokens = self.encode(batch)
         pattern = pattern_index(batch.available)
         out = tokens.new_zeros(len(tokens), self.n_classes)
-        completed = self.adn.sample(tokens, batch.available, n_samples=n_samples, seed=seed, row_id=batch.row_id)
+        completed = self.adn.sample(
+            tokens, batch.available, n_samples=n_samples, seed=seed, row_id=batch.row_id, sampling=sampling
+        )
         for index in pattern.unique().tolist():
             rows = (pattern == index).nonzero().flatten()
             if index == len(self.fusions):
-                logits = self.enhanced(self.enhance(tokens[rows], seed=seed, row_id=batch.row_id[rows]))
-                out[rows] = logits.softmax(-1)
+                enhanced = self.enhance(tokens[rows], seed=seed, row_id=batch.row_id[rows], sampling=sampling)
+                out[rows] = self.enhanced(enhanced).softmax(-1)
             else:
                 logits = self.fusions[index](completed[:, rows].flatten(0, 1))
                 out[rows] = logits.softmax(-1).reshape(n_samples, len(rows), -1).mean(0)

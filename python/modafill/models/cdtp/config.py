@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from modafill.diffusion import SOLVERS
 from modafill.models.completed import ModalitySpec
 from modafill.models.config import ModelConfig
 
@@ -75,7 +76,8 @@ class CDTPConfig(ModelConfig):
         sampling_steps: evaluations of the DDIM sampler (eq. 8–9), 20 (own choice: on a toy with a known answer the mean
             of ε-predictions errs by 0.19 of the noise's deviation with 10 steps and by 0.13 with 20, that of
             v-predictions by 0.09 with 10).
-        eta: 0 deterministic, 1 ancestral.
+        solver: which of :data:`modafill.diffusion.SOLVERS`.
+        eta: of ``"ddim"``: 0 deterministic, 1 ancestral.
         drop_rate: p_drop, how often a training sample loses modalities, 0.2 (§4.3).
         diffusion_weight: λ of the diffusion loss beside the task's in joint training (the paper names none).
         training: ``"two-stage"`` (diffusion before fusion, §3; on the projections of a backbone that is trained before
@@ -111,6 +113,7 @@ class CDTPConfig(ModelConfig):
     prediction: str = "epsilon"
     min_alpha_bar: float = 1e-3
     sampling_steps: int = 20
+    solver: str = "ddim"
     eta: float = 0.0
     drop_rate: float = 0.2
     diffusion_weight: float = 1.0
@@ -124,6 +127,7 @@ class CDTPConfig(ModelConfig):
     patience: int = 10
 
     CHOICES: ClassVar = {
+        "solver": SOLVERS,
         "completion": COMPLETIONS,
         "type_prompt": TYPE_PROMPTS,
         "prediction": PREDICTIONS,

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from modafill import ops
-from modafill.diffusion import angular_steps
+from modafill.diffusion import Sampling, denoise, eps_of_v, solver_steps
 from modafill.models.cdtp.backbone import groups_of
 from modafill.models.cdtp.config import CDTPConfig
 from modafill.models.cdtp.stacked import Which, choose, valid_mask
@@ -120,23 +119,21 @@ class ConditionalDiffusion(nn.Module):
         *,
         seed: int,
         row_id: Tensor,
-        sampling_steps: int | None = None,
-        eta: float | None = None,
+        sampling: Sampling = Sampling(),
     ) -> dict[tuple[int, int], Tensor]:
         """CondDiff_{target←source} by DDIM (eq. 8–9), for each missing target of a sample from each available source.
 
         Args:
             x, lengths, available: as in :meth:`loss`; ``lengths`` of missing modalities are those that they are to get.
             seed, row_id: of the noise: that of a pair of a row is a function of (seed, row id, pair).
-            sampling_steps, eta: None = the configuration's.
+            sampling: what differs from the configuration; ``chunk_size`` does not count here.
 
         Returns:
             (target, source) → ``[B, L, d]``, zero in samples that do not need it; pairs that none needs are left out.
         """
-        schedule = self._schedule
-        table = schedule.table.to(available.device)
-        evaluations = self.config.sampling_steps if sampling_steps is None else sampling_steps
-        steps = angular_steps(schedule, self.last_step, evaluations)
+        schedule, solver = self._schedule, sampling.solver or self.config.solver
+        steps = solver_steps(schedule, self.last_step, sampling.steps or self.config.sampling_steps, solver)
+        eta = self.config.eta if sampling.eta is None else sampling.eta
         wanted = torch.stack([~available[:, t] & available[:, s] for t, s in self.pairs], dim=1)
         out, codes = {}, self._encode(x, lengths, wanted)
         for work in self._batched(wanted):
@@ -147,23 +144,18 @@ class ConditionalDiffusion(nn.Module):
             # Also under autocast what is denoised keeps the precision of the parameters.
             kind, device = self.mean.dtype, available.device
             noisy = ops.randn(flat, seed=seed, row_id=ids, draw=Draw.INITIAL, dtype=kind, device=device)
-            for step, previous in pairwise(steps):
-                at = torch.full(shape[:2], step, device=available.device)
-                predicted = self._predict(noisy.view(shape), at, condition, lengths_of_target, work, weights)
-                predicted = predicted.flatten(0, 1).to(kind)
-                if self.config.prediction == "v":
-                    signal, sigma = (float(schedule.table[step, c]) for c in (SQRT_ALPHA_BAR, SQRT_ONE_MINUS_ALPHA_BAR))
-                    predicted = signal * predicted + sigma * noisy
-                noisy = ops.ddim_step(
-                    noisy,
-                    predicted,
-                    table,
-                    step,
-                    previous,
-                    eta=self.config.eta if eta is None else eta,
-                    seed=seed,
-                    row_id=ids,
-                )
+
+            def predict(
+                x: Tensor,
+                step: int,
+                shape: tuple[int, ...] = shape,
+                context: tuple[Any, ...] = (condition, lengths_of_target, work, weights),
+            ) -> Tensor:
+                at = torch.full(shape[:2], step, device=x.device)
+                return self._predict(x.view(shape), at, *context).flatten(0, 1).to(x.dtype)
+
+            predict_eps = eps_of_v(predict, schedule) if self.config.prediction == "v" else predict
+            noisy = denoise(predict_eps, noisy, schedule, steps=steps, solver=solver, eta=eta, seed=seed, row_id=ids)
             targets = [self.pairs[p][0] for p in work.pairs]
             real = noisy.view(shape) * self.std[targets][:, None, None] + self.mean[targets][:, None, None]
             real = torch.where(valid_mask(lengths_of_target, shape[2])[..., None], real, 0.0)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from modafill.data import Batch, pattern_index
-from modafill.diffusion.samplers import SAMPLE_SHIFT, check_samples, sample_row_ids
+from modafill.diffusion.samplers import SAMPLE_SHIFT, Sampling, check_samples, sample_row_ids
 from modafill.models.cdtp.backbone import MulT
 from modafill.models.cdtp.completion import TimeMaps
 from modafill.models.cdtp.config import CDTPConfig, SequenceSpec
@@ -25,6 +26,7 @@ from modafill.ops.prompt_attention import MAX_LENGTH, MAX_WIDTH
 Pairs = dict[tuple[int, int], Tensor]
 # Draws of fewer rows go through the networks together.
 _ROWS_AT_A_TIME = 256
+_HALVES = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -124,31 +126,30 @@ class CDTP(nn.Module):
         return Sequences(self.backbone.project(features, lengths), lengths, batch.available, batch.row_id)
 
     @torch.no_grad()
-    def generate(
-        self, given: Sequences, *, seed: int = 0, sampling_steps: int | None = None, eta: float | None = None
-    ) -> Pairs:
+    def generate(self, given: Sequences, *, seed: int = 0, sampling: Sampling = Sampling()) -> Pairs:
         """x̂_{target←source} of each missing target of a sample from each available source, by diffusion (eq. 8–9).
 
         They are constants for the task's gradient, which trains what maps them to the target, not the denoisers.
 
         Args:
             given: from :meth:`project`.
-            seed, sampling_steps, eta: as in :meth:`ConditionalDiffusion.generate`.
+            seed, sampling: as in :meth:`ConditionalDiffusion.generate`.
 
         Returns:
             (target, source) → ``[B, L, d]``; empty where nothing is missing or the completion is no diffusion.
         """
         if self.diffusion is None or not bool((~given.available).any()):
             return {}
-        return self.diffusion.generate(
-            given.x,
-            self.suggested_lengths(given),
-            given.available,
-            seed=seed,
-            row_id=given.row_id,
-            sampling_steps=sampling_steps,
-            eta=eta,
-        )
+        device = given.available.device.type
+        with torch.autocast(device, sampling.dtype) if sampling.dtype in _HALVES else nullcontext():
+            return self.diffusion.generate(
+                given.x,
+                self.suggested_lengths(given),
+                given.available,
+                seed=seed,
+                row_id=given.row_id,
+                sampling=sampling,
+            )
 
     def complete(self, given: Sequences, generated: Pairs) -> Sequences:
         """What is missing from the ``generated`` pairs and prompts, and missing-signal prompts added to all (§3.4).
@@ -213,12 +214,10 @@ class CDTP(nn.Module):
             mode=mode if kind != "none" else None,
         )
 
-    def forward(
-        self, batch: Batch, *, seed: int = 0, sampling_steps: int | None = None, eta: float | None = None
-    ) -> Tensor:
+    def forward(self, batch: Batch, *, seed: int = 0, sampling: Sampling = Sampling()) -> Tensor:
         """Logits or values ``[B, outputs]``; what ``batch`` lacks is generated first. Complete samples bypass that."""
         given = self.project(batch)
-        generated = self.generate(given, seed=seed, sampling_steps=sampling_steps, eta=eta)
+        generated = self.generate(given, seed=seed, sampling=sampling)
         return self.predict(self.complete(given, generated))
 
     def check(self, batch: Batch) -> None:
@@ -228,25 +227,25 @@ class CDTP(nn.Module):
             spec.check(name, batch.features[name])
 
     def samples(
-        self, given: Sequences, n_samples: int, *, seed: int = 0, sampling_steps: int | None = None
+        self, given: Sequences, n_samples: int, *, seed: int = 0, sampling: Sampling = Sampling()
     ) -> Iterator[Pairs]:
         """K draws of :meth:`generate`; the first ones stay the same when K grows."""
         size = len(given.row_id)
-        for count, _, generated in self._draws(given, n_samples, seed, sampling_steps):
+        for count, _, generated in self._draws(given, n_samples, seed, sampling):
             for at in range(0, count * size, size):
                 yield {pair: made[at : at + size] for pair, made in generated.items()}
 
     def _draws(
-        self, given: Sequences, n_samples: int, seed: int, sampling_steps: int | None = None
+        self, given: Sequences, n_samples: int, seed: int, sampling: Sampling
     ) -> Iterator[tuple[int, Sequences, Pairs]]:
         """K draws of :meth:`generate`, several at a time: how many, the batch as often, and what was drawn."""
         pairs = len(self.backbone.pairs)
         if n_samples * pairs >= 1 << (63 - SAMPLE_SHIFT):
             raise ValueError(f"n_samples: got {n_samples}, expected at most {(1 << (63 - SAMPLE_SHIFT)) // pairs - 1}")
         ids = sample_row_ids(given.row_id, n_samples).view(n_samples, len(given.row_id))
-        for some in ids.split(max(1, _ROWS_AT_A_TIME // len(given.row_id))):
+        for some in ids.split(max(1, (sampling.chunk_size or _ROWS_AT_A_TIME) // len(given.row_id))):
             drawn = given.repeat(some)
-            yield len(some), drawn, self.generate(drawn, seed=seed, sampling_steps=sampling_steps)
+            yield len(some), drawn, self.generate(drawn, seed=seed, sampling=sampling)
 
     def fill(self, given: Sequences, generated: Pairs, draw: int) -> Sequences:
         """What is missing as it was generated from one source, without prompts or maps.
@@ -267,7 +266,15 @@ class CDTP(nn.Module):
         return Sequences(x, self.suggested_lengths(given), given.available, given.row_id)
 
     @torch.no_grad()
-    def impute(self, batch: Batch, *, n_samples: int = 1, seed: int = 0) -> Completed:
+    def impute(
+        self,
+        batch: Batch,
+        *,
+        n_samples: int = 1,
+        seed: int = 0,
+        sampling: Sampling = Sampling(),
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Completed:
         """Projected sequences ``[B, L, d]`` of each modality, K times; each sample is generated from one source.
 
         Raises:
@@ -277,10 +284,10 @@ class CDTP(nn.Module):
             raise ValueError(f"completion: got {self.config.completion!r}, expected 'diffusion' to impute with")
         self.check(batch)
         given, names = self.project(batch), list(self.modalities)
-        drawn = [
-            self.fill(given, generated, draw).x
-            for draw, generated in enumerate(self.samples(given, n_samples, seed=seed))
-        ]
+        drawn = []
+        for draw, generated in enumerate(self.samples(given, n_samples, seed=seed, sampling=sampling)):
+            drawn.append(self.fill(given, generated, draw).x)
+            progress((draw + 1) * len(batch), n_samples * len(batch))
         return Completed(
             dict(zip(names, given.x, strict=True)),
             {name: torch.stack([sample[m] for sample in drawn]) for m, name in enumerate(names)},
@@ -288,7 +295,7 @@ class CDTP(nn.Module):
         )
 
     @torch.no_grad()
-    def recognise(self, batch: Batch, *, n_samples: int = 1, seed: int = 0) -> Tensor:
+    def recognise(self, batch: Batch, *, n_samples: int = 1, seed: int = 0, sampling: Sampling = Sampling()) -> Tensor:
         """Class probabilities ``[B, classes]``, or scores ``[B]``, averaged over ``n_samples`` completions.
 
         Call it in evaluation mode: in training mode dropout is drawn from torch's generator.
@@ -298,7 +305,7 @@ class CDTP(nn.Module):
         given, answers = self.project(batch), []
         if self.diffusion is None or bool(given.available.all()):
             n_samples = 1  # every sample is the same
-        for count, drawn, generated in self._draws(given, n_samples, seed):
+        for count, drawn, generated in self._draws(given, n_samples, seed, sampling):
             said = self.predict(self.complete(drawn, generated))
             answer = said[:, 0] if self.outputs == 1 else said.softmax(-1)
             answers.append(answer.unflatten(0, (count, len(batch))))
