@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,10 +16,15 @@ from torch import Tensor, nn
 
 from modafill.data import Batch, FeatureStore, StoreWriter
 from modafill.data.patterns import check_available, name_rows
+from modafill.diffusion import Sampling
 from modafill.files import replacing
 from modafill.models.admc import ADMC
 from modafill.models.cdtp import CDTP
+from modafill.models.config import ModelConfig
 from modafill.models.pretrained import load_pretrained
+
+if TYPE_CHECKING:
+    from modafill.training import EpochDone
 
 _MOST_ROWS, _COMPLETIONS_BYTES = 1024, 2**29
 
@@ -60,11 +67,26 @@ class ModalityImputer(nn.Module):
 
     Args:
         model: the trained system.
+        steps: network evaluations for a completion (ADMC's ``"replace"``: the step it starts at).
+        solver: ``"ddim"``, ``"dpm++"`` (DPM-Solver++(2M)) or ``"heun"``; none with ``"replace"``.
+        dtype: of the weights in the diffusion network's products: bfloat16 or float16; what is denoised stays float32.
+        chunk_size: completions that go through all steps at a time.
+
+    Where one of them is None the model's configuration decides.
     """
 
-    def __init__(self, model: ADMC | CDTP) -> None:
+    def __init__(
+        self,
+        model: ADMC | CDTP,
+        *,
+        steps: int | None = None,
+        solver: str | None = None,
+        dtype: torch.dtype | None = None,
+        chunk_size: int | None = None,
+    ) -> None:
         super().__init__()
         self.model = model.eval().requires_grad_(False)
+        self.sampling = Sampling(steps=steps, solver=solver, dtype=dtype, chunk_size=chunk_size)
 
     def train(self, mode: bool = True) -> ModalityImputer:
         """As :meth:`torch.nn.Module.train`, but the model's dropout stays off."""
@@ -73,9 +95,71 @@ class ModalityImputer(nn.Module):
         return self
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> ModalityImputer:
-        """Load a model folder, a run folder's ``fold…-seed…/model``, or a Hugging Face Hub id."""
-        return cls(load_pretrained(path))
+    def from_pretrained(
+        cls, path: str | Path, *, device: torch.device | str | None = None, **options: Any
+    ) -> ModalityImputer:
+        """Load a model folder, a run folder's ``fold…-seed…/model``, or a Hugging Face Hub id, onto ``device``.
+
+        ``options`` are those of the class, such as ``steps=8``.
+        """
+        return cls(load_pretrained(path), **options).to(device)
+
+    @classmethod
+    def fit(
+        cls,
+        data: str | Path | FeatureStore,
+        *,
+        model: str = "admc",
+        preset: str = "small",
+        conditioning: str = "clean",
+        config: ModelConfig | None = None,
+        out: str | Path | None = None,
+        seed: int = 0,
+        mapping: str | None = None,
+        progress: Callable[[EpochDone], None] = lambda done: None,
+        **options: Any,
+    ) -> ModalityImputer:
+        """Train a model on labelled data, as ``modafill train``, and make an imputer of it.
+
+        Args:
+            data: a feature store or an ``.npz`` archive, or the path of one. It names a label, with which the encoders
+                are trained.
+            model: ``"admc"`` or ``"cdtp"``.
+            preset: ``"small"`` (minutes on two CPU cores) or ``"paper"``.
+            conditioning: of an ADMC: ``"clean"`` or ``"replace"`` (the paper).
+            config: numbers of the model in place of the preset's.
+            out: folder of the run, which goes on where it stopped; None trains in a temporary one.
+            seed: of weights, order and noise.
+            mapping: which array of an archive is what, as ``--mapping``.
+            progress: called after each epoch.
+            options: of the class, such as ``steps=8``.
+
+        Raises:
+            ValueError: no such model, preset or conditioning, or data that cannot be trained on.
+        """
+        # The only import upwards, where it is asked for.
+        from modafill.training.run import TRAINERS, Run, train
+
+        if model not in TRAINERS:
+            raise ValueError(f"model: got {model!r}, expected one of {', '.join(TRAINERS)}")
+        wanted = {"conditioning": conditioning} if model == "admc" else {}
+        numbers = TRAINERS[model].CONFIG.preset(preset) if config is None else config
+        window = data.window if isinstance(data, FeatureStore) else None
+        path = Path(data.path if isinstance(data, FeatureStore) else data)
+        with tempfile.TemporaryDirectory() as scratch:
+            run = Run(
+                folder=Path(out or scratch).resolve(),
+                model=model,
+                data=str(path.resolve()),
+                mapping=mapping,
+                config=replace(numbers, **wanted),
+                variants=(conditioning if model == "admc" else "full",),
+                folds=1,
+                seeds=(seed,),
+                window=window,
+            )
+            train(run, progress)
+            return cls.from_pretrained(run.part_folder(0, seed) / "model", **options)
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write ``config.json`` and ``model.safetensors`` to the folder ``path``."""
@@ -101,6 +185,7 @@ class ModalityImputer(nn.Module):
         n_samples: int = 1,
         seed: int = 0,
         row_ids: Tensor | None = None,
+        progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> Imputation:
         """Complete a batch.
 
@@ -112,13 +197,15 @@ class ModalityImputer(nn.Module):
                 available are not read: it gets what the others' suggest (:meth:`CDTP.complete`).
             n_samples: K completions per row.
             seed, row_ids: the noise of a row depends on (seed, row id) alone. Ids in [0, 2⁴⁸); default 0…B−1.
+            progress: called with the completions made so far and their number.
 
         Raises:
             TypeError: features that are no mapping, or no tensors.
             ValueError: an unknown modality, a wrong width, NaN or infinity in an observed feature, a row with nothing
                 observed, an empty batch.
         """
-        return self.complete(self._batch(features, available, lengths, row_ids), n_samples=n_samples, seed=seed)
+        batch = self._batch(features, available, lengths, row_ids)
+        return self.complete(batch, n_samples=n_samples, seed=seed, progress=progress)
 
     @torch.no_grad()
     def recognise(
@@ -137,7 +224,7 @@ class ModalityImputer(nn.Module):
         over the ``n_samples`` completions.
         """
         batch = self._batch(features, available, lengths, row_ids)
-        return self.model.recognise(batch, n_samples=n_samples, seed=seed)
+        return self.model.recognise(batch, n_samples=n_samples, seed=seed, sampling=self.sampling)
 
     def _batch(
         self,
@@ -187,9 +274,16 @@ class ModalityImputer(nn.Module):
         return Batch(full, available, rows, full_lengths)
 
     @torch.no_grad()
-    def complete(self, batch: Batch, *, n_samples: int = 1, seed: int = 0) -> Imputation:
+    def complete(
+        self,
+        batch: Batch,
+        *,
+        n_samples: int = 1,
+        seed: int = 0,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Imputation:
         """As calling the imputer, for a :class:`~modafill.data.Batch`."""
-        done = self.model.impute(batch, n_samples=n_samples, seed=seed)
+        done = self.model.impute(batch, n_samples=n_samples, seed=seed, sampling=self.sampling, progress=progress)
         return Imputation(done.mean(batch.available), ~batch.available, done.samples, done.lengths)
 
 
@@ -259,7 +353,7 @@ def recognise_store(
         classes = imputer.classes
         writer.writerow(["id", "class", *(f"p({name})" for name in classes)] if classes else ["id", "score"])
         for rows, batch in _batches(imputer, store, n_samples, batch_size):
-            said = imputer.model.recognise(batch, n_samples=n_samples, seed=seed).cpu()
+            said = imputer.model.recognise(batch, n_samples=n_samples, seed=seed, sampling=imputer.sampling).cpu()
             for name, row in zip(store.ids(rows), said.view(len(rows), -1), strict=True):
                 best = [classes[int(row.argmax())]] if classes else []
                 writer.writerow([name, *best, *(f"{value:.6g}" for value in row.tolist())])
