@@ -264,10 +264,11 @@ class ModalityImputer(nn.Module):
         if bool((available & ~present).any()):
             absent = [n for n, a, p in zip(self.modalities, available.any(0), present, strict=True) if a and not p]
             raise ValueError(f"available: marks {absent[0]!r} as observed, but features has no such tensor")
+        dtype = next(self.parameters()).dtype
         full, full_lengths = {}, {}
         for name, spec in self.model.modalities.items():
             shape = (len(first), 1, spec.width) if spec.sequence else (len(first), spec.width)
-            full[name] = given[name].to(torch.float32) if name in given else first.new_zeros(shape, dtype=torch.float32)
+            full[name] = given[name].to(dtype) if name in given else first.new_zeros(shape, dtype=dtype)
             if spec.sequence:
                 steps = torch.full((len(first),), full[name].shape[1], dtype=torch.int64, device=first.device)
                 full_lengths[name] = (lengths or {}).get(name, steps) if name in given else steps

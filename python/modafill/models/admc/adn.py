@@ -73,12 +73,15 @@ class ADN(nn.Module):
         """ε (``"replace"``) or v (``"clean"``) ``[B, M, D]`` for tokens ``x`` at ``step`` (int or int64 ``[B]``)."""
         if isinstance(step, int):
             step = torch.full((1,), step, dtype=torch.int64, device=x.device)
-        h = self.project_in(x) + self.modality + self.step_mlp(step_embedding(step, self.width))[:, None]
+        h = self.project_in(x) + self.modality + self._embed(step)[:, None]
         if self.state is not None:
             if available is None:
                 raise ValueError("available: got None, expected a bool [B, M] because conditioning is 'clean'")
             h = h + self.state[available.to(torch.int64)]
         return self.project_out(self.encoder(h))
+
+    def _embed(self, step: Tensor) -> Tensor:
+        return self.step_mlp(step_embedding(step, self.width).to(self.modality.dtype))
 
     @torch.no_grad()
     def predictor(self, steps: Sequence[int], dtype: torch.dtype | None = None) -> Callable[..., Tensor]:
@@ -90,7 +93,7 @@ class ADN(nn.Module):
         """
         project_in = None if isinstance(self.project_in, nn.Identity) else self.project_in
         network = ops.TokenNetwork(self.encoder, self.project_out, project_in, dtype)
-        embedded = self.step_mlp(step_embedding(torch.tensor(steps, device=self.modality.device), self.width))
+        embedded = self._embed(torch.tensor(steps, device=self.modality.device))
         states = 0.0 if self.state is None else self.state
         # [steps, M, missing or observed, d]
         added = (embedded[:, None, None] + (self.modality[:, None] + states)).expand(-1, -1, 2, -1).contiguous()

@@ -96,7 +96,7 @@ class ADMC(nn.Module):
 
     def embed(self, batch: Batch) -> Tensor:
         """Embeddings ``[B, M, D]``; features of missing modalities are never read, their embeddings are zero."""
-        embeddings = torch.zeros(len(batch), len(self.modalities), self.config.width, device=batch.available.device)
+        embeddings = self.scaler.mean.new_zeros(len(batch), len(self.modalities), self.config.width)
         for m, name in enumerate(self.modalities):
             rows = batch.available[:, m].nonzero().flatten()
             if len(rows):
