@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from modafill.benchmarks import networks, rivals, systems
+from modafill.benchmarks import networks, rivals, samplers, systems
 from modafill.benchmarks.ddim import DdimStep
 from modafill.benchmarks.runner import Case, Problem
 
@@ -101,7 +101,18 @@ def cdtp(plan: Plan) -> list[Case]:
     ]  # fmt: skip
 
 
-SUITES: dict[str, Callable[[Plan], list[Case]]] = {"step": step, "ops": ops, "cdtp": cdtp}
+def sampler(plan: Plan) -> list[Case]:
+    """All steps of ADN in the paper's size, from one sample to more than the caches hold."""
+    shapes = [(4, 3, 16)] if plan.quick else [(batch, 3, 256) for batch in (1, 32, 256, 1024, 8192)]
+    return [
+        Case("adn", "impute", shape, torch.float32, plan.device, threads, samplers.AdnSampler, plan.quick)
+        for threads in plan.threads
+        for shape in shapes
+        if shape[0] <= 1024 or threads == max(plan.threads)
+    ]
+
+
+SUITES: dict[str, Callable[[Plan], list[Case]]] = {"step": step, "ops": ops, "sampler": sampler, "cdtp": cdtp}
 
 
 def select(suite: str, plan: Plan) -> list[Case]:

@@ -96,7 +96,8 @@ def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
     rivals = [row for row in rows if not is_ours(row) and row["provider"] not in ROOFLINES and row["correct"]]
     fastest = min(rivals, key=lambda row: row["p50_ms"], default=None)
     paper = next((row for row in rivals if row["provider"] == "eager-paper"), None)
-    for heading in ("ms", "20–80 %", "GB/s", "roofline", "× rival", *(["× paper"] if paper else [])):
+    work = "GFLOP/s" if any(row["gflop_per_s"] for row in rows) else "GB/s"
+    for heading in ("ms", "20–80 %", work, "roofline", "× rival", *(["× paper"] if paper else [])):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         measured = row["provider"] not in ROOFLINES
@@ -104,13 +105,17 @@ def _table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
             row["provider"] if row["correct"] else f"{row['provider']} WRONG",
             _three_digits(row["p50_ms"]),
             f"{_three_digits(row['p20_ms'])}–{_three_digits(row['p80_ms'])}",
-            f"{row['gb_per_s']:.1f}" if row["gb_per_s"] >= 0.05 else "",
+            _rate(row["gflop_per_s"] if work == "GFLOP/s" else row["gb_per_s"]),
             "" if row["roofline_fraction"] is None else f"{row['roofline_fraction']:.2f}",
             _ratio(speed_up(row, fastest)) if is_ours(row) else "",
             *([_ratio(speed_up(row, paper)) if measured else ""] if paper else []),
             style=None if row["correct"] else "red",
         )
     return table
+
+
+def _rate(value: float | None) -> str:
+    return "" if value is None or value < 0.05 else f"{value:.1f}"
 
 
 def _three_digits(value: float) -> str:

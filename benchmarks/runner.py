@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-ROOFLINES = ("triad", "copy")
+ROOFLINES = ("triad", "copy", "matmul")
 
 # A call shorter than this is timed several times a turn.
 _SHORT_NS = 2_000_000
@@ -44,6 +44,7 @@ class Contender:
         run: makes one call on the buffer set of the given index and returns its result.
         check: the correctness gate, on set 0.
         traffic: bytes that one call has to move at least.
+        flops: what it has to multiply and add at least, for ops whose roofline is the matrix rate.
         about: further fields of its row, known after the check.
     """
 
@@ -51,6 +52,7 @@ class Contender:
     check: Callable[[], Check]
     traffic: int
     about: Mapping[str, Any] = field(default_factory=dict)
+    flops: int = 0
 
 
 class Problem(Protocol):
@@ -111,7 +113,9 @@ def run_case(case: Case, *, seconds: float, notice: Callable[[str], None] = lamb
         peaks = {name: _peak_memory(contender.run, case) for name, contender in contenders.items()}
     quantiles = {name: _percentiles(times) for name, times in samples.items()}
     speed = {name: contenders[name].traffic / (quantiles[name][1] * 1e6) for name in contenders}
-    roofline = max((speed[name] for name in ROOFLINES if name in speed), default=None)
+    rate = {name: contenders[name].flops / (quantiles[name][1] * 1e6) for name in contenders}
+    bound = rate if any(rate.values()) else speed
+    roofline = max((bound[name] for name in ROOFLINES if name in bound), default=None)
     return [
         {
             "op": case.op,
@@ -127,7 +131,8 @@ def run_case(case: Case, *, seconds: float, notice: Callable[[str], None] = lamb
             "p80_ms": quantiles[name][2],
             "samples": len(samples[name]),
             "gb_per_s": speed[name],
-            "roofline_fraction": None if roofline is None else speed[name] / roofline,
+            "gflop_per_s": rate[name] or None,
+            "roofline_fraction": None if roofline is None else bound[name] / roofline,
             "peak_memory_bytes": peaks[name],
             "correct": checks[name].correct,
             "max_error": checks[name].max_error,

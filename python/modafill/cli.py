@@ -376,7 +376,7 @@ def demo(
 
 @app.command()
 def bench(
-    suite: Annotated[str, typer.Option(help="Which comparison to run: step, ops, cdtp, or all.")] = "step",
+    suite: Annotated[str, typer.Option(help="Which comparison to run: step, ops, sampler, cdtp, or all.")] = "step",
     json_path: Annotated[Path | None, typer.Option("--json", help="File for the rows.")] = None,
     threads: Annotated[
         str,
@@ -390,14 +390,18 @@ def bench(
     """Time the kernels beside PyTorch's own ways and diffusers, each checked before it is timed.
 
     Columns: ms, the median time of a call, with the 20th and 80th percentile; GB/s, the bytes that the op has to read
-    and write over that time; roofline, GB/s over those of a plain copy or triad of the same size; × rival, how many
-    times as fast as the fastest correct rival; × paper, as the formula that papers print. Modes: fresh allocates the
-    result, out writes into a given one; ops with gradients have forward, backward (its graph is kept) and both.
+    and write over that time; roofline, GB/s over those of a plain copy or triad of the same size (suite sampler:
+    GFLOP/s that the missing tokens need, over those of a large float32 product); × rival, how many times as fast as the
+    fastest correct rival; × paper, as the formula that papers print. Modes: fresh allocates the result, out writes into
+    a given one; ops with gradients have forward, backward (its graph is kept) and both.
 
     Rivals: eager and torch.compile; eager-folded has one precomputed factor per term, eager-baddbmm one call for
     product, scale and bias, eager-channels-last convolves images of one row, eager-linear replaces convolutions of one
     tap. sdpa-materialised gives PyTorch's attention the bias of each sample as its mask, sdpa-folded as further columns
     of queries and keys (up to 256 in all), flex-attention as a score modification (on a CPU, forward alone).
+
+    Suite sampler: ADMC's diffusion network in the paper's size, all its steps, beside the paper's loop in PyTorch;
+    "modafill-fast" is the default conditioning with few evaluations.
 
     Suite cdtp: a training step and an imputation of the whole model, small and in the paper's size, beside the same
     model with its ops in plain PyTorch, and that one sample by sample. Files have network evaluations and peak memory.

@@ -34,6 +34,7 @@ ROW = {
     "p80_ms": float,
     "samples": int,
     "gb_per_s": float,
+    "gflop_per_s": type(None),
     "roofline_fraction": float,
     "peak_memory_bytes": type(None),
     "correct": bool,

@@ -1,0 +1,175 @@
+"""Imputation of tokens by ADN, all its steps, beside the paper's loop in plain PyTorch."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modafill import ops
+from modafill.benchmarks.rivals import SEED, Builders, _compile, _compile_now
+from modafill.benchmarks.runner import Case, Check, Contender, Unavailable
+from modafill.diffusion import Sampling
+from modafill.models.admc import ADN, ADMCConfig
+from modafill.ops import Draw
+from modafill.ops.backends import ENVIRONMENT
+
+_CHECKED_ROWS = 32
+_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.3}
+
+
+class AdnSampler:
+    """Missing tokens of a batch that mixes all incomplete patterns, in the paper's size and number of steps.
+
+    "eager-paper" is the paper's loop as it is written: all tokens through PyTorch's own transformer at each step, the
+    step's embedding too, eq. 3 and 4, torch's noise. "modafill-fast" is another network, that of the default
+    conditioning, with fewer evaluations (``FAST``). Each is held to its own loop in float64, with equal noise.
+    """
+
+    FAST = Sampling(steps=8, solver="dpm++")
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        batch, tokens, width = case.shape
+        numbers: dict[str, Any] = {"width": width}
+        if case.quick:
+            numbers.update(adn_layers=2, adn_heads=2, adn_feedforward=2 * width, fusion_heads=2, start_step=5)
+        self.configs = {c: ADMCConfig(conditioning=c, **numbers) for c in ("replace", "clean")}
+        torch.manual_seed(SEED)
+        self.networks = {c: ADN(tokens, config).to(case.device).eval() for c, config in self.configs.items()}
+        self.tokens = torch.randn(case.shape, device=case.device)
+        rows = torch.arange(batch, device=case.device)
+        patterns = 1 + rows[:, None] % (2**tokens - 2)
+        self.available = (patterns >> torch.arange(tokens, device=case.device)) & 1 == 1
+        self.traffic = 2 * self.tokens.nbytes
+        self.evaluations = 0
+
+    sets = 1
+
+    @property
+    def builders(self) -> Builders:
+        half = Sampling(dtype=torch.bfloat16)
+        return {
+            "modafill": partial(self._ours, "replace", Sampling()),
+            "modafill-bfloat16": partial(self._ours, "replace", half),
+            "modafill-fast": partial(self._ours, "clean", self.FAST),
+            "eager-paper": partial(self._eager, lambda step: step),
+            "torch.compile": partial(self._eager, partial(_compile, case=self.case)),
+            "matmul": self._matmul,
+        }
+
+    def _ours(self, conditioning: str, sampling: Sampling) -> Contender:
+        adn = self.networks[conditioning]
+        evaluations = sampling.steps or self.configs[conditioning].start_step
+
+        def run(_: int) -> Tensor:
+            return adn.sample(self.tokens, self.available, seed=SEED, sampling=sampling)[0]
+
+        def expected(rows: slice) -> Tensor:
+            exact = copy.deepcopy(adn).double()
+            with _by_the_references():
+                return exact.sample(
+                    self.tokens[rows].double(),
+                    self.available[rows],
+                    seed=SEED,
+                    sampling=Sampling(steps=sampling.steps, solver=sampling.solver),
+                )[0]
+
+        return self._contender(lambda: run(0), run, expected, evaluations, sampling.dtype or torch.float32)
+
+    def _eager(self, prepare: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]) -> Contender:
+        config, adn, case = self.configs["replace"], self.networks["replace"], self.case
+        schedule, start = config.schedule(), config.start_step
+        beta = torch.cat([torch.zeros(1, dtype=torch.float64), schedule.betas]).float().to(case.device)
+        alpha, bar = 1 - beta, schedule.alpha_bar.float().to(case.device)
+        mask = self.available[..., None].float()
+
+        def reverse(x: Tensor, n: Tensor, other: Tensor, noise: Tensor) -> Tensor:
+            eps = adn(x, n)
+            renoised = torch.sqrt(bar[n - 1]) * self.tokens + torch.sqrt(1 - bar[n - 1]) * other
+            mean = 1 / torch.sqrt(alpha[n]) * (x - beta[n] / torch.sqrt(1 - bar[n]) * eps)
+            generated = mean + torch.sqrt(beta[n] * (1 - bar[n - 1]) / (1 - bar[n])) * noise
+            return mask * renoised + (1 - mask) * generated
+
+        step = prepare(reverse)
+        every_step = torch.arange(start + 1, device=case.device)[:, None]
+
+        def loop(draw: Callable[[Draw, int], Tensor]) -> Tensor:
+            noised = torch.sqrt(bar[start]) * self.tokens + torch.sqrt(1 - bar[start]) * draw(Draw.FORWARD, start)
+            x = mask * noised + (1 - mask) * draw(Draw.INITIAL, start)
+            for n in range(start, 0, -1):
+                x = step(x, every_step[n], draw(Draw.REVERSE, n), draw(Draw.REVERSE, n))
+            return x
+
+        def known(draw: Draw, n: int) -> Tensor:
+            return ops.randn(tuple(self.tokens.shape), seed=SEED, step=n, draw=draw, device=case.device)
+
+        def expected(rows: slice) -> Tensor:
+            with _by_the_references():
+                return (
+                    copy.deepcopy(adn).double().sample(self.tokens[rows].double(), self.available[rows], seed=SEED)[0]
+                )
+
+        def run(_: int) -> Tensor:
+            return loop(lambda draw, n: torch.randn_like(self.tokens))
+
+        _compile_now(lambda: step(self.tokens, every_step[start], self.tokens, self.tokens))
+        return self._contender(lambda: loop(known), run, expected, start, torch.float32)
+
+    def _contender(
+        self,
+        checked: Callable[[], Tensor],
+        run: Callable[[int], Tensor],
+        expected: Callable[[slice], Tensor],
+        evaluations: int,
+        dtype: torch.dtype,
+    ) -> Contender:
+        rows = slice(0, _CHECKED_ROWS)
+
+        def check() -> Check:
+            error = float((checked()[rows].double() - expected(rows)).abs().max())
+            return Check(error <= _TOLERANCES[dtype], error)
+
+        return Contender(
+            run, check, self.traffic, {"network_evaluations": evaluations}, flops=evaluations * self._flops()
+        )
+
+    def _flops(self) -> int:
+        """What one evaluation of the network has to multiply and add, for the missing tokens alone."""
+        config, (batch, tokens, width) = self.configs["replace"], self.case.shape
+        missing, all_tokens = int((~self.available).sum()), batch * tokens
+        whole = 4 * width**2 + 2 * width * config.adn_feedforward
+        last = all_tokens * 2 * width**2 + missing * (2 * width**2 + 2 * width * config.adn_feedforward)
+        return 2 * (all_tokens * whole * (config.adn_layers - 1) + last + missing * width**2)
+
+    def _matmul(self) -> Contender:
+        """Float32 products of 2048 rows and columns: the rate that the others' fraction is of."""
+        if self.case.quick:
+            raise Unavailable("a quick run measures no rate")
+        a, b = (torch.randn(2048, 2048, device=self.case.device) for _ in range(2))
+
+        def check() -> Check:
+            error = float((a[:8] @ b - a[:8].double() @ b.double()).abs().max())
+            return Check(error < 0.1, error)
+
+        return Contender(lambda _: a @ b, check, 3 * a.nbytes, flops=2 * 2048**3)
+
+
+@contextmanager
+def _by_the_references() -> Iterator[None]:
+    """Every op runs its float64 reference."""
+    before = os.environ.get(ENVIRONMENT)
+    os.environ[ENVIRONMENT] = "reference"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[ENVIRONMENT]
+        else:
+            os.environ[ENVIRONMENT] = before
