@@ -283,6 +283,46 @@ def evaluate(
     _say(f"wrote {stem}.json, {stem}.csv and {stem}.md into {run}")
 
 
+@app.command()
+def curve(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished ADMC run.")],
+    steps: Annotated[
+        str, typer.Option(help="Network evaluations; of the paper's sampler the steps n that it starts at.")
+    ] = "1,2,4,8,16,32,50",
+    solvers: Annotated[str, typer.Option(help="Solvers of 'clean': ddim, dpm++, heun.")] = "ddim,dpm++,heun",
+    samples: Annotated[int, typer.Option(help="Completions per row, K.")] = 16,
+    part: Annotated[str, typer.Option(help="test, or valid: to choose without looking at the test part.")] = "test",
+    dtype: Annotated[str, typer.Option(help="Of the weights in products: float32, bfloat16 or float16.")] = "float32",
+) -> None:
+    """Draw quality against network evaluations and time, for each sampler of a run's diffusion networks.
+
+    Columns: ms, for each completion, in batches of the whole part; UA and NLL of a classifier that saw complete data
+    alone, its probabilities averaged over K completions; NRMSE of their mean; CRPS. All are means over the incomplete
+    patterns, with mean and spread over folds and seeds. Times are of this machine as it is: leave it alone meanwhile.
+
+    Writes curve.json, curve.csv and curve.png into the run's folder.
+    """
+    import torch
+
+    from modafill.evaluation.curve import draw_curve, render_curve
+
+    kinds = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in kinds:
+        raise ValueError(f"dtype: got {dtype!r}, expected one of {', '.join(kinds)}")
+    with _bar("measuring", None) as advance:
+        points = draw_curve(
+            run,
+            steps=_numbers("steps", steps),
+            solvers=tuple(solver for solver in solvers.split(",") if solver),
+            n_samples=samples,
+            part=part,
+            dtype=kinds[dtype],
+            progress=advance,
+        )
+    out_console.print(render_curve(points))
+    _say(f"wrote curve.json, curve.csv and curve.png into {run}")
+
+
 RunOrModel = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, or of one model.")]
 InPath = Annotated[Path, typer.Argument(metavar="IN", help="A feature store (.h5) or an archive (.npz).")]
 NoiseSeed = Annotated[int, typer.Option(help="Of the noise; a row's noise depends on (seed, row number) alone.")]
