@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from modafill import ModalityImputer
+from modafill.bulk import impute_store, recognise_store
 from modafill.data import Batch, FeatureStore, StoreWriter, all_patterns, pattern_index
-from modafill.imputer import Imputation, impute_store, recognise_store
+from modafill.imputer import Imputation
 from modafill.models.admc import ADMC
 
 MakeADMC = Callable[..., ADMC]

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from modafill import ModalityImputer
+from modafill.bulk import impute_store, recognise_store
 from modafill.data import FeatureStore, all_patterns, convert_npz
-from modafill.imputer import impute_store, recognise_store
 from modafill.models.cdtp import CDTP, CDTPConfig, SequenceSpec
 
 PATTERNS = all_patterns(3)

@@ -340,8 +340,8 @@ def impute(
     fold: Fold = 0,
 ) -> None:
     """Write a store of completed embeddings, with what was generated marked."""
+    from modafill.bulk import impute_store
     from modafill.data import FeatureStore
-    from modafill.imputer import impute_store
 
     _must_exist(path)
     _must_be_new(out, ".h5")
@@ -365,7 +365,7 @@ def recognise(
     fold: Fold = 0,
 ) -> None:
     """Write the likeliest class of each sample and the probability of every class, whatever is missing."""
-    from modafill.imputer import recognise_store
+    from modafill.bulk import recognise_store
 
     _must_exist(path)
     _must_be_new(out, ".csv")
@@ -497,8 +497,9 @@ def _model_and_store(run: Path, fold: int, path: Path, mapping: str | None) -> I
     """The imputer of a run's fold or of a model folder, and the samples as that model reads them."""
     import tempfile
 
+    from modafill.bulk import check_store
     from modafill.data import open_data
-    from modafill.imputer import ModalityImputer, check_store
+    from modafill.imputer import ModalityImputer
     from modafill.training import Run
 
     folder = run
