@@ -557,14 +557,24 @@ class _Log:
 
 @contextmanager
 def _bar(what: str, total: int | None) -> Iterator[Any]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    log, quiet = _Log(), not err_console.is_terminal
-    with Progress(*columns, TimeRemainingColumn(), console=err_console, transient=True, disable=quiet) as progress:
-        task = progress.add_task(what, total=total)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
+    log, quiet, begun = _Log(), not err_console.is_terminal, time.monotonic()
+    before: int | None = None
+    times = (TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, *times, console=err_console, transient=True, disable=quiet) as progress:
+        task = progress.add_task(what, total=total, rate="")
 
         def advance(done: int, of: int | None = None) -> None:
-            progress.update(task, completed=done, total=of)
-            log.line(f"{what}: {done} of {of or total}")
+            nonlocal before, begun
+            if before is None:
+                before, begun = done, time.monotonic()  # what an earlier process did takes no time
+            seconds, rate, left = time.monotonic() - begun, "", ""
+            if done > before and seconds:
+                per_second = (done - before) / seconds
+                rate = f"{per_second:.3g}/s"
+                left = f", {rate}, about {math.ceil((of or total or done) - done) / per_second / 60:.0f} min left"
+            progress.update(task, completed=done, total=of, rate=rate)
+            log.line(f"{what}: {done} of {of or total}{left}")
 
         yield advance
 
@@ -630,7 +640,8 @@ def main() -> None:
         raise SystemExit(2) from None
     except (KeyboardInterrupt, typer.Abort):
         print(
-            "modafill: interrupted; the same command goes on with a training and begins all else anew",
+            "modafill: interrupted; the same command goes on with a training or with the shards of a large store, and "
+            "begins all else anew",
             file=sys.stderr,
         )
         raise SystemExit(130) from None

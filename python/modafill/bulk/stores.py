@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from modafill.data import Batch, FeatureStore, StoreWriter
 from modafill.data.patterns import name_rows
-from modafill.files import replacing
+from modafill.files import replacing, write_json
 from modafill.imputer import ModalityImputer
 from modafill.models.cdtp import CDTP
 
@@ -28,41 +33,137 @@ def impute_store(
     n_samples: int = 1,
     seed: int = 0,
     batch_size: int | None = None,
+    shard_rows: int = SHARD_ROWS,
 ) -> Iterator[int]:
     """Write a store of completed embeddings, what was generated marked; yields the rows done so far.
 
     The file appears at ``out`` when the last row is written, or not at all. Labels, groups, splits and ids come along.
-    ``batch_size`` rows are completed at a time; None = as many as keep K completions within half a gigabyte.
+    A store of more than ``shard_rows`` rows goes through in shards of so many, each a file in the folder
+    ``.NAME.shards`` beside ``out``: the same call after a process died begins behind the last that was finished, and
+    ends with the same bits. They are put together at the end.
+
+    Args:
+        imputer: whose device does the work.
+        store: what to complete, as the model reads it (:meth:`FeatureStore.windowed`).
+        n_samples: K completions per row, averaged.
+        seed: the noise of a row depends on it and the row number alone.
+        batch_size: rows that are completed at a time; None = as many as keep K completions within half a gigabyte.
+        shard_rows: rows of a shard.
+
+    Raises:
+        ValueError: a store that the model cannot read, or shards of another call in the way.
     """
     check_store(imputer, store)
-    width = imputer.model.config.width
-    names = imputer.modalities
-    kind = "sequence" if isinstance(imputer.model, CDTP) else "vector"
-    order = store.order()
-    labels = {name: store.labels(name) for name in store.label_names}
-    groups = {name: store.groups(name) for name in store.group_names}
-    splits = {name: store.split(name) for name in store.split_names}
-    with StoreWriter(
-        out,
-        modalities=names,
-        widths=dict.fromkeys(names, width),
-        kinds=dict.fromkeys(names, kind),
-        task={k: v for k, v in store.task.items() if k != "window"},
-    ) as writer:
-        for rows, batch in _batches(imputer, store, n_samples, batch_size):
+    if shard_rows < 1:
+        raise ValueError(f"shard_rows: got {shard_rows}, expected at least 1")
+    options: dict[str, Any] = {"n_samples": n_samples, "seed": seed, "batch_size": batch_size}
+    if len(store) <= shard_rows:
+        yield from _write_shard(imputer, store, out, 0, len(store), **options)
+        return
+    folder = out.absolute().with_name(f".{out.name}.shards")
+    _claim(folder, {**_identity(imputer, store), **options, "shard_rows": shard_rows})
+    shards = []
+    for start in range(0, len(store), shard_rows):
+        stop = min(start + shard_rows, len(store))
+        shard = folder / f"{start:012d}.h5"
+        shards.append(shard)
+        if shard.exists():
+            yield stop
+        else:
+            yield from _write_shard(imputer, store, shard, start, stop, **options)
+    _merge(imputer, store, shards, out)
+    shutil.rmtree(folder)
+
+
+def _write_shard(
+    imputer: ModalityImputer, store: FeatureStore, out: Path, start: int, stop: int, **options: Any
+) -> Iterator[int]:
+    with _writer(imputer, store, out) as writer:
+        columns = _columns(store)
+        seed, n_samples = options["seed"], options["n_samples"]
+        for rows, batch in _batches(imputer, store, n_samples, options["batch_size"], start, stop):
             done = imputer.complete(batch, n_samples=n_samples, seed=seed)
             writer.append(
                 {name: x.cpu().numpy() for name, x in done.embeddings.items()},
                 available=~done.generated.cpu().numpy(),
                 generated=done.generated.cpu().numpy(),
                 lengths={name: n.cpu().numpy() for name, n in done.lengths.items()},
-                ids=store.ids(rows),
-                labels={name: values[rows] for name, values in labels.items()},
-                groups={name: values[rows] for name, values in groups.items()},
-                splits={name: values[rows] for name, values in splits.items()},
-                order=None if order is None else order[rows],
+                **columns(rows),
             )
             yield int(rows[-1]) + 1
+
+
+def _writer(imputer: ModalityImputer, store: FeatureStore, out: Path) -> StoreWriter:
+    names = imputer.modalities
+    return StoreWriter(
+        out,
+        modalities=names,
+        widths=dict.fromkeys(names, imputer.model.config.width),
+        kinds=dict.fromkeys(names, "sequence" if isinstance(imputer.model, CDTP) else "vector"),
+        task={k: v for k, v in store.task.items() if k != "window"},
+    )
+
+
+def _columns(store: FeatureStore) -> Callable[[np.ndarray], dict[str, Any]]:
+    """What comes along with the given rows, as :meth:`StoreWriter.append` takes it."""
+    order = store.order()
+    named = {
+        "labels": {name: store.labels(name) for name in store.label_names},
+        "groups": {name: store.groups(name) for name in store.group_names},
+        "splits": {name: store.split(name) for name in store.split_names},
+    }
+    return lambda rows: {
+        "ids": store.ids(rows),
+        "order": None if order is None else order[rows],
+        **{kind: {name: values[rows] for name, values in columns.items()} for kind, columns in named.items()},
+    }
+
+
+def _identity(imputer: ModalityImputer, store: FeatureStore) -> dict[str, Any]:
+    """What the bits of a shard depend on beside the call's own options."""
+    weights = hashlib.sha256()
+    for name, tensor in imputer.model.state_dict().items():
+        weights.update(name.encode())
+        weights.update(tensor.cpu().contiguous().numpy().tobytes())
+    stat = store.path.stat()
+    return {
+        "weights": weights.hexdigest(),
+        "config": imputer.model.config.to_dict(),
+        "sampling": {name: str(value) for name, value in asdict(imputer.sampling).items()},
+        "store": [str(store.path.resolve()), stat.st_size, stat.st_mtime_ns, store.window],
+    }
+
+
+def _claim(folder: Path, call: dict[str, Any]) -> None:
+    """Make the folder of shards, or find in it those of the very same call."""
+    file, call = folder / "call.json", json.loads(json.dumps(call))
+    if not file.exists():
+        write_json(file, call)
+        return
+    found = json.loads(file.read_text(encoding="utf-8"))
+    differing = [name for name, value in call.items() if found.get(name) != value]
+    if differing:
+        raise ValueError(
+            f"{folder}: holds shards of a call with other {', '.join(differing)}; repeat that call or remove the folder"
+        )
+
+
+def _merge(imputer: ModalityImputer, store: FeatureStore, shards: list[Path], out: Path) -> None:
+    with _writer(imputer, store, out) as writer:
+        columns, done = _columns(store), 0
+        for shard in shards:
+            with FeatureStore(shard) as part:
+                for start in range(0, len(part), _MERGED_ROWS):
+                    rows = np.arange(start, min(start + _MERGED_ROWS, len(part)))
+                    batch, generated = part.read(rows, generated=True), part.generated(rows)
+                    writer.append(
+                        {name: x.numpy() for name, x in batch.features.items()},
+                        available=part.available(rows),
+                        generated=generated,
+                        lengths={name: n.numpy() for name, n in batch.lengths.items()},
+                        **columns(done + rows),
+                    )
+                done += len(part)
 
 
 def recognise_store(
@@ -85,7 +186,7 @@ def recognise_store(
         writer = csv.writer(file)
         classes = imputer.classes
         writer.writerow(["id", "class", *(f"p({name})" for name in classes)] if classes else ["id", "score"])
-        for rows, batch in _batches(imputer, store, n_samples, batch_size):
+        for rows, batch in _batches(imputer, store, n_samples, batch_size, 0, len(store)):
             said = imputer.model.recognise(batch, n_samples=n_samples, seed=seed, sampling=imputer.sampling).cpu()
             for name, row in zip(store.ids(rows), said.view(len(rows), -1), strict=True):
                 best = [classes[int(row.argmax())]] if classes else []
@@ -113,16 +214,16 @@ def check_store(imputer: ModalityImputer, store: FeatureStore) -> None:
 
 
 def _batches(
-    imputer: ModalityImputer, store: FeatureStore, n_samples: int, batch_size: int | None
+    imputer: ModalityImputer, store: FeatureStore, n_samples: int, batch_size: int | None, first: int, stop: int
 ) -> Iterator[tuple[np.ndarray, Batch]]:
-    """Row numbers and the model's modalities of a whole store, on the model's device."""
+    """Row numbers and the model's modalities of rows ``first`` to ``stop``, on the model's device."""
     device, names, model = next(imputer.parameters()).device, imputer.modalities, imputer.model
     if batch_size is None:
         steps = sum(model.lengths) if isinstance(model, CDTP) else len(names)
         completions = 4 * max(1, n_samples) * steps * model.config.width
         batch_size = max(1, min(_MOST_ROWS, _COMPLETIONS_BYTES // completions))
-    for start in range(0, len(store), batch_size):
-        rows = np.arange(start, min(start + batch_size, len(store)))
+    for start in range(first, stop, batch_size):
+        rows = np.arange(start, min(start + batch_size, stop))
         read = store.read(rows).to(device)
         available = torch.zeros(len(rows), len(names), dtype=torch.bool, device=device)
         features, lengths = {}, {}
