@@ -36,6 +36,7 @@ struct CpuOps {
   decltype(&baseline::token_denoiser) token_denoiser;
   decltype(&baseline::token_denoiser_size) token_denoiser_size;
   decltype(&baseline::pack_token_denoiser) pack_token_denoiser;
+  bool bfloat16 = false; // whether token_denoiser multiplies pairs of bfloat16
 };
 
 #define MODAFILL_OPS_OF(isa)                                                                                           \
@@ -51,6 +52,19 @@ struct CpuOps {
    isa::token_denoiser,                                                                                                \
    isa::token_denoiser_size,                                                                                           \
    isa::pack_token_denoiser}
+
+// As `ops`, with products of bfloat16 where this processor has them.
+CpuOps with_bfloat16(CpuOps ops) {
+#ifdef MODAFILL_BFLOAT16
+  if (__builtin_cpu_supports("avx512bf16")) {
+    ops.token_denoiser = v4bf16::token_denoiser;
+    ops.token_denoiser_size = v4bf16::token_denoiser_size;
+    ops.pack_token_denoiser = v4bf16::pack_token_denoiser;
+    ops.bfloat16 = true;
+  }
+#endif
+  return ops;
+}
 
 // The best instruction set this processor has, or the one that MODAFILL_CPU_ISA names.
 CpuOps choose_cpu_ops() {
@@ -72,7 +86,7 @@ CpuOps choose_cpu_ops() {
                       __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
   if (fits("v4", has_v4))
-    return MODAFILL_OPS_OF(v4);
+    return with_bfloat16(MODAFILL_OPS_OF(v4));
   if (fits("v3", has_v3))
     return MODAFILL_OPS_OF(v3);
 #endif
@@ -264,8 +278,8 @@ ConvGeluConvBackward conv_gelu_conv_backward(const ConvGeluConvArgs &forward, ui
 
 TokenDenoiserArgs token_denoiser_args(int dtype, int weights_dtype, uintptr_t out, uintptr_t x, uintptr_t available,
                                       uintptr_t added, const std::vector<uintptr_t> &weights, uintptr_t packed,
-                                      int64_t batch, int64_t tokens, int64_t width, int64_t channels, int64_t heads,
-                                      int64_t hidden, int64_t layers, double epsilon) {
+                                      bool pairs, int64_t batch, int64_t tokens, int64_t width, int64_t channels,
+                                      int64_t heads, int64_t hidden, int64_t layers, double epsilon) {
   std::vector<const void *> tensors;
   for (const uintptr_t weight : weights)
     tensors.push_back(pointer<const void>(weight));
@@ -277,6 +291,7 @@ TokenDenoiserArgs token_denoiser_args(int dtype, int weights_dtype, uintptr_t ou
           pointer<const void>(added),
           std::move(tensors),
           pointer<void>(packed),
+          pairs,
           batch,
           tokens,
           width,
@@ -378,6 +393,7 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("openmp") = false;
 #endif
+  m.attr("bfloat16_products") = cpu.bfloat16;
   m.def("prefer_huge_pages", prefer_huge_pages);
   define(m, "masked_reverse_step", masked_reverse_step_args, cpu.masked_reverse_step,
          MODAFILL_CUDA_OP(masked_reverse_step));

@@ -19,6 +19,7 @@ struct TokenDenoiserArgs {
   // [channels, hidden], each followed by its bias; normalisation and projection out [width, channels] with theirs.
   std::vector<const void *> weights;
   void *packed; // the weights as the CPU wants them, or null
+  bool pairs;   // whether bfloat16 weights are multiplied as such, with tokens that are rounded to it
   int64_t batch, tokens, width, channels, heads, hidden, layers;
   double epsilon; // of the normalisations
 };

@@ -3,12 +3,17 @@
 // for that, the threads share each product's columns.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <memory>
 #include <type_traits>
 
 #include "../common/tokens.h"
 #include "gelu.h"
 #include "matrix.h"
+
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 namespace modafill {
 namespace {
@@ -18,10 +23,14 @@ constexpr int64_t kBlockTokens = 96;
 // So few tokens do not pay for packing the weights.
 constexpr int64_t kFewTokens = 24;
 
+// How weights [n, k] lie: as they come, as `pack` lays them out, or so that each element is a pair of bfloat16 that
+// follow each other along k.
+enum class Layout { kRows, kPanels, kPairs };
+
 // out [rows, n] = a [rows, k] times weight [n, k] transposed, plus the bias.
 template <class C>
 struct Linear {
-  const C *weight, *bias; // as `pack` lays them out, or as they come
+  const C *weight, *bias;
   int64_t n, k;
 };
 
@@ -88,6 +97,22 @@ auto assemble(const TokenDenoiserArgs &args, M matrix, V vector) {
   return net;
 }
 
+// Pairs of weights [n, k] as a right operand [k / 2, n], in panels.
+template <class C>
+void pack_pairs(C *to, const BFloat16 *weights, int64_t n, int64_t k) {
+  constexpr int64_t kPanel = kPanelVectors * kWidth<C>;
+  static_assert(sizeof(C) == 2 * sizeof(BFloat16));
+  for (int64_t first = 0; first < n; first += kPanel) {
+    const int64_t width = padded<C>(std::min(n - first, kPanel));
+    std::fill_n(to, (k + 1) / 2 * width, C(0));
+    for (int64_t column = 0; column < std::min(n - first, width); ++column)
+      for (int64_t i = 0; i < k; i += 2)
+        std::memcpy(to + i / 2 * width + column, weights + (first + column) * k + i,
+                    std::min<int64_t>(2, k - i) * sizeof(BFloat16));
+    to += (k + 1) / 2 * width;
+  }
+}
+
 // The network in the buffer `packed`, or where it would lie if that is null; `write` fills the buffer.
 template <class C, class W>
 Network<C> in_buffer(const TokenDenoiserArgs &args, C *packed, bool write, int64_t *size = nullptr) {
@@ -100,7 +125,12 @@ Network<C> in_buffer(const TokenDenoiserArgs &args, C *packed, bool write, int64
   const auto net = assemble<W>(
       args,
       [&](const W *source, int64_t n, int64_t k) -> const C * {
-        C *const at = take(k * padded<C>(n));
+        C *const at = take((args.pairs ? (k + 1) / 2 : k) * padded<C>(n));
+        if constexpr (std::is_same_v<W, BFloat16>)
+          if (write && args.pairs) {
+            pack_pairs(at, source, n, k);
+            return at;
+          }
         if (write)
           pack_transposed<W>(at, k, n, [&](int64_t row) { return source + row * k; });
         return at;
@@ -134,15 +164,90 @@ struct Worker {
   }
 };
 
+// What each worker has for itself.
+template <class C>
+struct Private {
+  Scratch<C> given, normed, spare, scores;
+  Scratch<uint32_t> pairs;
+  Private(const TokenDenoiserArgs &args, int64_t tokens)
+      : given(tokens * padded<C>(args.width)), normed(tokens * padded<C>(args.channels)), spare(tokens * widest(args)),
+        scores(args.tokens), pairs(args.pairs ? tokens * widest(args) / 2 + 1 : 0) {}
+
+private:
+  static int64_t widest(const TokenDenoiserArgs &args) {
+    return padded<C>(std::max({args.channels, args.hidden, args.width}));
+  }
+};
+
+#ifdef __AVX512BF16__
+// As multiply_block, for pairs.
+template <int kRows, int kVectors>
+MODAFILL_INLINE void multiply_pairs(float *out, int64_t out_row, const uint32_t *a, int64_t a_row, const float *panel,
+                                    int64_t pairs) {
+  __m512 sum[kRows][kVectors];
+#pragma GCC unroll 8
+  for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v)
+      sum[row][v] = _mm512_loadu_ps(out + row * out_row + 16 * v);
+  for (int64_t i = 0; i < pairs; ++i, panel += 16 * kVectors) {
+    __m512 b[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v)
+      b[v] = _mm512_loadu_ps(panel + 16 * v);
+#pragma GCC unroll 8
+    for (int row = 0; row < kRows; ++row) {
+      const __m512i pair = _mm512_set1_epi32(static_cast<int>(a[row * a_row + i]));
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v)
+        sum[row][v] = _mm512_dpbf16_ps(sum[row][v], (__m512bh)pair, (__m512bh)b[v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int row = 0; row < kRows; ++row)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v)
+      _mm512_storeu_ps(out + row * out_row + 16 * v, sum[row][v]);
+}
+
+template <int kVectors>
+MODAFILL_INLINE void multiply_pair_panel(float *out, int64_t out_row, const uint32_t *a, int64_t a_row,
+                                         const float *panel, int64_t rows, int64_t pairs) {
+  int64_t row = 0;
+  const auto block = [&](auto count) {
+    constexpr int kRows = decltype(count)::value;
+    for (; row + kRows <= rows; row += kRows)
+      multiply_pairs<kRows, kVectors>(out + row * out_row, out_row, a + row * a_row, a_row, panel, pairs);
+  };
+  block(std::integral_constant<int, 8>{});
+  block(std::integral_constant<int, 4>{});
+  block(std::integral_constant<int, 1>{});
+}
+#endif
+
+// Rows of `a`, padded(k) apart, rounded to pairs of bfloat16.
+template <class C>
+MODAFILL_INLINE void round_to_pairs(uint32_t *to, const C *a, int64_t rows, int64_t k) {
+  const int64_t pairs = (k + 1) / 2;
+  for (int64_t row = 0; row < rows; ++row, a += padded<C>(k), to += pairs) {
+    for (int64_t i = 0; i < k / 2; ++i)
+      to[i] = Element<BFloat16>::store(a[2 * i]).bits |
+              static_cast<uint32_t>(Element<BFloat16>::store(a[2 * i + 1]).bits) << 16;
+    if (k % 2)
+      to[pairs - 1] = Element<BFloat16>::store(a[k - 1]).bits;
+  }
+}
+
 // This worker's columns of out [rows, n] (+)= linear(a), then finish(column, end) for each run of them. Rows of `out`
 // and `a` lie padded(n) and padded(k) apart.
-template <bool kAdd, bool kPacked, class C, class F>
-MODAFILL_INLINE void apply(const Linear<C> &linear, C *out, const C *a, int64_t rows, C *spare, Worker worker,
-                           F finish) {
+template <bool kAdd, Layout kLayout, class C, class F>
+MODAFILL_INLINE void apply(const Linear<C> &linear, C *out, const C *a, int64_t rows, const Private<C> &own,
+                           Worker worker, F finish) {
   constexpr int64_t kPanel = kPanelVectors * kWidth<C>;
-  const int64_t out_row = padded<C>(linear.n), a_row = padded<C>(linear.k);
-  if constexpr (!kPacked) {
+  const int64_t out_row = padded<C>(linear.n), a_row = padded<C>(linear.k), pairs = (linear.k + 1) / 2;
+  if constexpr (kLayout == Layout::kRows) {
     // Rows are dense: every size is a multiple of a vector's.
+    C *const spare = own.spare.get();
     worker.share(linear.n / kWidth<C>, [&](int64_t begin, int64_t end) {
       begin *= kWidth<C>, end *= kWidth<C>;
       dot_columns(kAdd ? spare : out, out_row, a, linear.weight, linear.bias, rows, linear.k, begin, end);
@@ -151,33 +256,41 @@ MODAFILL_INLINE void apply(const Linear<C> &linear, C *out, const C *a, int64_t 
           store(out + row * out_row + i, load(out + row * out_row + i) + load(spare + row * out_row + i));
       finish(begin, end);
     });
-  } else {
-    worker.share((linear.n + kPanel - 1) / kPanel, [&](int64_t begin, int64_t end) {
-      for (int64_t first = begin * kPanel; first < std::min(linear.n, end * kPanel); first += kPanel) {
-        const int64_t columns = padded<C>(std::min(linear.n - first, kPanel));
-        for (int64_t row = 0; row < rows; ++row)
-          for (int64_t i = first; i < first + columns; i += kWidth<C>) {
-            const Vector<C> bias = load(linear.bias + i);
-            store(out + row * out_row + i, kAdd ? load(out + row * out_row + i) + bias : bias);
-          }
-        for (int64_t term = 0; term < linear.k; term += kTerms) {
-          const C *const panel = linear.weight + linear.k * first + term * columns;
-          const int64_t terms = std::min(linear.k - term, kTerms);
-          const auto run = [&](auto vectors) {
-            multiply_panel<decltype(vectors)::value, true>(out + first, out_row, a + term, a_row, 1, panel, rows,
-                                                           terms);
-          };
-          if (columns == kWidth<C>)
-            run(std::integral_constant<int, 1>{});
-          else if (columns == 2 * kWidth<C>)
-            run(std::integral_constant<int, 2>{});
-          else
-            run(std::integral_constant<int, kPanelVectors>{});
-        }
-        finish(first, first + columns);
-      }
-    });
+    return;
   }
+  if constexpr (kLayout == Layout::kPairs)
+    round_to_pairs(own.pairs.get(), a, rows, linear.k);
+  worker.share((linear.n + kPanel - 1) / kPanel, [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin * kPanel; first < std::min(linear.n, end * kPanel); first += kPanel) {
+      const int64_t columns = padded<C>(std::min(linear.n - first, kPanel));
+      for (int64_t row = 0; row < rows; ++row)
+        for (int64_t i = first; i < first + columns; i += kWidth<C>) {
+          const Vector<C> bias = load(linear.bias + i);
+          store(out + row * out_row + i, kAdd ? load(out + row * out_row + i) + bias : bias);
+        }
+      const auto multiply = [&](auto vectors) {
+        constexpr int kVectors = decltype(vectors)::value;
+        for (int64_t term = 0; term < linear.k; term += kTerms) {
+          const int64_t terms = std::min(linear.k - term, kTerms);
+          if constexpr (kLayout == Layout::kPanels)
+            multiply_panel<kVectors, true>(out + first, out_row, a + term, a_row, 1,
+                                           linear.weight + linear.k * first + term * columns, rows, terms);
+#ifdef __AVX512BF16__
+          else if constexpr (kLayout == Layout::kPairs)
+            multiply_pair_panel<kVectors>(out + first, out_row, own.pairs.get() + term / 2, pairs,
+                                          linear.weight + pairs * first + term / 2 * columns, rows, (terms + 1) / 2);
+#endif
+        }
+      };
+      if (columns == kWidth<C>)
+        multiply(std::integral_constant<int, 1>{});
+      else if (columns == 2 * kWidth<C>)
+        multiply(std::integral_constant<int, 2>{});
+      else
+        multiply(std::integral_constant<int, kPanelVectors>{});
+      finish(first, first + columns);
+    }
+  });
 }
 
 // out [rows, ...] = the normalised rows of x; both lie padded(d) apart.
@@ -240,23 +353,14 @@ struct Shared {
   }
 };
 
-// What each of them has for itself.
-template <class C>
-struct Private {
-  Scratch<C> given, normed, spare, scores;
-  Private(const TokenDenoiserArgs &args, int64_t tokens)
-      : given(tokens * padded<C>(args.width)), normed(tokens * padded<C>(args.channels)),
-        spare(tokens * padded<C>(std::max({args.channels, args.hidden, args.width}))), scores(args.tokens) {}
-};
-
 // The network for samples `rows[0...count)` of the batch, by all workers of a team. `shared` knows what is missing.
-template <bool kPacked, class C>
+template <Layout kLayout, class C>
 void denoise(const TokenDenoiserArgs &args, const Network<C> &net, const int64_t *rows, int64_t count,
              const Shared<C> &shared, const Private<C> &own, Worker worker) {
   const int64_t d = args.channels, pitch = padded<C>(d), wide = padded<C>(2 * d), m = args.tokens, w = args.width;
   const int64_t tokens = count * m, head = d / args.heads, kept = static_cast<int64_t>(shared.missing.size());
   const C epsilon = static_cast<C>(args.epsilon), scale = C(1) / std::sqrt(static_cast<C>(head));
-  C *const normed = own.normed.get(), *const spare = own.spare.get(), *h = shared.h.get();
+  C *const normed = own.normed.get(), *h = shared.h.get();
   const int64_t *const missing = shared.missing.data();
   const auto nothing = [](int64_t, int64_t) {};
   const auto sample = [&](int64_t token) { return rows[token / m]; };
@@ -274,7 +378,7 @@ void denoise(const TokenDenoiserArgs &args, const Network<C> &net, const int64_t
   if (net.in.weight) {
     for (int64_t token = 0; token < tokens; ++token)
       std::copy_n(x + (sample(token) * m + token % m) * w, w, own.given.get() + token * padded<C>(w));
-    apply<false, kPacked>(net.in, h, own.given.get(), tokens, spare, worker, added);
+    apply<false, kLayout>(net.in, h, own.given.get(), tokens, own, worker, added);
   } else {
     worker.share(tokens, [&](int64_t begin, int64_t end) {
       for (int64_t token = begin; token < end; ++token)
@@ -292,10 +396,10 @@ void denoise(const TokenDenoiserArgs &args, const Network<C> &net, const int64_t
     const auto token_of = [&](int64_t query) { return last ? missing[query] : query; };
     normalise(normed, h, layer.before_attention, tokens, d, epsilon);
     C *const key_value = shared.key_value.get(), *const attended = shared.attended.get();
-    apply<false, kPacked>(layer.key_value, key_value, normed, tokens, spare, worker, nothing);
+    apply<false, kLayout>(layer.key_value, key_value, normed, tokens, own, worker, nothing);
     for (int64_t query = 0; last && query < kept; ++query)
       std::copy_n(normed + missing[query] * pitch, missing[query] > query ? d : 0, normed + query * pitch);
-    apply<false, kPacked>(layer.query, shared.query.get(), normed, queries, spare, worker, nothing);
+    apply<false, kLayout>(layer.query, shared.query.get(), normed, queries, own, worker, nothing);
     worker.wait();
     worker.share(args.heads, [&](int64_t begin, int64_t end) {
       for (int64_t query = 0; query < queries; ++query)
@@ -314,12 +418,12 @@ void denoise(const TokenDenoiserArgs &args, const Network<C> &net, const int64_t
       h = shared.kept.get();
     }
     worker.wait();
-    apply<true, kPacked>(layer.attention_out, h, attended, queries, spare, worker, nothing);
+    apply<true, kLayout>(layer.attention_out, h, attended, queries, own, worker, nothing);
     worker.wait();
     normalise(normed, h, layer.before_feedforward, queries, d, epsilon);
     C *const hidden = shared.hidden.get();
     const int64_t hidden_row = padded<C>(args.hidden);
-    apply<false, kPacked>(layer.first, hidden, normed, queries, spare, worker, [&](int64_t begin, int64_t end) {
+    apply<false, kLayout>(layer.first, hidden, normed, queries, own, worker, [&](int64_t begin, int64_t end) {
       for (int64_t query = 0; query < queries; ++query)
         for (int64_t i = begin; i < end; i += kWidth<C>) {
           C *const at = hidden + query * hidden_row + i;
@@ -327,13 +431,13 @@ void denoise(const TokenDenoiserArgs &args, const Network<C> &net, const int64_t
         }
     });
     worker.wait();
-    apply<true, kPacked>(layer.second, h, hidden, queries, spare, worker, nothing);
+    apply<true, kLayout>(layer.second, h, hidden, queries, own, worker, nothing);
     worker.wait();
   }
 
   normalise(normed, h, net.norm, kept, d, epsilon);
   C *const said = shared.out.get();
-  apply<false, kPacked>(net.out, said, normed, kept, spare, worker, [&](int64_t begin, int64_t end) {
+  apply<false, kLayout>(net.out, said, normed, kept, own, worker, [&](int64_t begin, int64_t end) {
     for (int64_t query = 0; query < kept; ++query) {
       const int64_t token = missing[query];
       C *const to = static_cast<C *>(args.out) + (sample(token) * m + token % m) * w;
@@ -365,34 +469,48 @@ void token_denoiser_of(const TokenDenoiserArgs &args, int threads) {
     return;
   const int64_t weights = args.channels * (4 * args.channels + 2 * args.hidden) * args.layers;
   const int64_t useful = std::clamp<int64_t>(count * args.tokens * weights / kWorkPerThread, 1, threads);
-  bool whole_vectors = true;
+  bool whole_vectors = std::is_same_v<C, W> && !args.packed;
   for (const int64_t size : {args.channels, args.hidden, args.width})
     whole_vectors &= size % kWidth<C> == 0;
-  if constexpr (std::is_same_v<C, W>)
-    if (!args.packed && whole_vectors && count * args.tokens <= kFewTokens) {
-      const auto net = assemble<W>(
-          args, [](const W *source, int64_t, int64_t) { return source; },
-          [](const W *source, int64_t) { return source; });
-      Shared<C> shared(args, count * args.tokens);
-      find_missing(args, shared, rows.data(), count);
-      // Before they begin: one that had no memory would leave the others waiting.
-      std::vector<std::unique_ptr<Private<C>>> own;
-      for (int64_t id = 0; id < useful; ++id)
-        own.push_back(std::make_unique<Private<C>>(args, count * args.tokens));
-      deal_out(useful, useful, [&](int64_t, int64_t) {
-        Worker worker{0, 1};
-#ifdef _OPENMP
-        if (useful > 1)
-          worker = {omp_get_thread_num(), omp_get_num_threads()};
-#endif
-        denoise<false>(args, net, rows.data(), count, shared, *own[worker.id], worker);
-      });
-      return;
-    }
+  const bool few = count * args.tokens <= kFewTokens, as_they_come = few && whole_vectors;
   int64_t size = 0;
   in_buffer<C, W>(args, nullptr, false, &size);
-  const Scratch<C> own(args.packed ? 0 : size);
-  const auto net = in_buffer<C, W>(args, args.packed ? static_cast<C *>(args.packed) : own.get(), !args.packed);
+  const Scratch<C> packed(args.packed || as_they_come ? 0 : size);
+  Network<C> net;
+  if constexpr (std::is_same_v<C, W>)
+    if (as_they_come)
+      net = assemble<W>(
+          args, [](const W *source, int64_t, int64_t) { return source; },
+          [](const W *source, int64_t) { return source; });
+  if (!as_they_come)
+    net = in_buffer<C, W>(args, args.packed ? static_cast<C *>(args.packed) : packed.get(), !args.packed);
+  const auto run = [&](const int64_t *samples, int64_t n, Shared<C> &shared, const Private<C> &own, Worker worker) {
+    if (as_they_come)
+      return denoise<Layout::kRows>(args, net, samples, n, shared, own, worker);
+#ifdef __AVX512BF16__
+    if constexpr (std::is_same_v<C, float>)
+      if (args.pairs)
+        return denoise<Layout::kPairs>(args, net, samples, n, shared, own, worker);
+#endif
+    denoise<Layout::kPanels>(args, net, samples, n, shared, own, worker);
+  };
+  if (few) {
+    Shared<C> shared(args, count * args.tokens);
+    find_missing(args, shared, rows.data(), count);
+    // Before they begin: one that had no memory would leave the others waiting.
+    std::vector<std::unique_ptr<Private<C>>> own;
+    for (int64_t id = 0; id < useful; ++id)
+      own.push_back(std::make_unique<Private<C>>(args, count * args.tokens));
+    deal_out(useful, useful, [&](int64_t, int64_t) {
+      Worker worker{0, 1};
+#ifdef _OPENMP
+      if (useful > 1)
+        worker = {omp_get_thread_num(), omp_get_num_threads()};
+#endif
+      run(rows.data(), count, shared, *own[worker.id], worker);
+    });
+    return;
+  }
   const int64_t most = std::max<int64_t>(1, kBlockTokens / args.tokens), least = (count + most - 1) / most;
   // As many blocks for each thread.
   const int64_t blocks = std::min(count, (least + useful - 1) / useful * useful);
@@ -403,7 +521,7 @@ void token_denoiser_of(const TokenDenoiserArgs &args, int threads) {
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = count * block / blocks, behind = count * (block + 1) / blocks;
       find_missing(args, shared, rows.data() + first, behind - first);
-      denoise<true>(args, net, rows.data() + first, behind - first, shared, own, Worker{0, 1});
+      run(rows.data() + first, behind - first, shared, own, Worker{0, 1});
     }
   });
 }

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch import Tensor, nn
 
 from modafill import ops
 from modafill.ops import TokenNetwork, token_denoiser
+from modafill.ops.backends import _C
 
 # channels, heads, hidden, width of the tokens: vectors of every length, whole and in part.
 SIZES = {"odd": (20, 5, 52, 24), "projected": (96, 4, 192, 64), "direct": (64, 8, 112, 64)}
@@ -77,17 +80,37 @@ def test_it_is_the_transformer_of_pytorch(size: str, dtype: torch.dtype, toleran
 
 
 @pytest.mark.parametrize(
-    "backend, weights", [("cpu", torch.bfloat16), ("torch", torch.bfloat16), ("torch", torch.float16)]
+    "backend, weights, pairs",
+    [
+        ("cpu", torch.bfloat16, False),
+        ("cpu", torch.bfloat16, True),
+        ("torch", torch.bfloat16, False),
+        ("torch", torch.float16, False),
+    ],
 )
 @pytest.mark.parametrize("rows", [3, 40])
-def test_weights_of_half_precision(weights: torch.dtype, rows: int, backend: str) -> None:
-    given = inputs("projected", rows, 3)
-    exact = by_torch("projected", *given, torch.float64)
-    theirs = by_torch("projected", *given, weights)
-    ours = token_denoiser(network("projected", weights=weights), *given, backend=backend)
-    assert ours.dtype == torch.float32
-    error = (ours - exact).abs().max()
-    assert 1e-6 < error <= 2 * (theirs.double() - exact).abs().max() + 1e-6
+@pytest.mark.parametrize("size", SIZES)
+def test_weights_of_half_precision(
+    size: str, weights: torch.dtype, rows: int, backend: str, pairs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the processor multiplies pairs of bfloat16, which rounds the tokens before each product."""
+    if pairs and not _C.bfloat16_products:
+        pytest.skip("this processor has no products of bfloat16")
+    monkeypatch.setattr(ops.backends, "multiplies_bfloat16", lambda: pairs)
+    model = network(size, weights=weights)
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        given = inputs(size, rows, 3)
+        exact = by_torch(size, *given, torch.float64)
+        theirs = by_torch(size, *given, weights).double() - exact
+        results.append(token_denoiser(model, *given, backend=backend))
+        assert results[-1].dtype == torch.float32
+        error = results[-1] - exact
+        assert 1e-6 < error.abs().max() <= 2 * theirs.abs().max() + 1e-6
+        assert error.norm() <= theirs.norm()
+    if backend == "cpu":
+        assert torch.equal(*results)
 
 
 def test_a_sample_has_the_same_bits_in_any_batch_and_on_any_threads() -> None:
@@ -138,13 +161,22 @@ def test_what_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ops.explain("token_denoiser").backend == "cpu"
     assert ops.explain("token_denoiser", dtype=torch.float16).backend == "torch"
     given = inputs("odd", 12, 3)
-    for fast in (False, True):
+    # A processor that multiplies bfloat16 fast, and an extension that can make it do so.
+    for fast, can, takes in ((False, True, "cpu"), (True, True, "cpu"), (True, False, "torch")):
         monkeypatch.setattr(ops.backends, "multiplies_bfloat16", lambda fast=fast: fast)
+        monkeypatch.setattr(
+            importlib.import_module("modafill.ops.token_denoiser"),
+            "_C",
+            SimpleNamespace(**{**vars(_C), "bfloat16_products": can and _C.bfloat16_products}),
+        )
+        if fast and can and not _C.bfloat16_products:
+            continue
         ops.backends._choose.cache_clear()
         model = network("odd", weights=torch.bfloat16)
-        expected = token_denoiser(model, *given, backend="torch" if fast else "cpu")
+        expected = token_denoiser(model, *given, backend=takes)
         assert torch.equal(token_denoiser(model, *given), expected)
-        assert ("torch for bfloat16" in str(ops.explain("token_denoiser", dtype=torch.bfloat16))) == fast
+        said = str(ops.explain("token_denoiser", dtype=torch.bfloat16))
+        assert ("torch for bfloat16" in said) == (takes == "torch")
     ops.backends._choose.cache_clear()
     # Where something watches, PyTorch's own layers run: a compiled function has no break.
     model = network("odd")

@@ -18,9 +18,13 @@ _ROWS_AT_A_TIME = 128
 _TENSORS_PER_LAYER = 12
 
 
+def _has_bfloat16_products() -> bool:
+    return backends.multiplies_bfloat16() and _C is not None and _C.bfloat16_products
+
+
 def _rule(dtype: torch.dtype) -> str:
     """What :func:`modafill.ops.explain` says of weights of ``dtype`` on a CPU."""
-    if dtype == torch.bfloat16 and backends.multiplies_bfloat16():
+    if dtype == torch.bfloat16 and backends.multiplies_bfloat16() and not _has_bfloat16_products():
         return "torch for bfloat16 weights: this processor multiplies them faster than float32"
     return ""
 
@@ -91,6 +95,7 @@ class TokenNetwork:
             ]
         self.tensors += [*norms(norm), *matrices(project_out.weight, project_out.bias)]
         self._packed: Tensor | None = None
+        self._pairs = self.dtype == torch.bfloat16 and _has_bfloat16_products()
 
     def _described(self, x: Tensor, available: Tensor, added: Tensor, out: Tensor, packed: Tensor | None) -> Any:
         return _C.TokenDenoiserArgs(
@@ -99,6 +104,7 @@ class TokenNetwork:
             *map(backends.pointer, (out, x, available, added)),
             [backends.pointer(tensor) for tensor in self.tensors],
             backends.pointer(packed),
+            self._pairs,
             *x.shape,
             self.channels,
             self.heads,
@@ -110,7 +116,8 @@ class TokenNetwork:
     def run(self, x: Tensor, available: Tensor, added: Tensor) -> Tensor:
         """As :func:`token_denoiser` by the extension, for arguments that were checked."""
         out = torch.empty_like(x)
-        if self._packed is None and x.shape[0] * x.shape[1] > _FEW_TOKENS:
+        many = x.shape[0] * x.shape[1] > _FEW_TOKENS
+        if self._packed is None and (many or self.dtype != self.state_dtype):
             described = self._described(x, available, added, out, None)
             packed = x.new_empty(_C.token_denoiser_size(described))
             backends.launch("pack_token_denoiser", "cpu", x.device, self._described(x, available, added, out, packed))
