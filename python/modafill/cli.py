@@ -283,6 +283,15 @@ def evaluate(
     _say(f"wrote {stem}.json, {stem}.csv and {stem}.md into {run}")
 
 
+Steps = Annotated[
+    int | None, typer.Option(help="Network evaluations for a completion; here and below the default is the model's.")
+]
+Solver = Annotated[str | None, typer.Option(help="ddim, dpm++ or heun.")]
+Precision = Annotated[
+    str | None, typer.Option("--dtype", help="Of the network's weights in products: bfloat16 or float16.")
+]
+
+
 @app.command()
 def curve(
     run: Annotated[Path, typer.Argument(help="Folder of a finished ADMC run.")],
@@ -292,7 +301,7 @@ def curve(
     solvers: Annotated[str, typer.Option(help="Solvers of 'clean': ddim, dpm++, heun.")] = "ddim,dpm++,heun",
     samples: Annotated[int, typer.Option(help="Completions per row, K.")] = 16,
     part: Annotated[str, typer.Option(help="test, or valid: to choose without looking at the test part.")] = "test",
-    dtype: Annotated[str, typer.Option(help="Of the weights in products: float32, bfloat16 or float16.")] = "float32",
+    dtype: Precision = None,
 ) -> None:
     """Draw quality against network evaluations and time, for each sampler of a run's diffusion networks.
 
@@ -302,13 +311,8 @@ def curve(
 
     Writes curve.json, curve.csv and curve.png into the run's folder.
     """
-    import torch
-
     from modafill.evaluation.curve import draw_curve, render_curve
 
-    kinds = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype not in kinds:
-        raise ValueError(f"dtype: got {dtype!r}, expected one of {', '.join(kinds)}")
     with _bar("measuring", None) as advance:
         points = draw_curve(
             run,
@@ -316,7 +320,7 @@ def curve(
             solvers=tuple(solver for solver in solvers.split(",") if solver),
             n_samples=samples,
             part=part,
-            dtype=kinds[dtype],
+            dtype=_dtype(dtype),
             progress=advance,
         )
     out_console.print(render_curve(points))
@@ -338,14 +342,21 @@ def impute(
     samples: Annotated[int, typer.Option(min=1, help="Completions per row, averaged.")] = 1,
     seed: NoiseSeed = 0,
     fold: Fold = 0,
+    steps: Steps = None,
+    solver: Solver = None,
+    dtype: Precision = None,
 ) -> None:
     """Write a store of completed embeddings, with what was generated marked."""
     from modafill.bulk import impute_store
     from modafill.data import FeatureStore
 
+    options = {"steps": steps, "solver": solver, "dtype": _dtype(dtype)}
     _must_exist(path)
     _must_be_new(out, ".h5")
-    with _model_and_store(run, fold, path, mapping) as (imputer, store), _bar("imputing", len(store)) as advance:
+    with (
+        _model_and_store(run, fold, path, mapping, **options) as (imputer, store),
+        _bar("imputing", len(store)) as advance,
+    ):
         for done in impute_store(imputer, store, out, n_samples=samples, seed=seed):
             advance(done)
     with FeatureStore(out) as completed:
@@ -363,13 +374,20 @@ def recognise(
     samples: Annotated[int, typer.Option(min=1, help="Completions per row; their probabilities are averaged.")] = 16,
     seed: NoiseSeed = 0,
     fold: Fold = 0,
+    steps: Steps = None,
+    solver: Solver = None,
+    dtype: Precision = None,
 ) -> None:
     """Write the likeliest class of each sample and the probability of every class, whatever is missing."""
     from modafill.bulk import recognise_store
 
+    options = {"steps": steps, "solver": solver, "dtype": _dtype(dtype)}
     _must_exist(path)
     _must_be_new(out, ".csv")
-    with _model_and_store(run, fold, path, mapping) as (imputer, store), _bar("recognising", len(store)) as advance:
+    with (
+        _model_and_store(run, fold, path, mapping, **options) as (imputer, store),
+        _bar("recognising", len(store)) as advance,
+    ):
         for done in recognise_store(imputer, store, out, n_samples=samples, seed=seed):
             advance(done)
     _say(f"wrote {out}: {done:,} samples")
@@ -472,6 +490,15 @@ def _changes(config: Any, pairs: list[str] | None, *fixed: str) -> dict[str, Any
     return changes
 
 
+def _dtype(name: str | None) -> Any:
+    import torch
+
+    kinds = {None: None, "float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in kinds:
+        raise ValueError(f"dtype: got {name!r}, expected one of float32, bfloat16, float16")
+    return kinds[name]
+
+
 def _numbers(name: str, text: str) -> tuple[int, ...]:
     try:
         return tuple(int(n) for n in text.split(",") if n)
@@ -493,7 +520,9 @@ def _print_tables(tables: list[Any]) -> None:
 
 
 @contextmanager
-def _model_and_store(run: Path, fold: int, path: Path, mapping: str | None) -> Iterator[tuple[Any, Any]]:
+def _model_and_store(
+    run: Path, fold: int, path: Path, mapping: str | None, **options: Any
+) -> Iterator[tuple[Any, Any]]:
     """The imputer of a run's fold or of a model folder, and the samples as that model reads them."""
     import tempfile
 
@@ -513,7 +542,7 @@ def _model_and_store(run: Path, fold: int, path: Path, mapping: str | None) -> I
         folder = spec.part_folder(fold, spec.seeds[0]).resolve() / "model"
     elif fold:
         raise ValueError(f"fold: got {fold}, but {run} is one model, not a run")
-    imputer = ModalityImputer.from_pretrained(folder)
+    imputer = ModalityImputer.from_pretrained(folder, **options)
     with tempfile.TemporaryDirectory() as scratch, open_data(path, Path(scratch), mapping) as store:
         check_store(imputer, store)
         yield imputer, store.windowed(imputer.model.window)
