@@ -14,7 +14,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 NO_TESTS = 5
-NEEDED = ("modafill", "pytest", "hypothesis")
+NEEDED = ("modafill", "pytest", "hypothesis", "xdist")
+# More processes than this wait for each other's files and memory.
+MOST_WORKERS = 8
 
 
 @dataclass(frozen=True)
@@ -26,12 +28,14 @@ class Group:
         without: directories that belong to other groups.
         environment: variables that the process needs; the interpreter's has to be there before Triton is imported.
         when_named: it repeats what other groups test, and runs only where the command line asks for it.
+        alone: one process and not one for each core: they would share a GPU, or build the same thing.
     """
 
     paths: tuple[str, ...]
     without: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
     when_named: bool = False
+    alone: bool = False
 
 
 APART = ("tests/interpreter", "tests/aot", "tests/gpu", "tests/sanitize")
@@ -39,8 +43,8 @@ GROUPS = {
     "main": Group(("tests",), without=APART),
     "interpreter": Group(("tests/interpreter",), environment={"TRITON_INTERPRET": "1"}),
     "aot": Group(("tests/aot",)),
-    "gpu": Group(("tests/gpu",)),
-    "sanitize": Group(("tests/sanitize",), when_named=True),
+    "gpu": Group(("tests/gpu",), alone=True),
+    "sanitize": Group(("tests/sanitize",), when_named=True, alone=True),
 }
 
 
@@ -84,10 +88,14 @@ def run_group(name: str, *, fast: bool) -> Totals:
     group = GROUPS[name]
     print(f"== {name}", flush=True)
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | group.environment
+    workers = 1 if group.alone else min(os.cpu_count() or 1, MOST_WORKERS)
+    # Processes that share the cores must not spin while they wait.
+    environment.setdefault("OMP_WAIT_POLICY", "passive")
     with tempfile.TemporaryDirectory() as folder:
         junit = Path(folder) / "junit.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-ra", f"--junitxml={junit}", *group.paths]
         command += [f"--ignore={path}" for path in group.without]
+        command += ["-n", str(workers), "--dist", "loadfile"] if workers > 1 else []
         command += ["-m", "not slow"] if fast else []
         status = subprocess.run(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL).returncode
         # Only a choice of the fast tests can leave a group with none.

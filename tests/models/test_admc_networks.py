@@ -398,7 +398,9 @@ def test_complete_rows_cost_nothing(conditioning: str, monkeypatch: pytest.Monke
     adn, tokens = make_adn(conditioning), tokens_of(4)
     calls: list[int] = []
     op = ops.token_denoiser
-    monkeypatch.setattr(ops, "token_denoiser", lambda net, x, *more: calls.append(len(x)) or op(net, x, *more))
+    monkeypatch.setattr(
+        ops, "token_denoiser", lambda net, x, *more, **named: calls.append(len(x)) or op(net, x, *more, **named)
+    )
     complete = torch.ones(4, 3, dtype=torch.bool)
     assert torch.equal(adn.sample(tokens, complete, n_samples=3), tokens.expand(3, -1, -1, -1))
     assert calls == []

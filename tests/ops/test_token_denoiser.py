@@ -196,6 +196,8 @@ def test_mistakes() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             token_denoiser(model, *wrong)
+    with pytest.raises(ValueError, match="x: got a tensor on meta, expected cpu, as the network"):
+        token_denoiser(model, x.to("meta"), available.to("meta"), added.to("meta"))
     with pytest.raises(TypeError, match="x: got NoneType"):
         token_denoiser(model, None, available, added)
     with pytest.raises(RuntimeError, match="token_denoiser has no such backend"):

@@ -12,7 +12,7 @@ from modafill.ops.masked_reverse_step import masked_reverse_step
 from modafill.ops.prompt_attention import prompt_attention
 from modafill.ops.randn import randn
 from modafill.ops.reference import Draw
-from modafill.ops.token_denoiser import TokenNetwork, token_denoiser
+from modafill.ops.token_denoiser import TokenNetwork, find_missing, token_denoiser
 
 __all__ = [
     "Choice",
@@ -22,6 +22,7 @@ __all__ = [
     "conv_gelu_conv",
     "ddim_step",
     "explain",
+    "find_missing",
     "masked_reverse_step",
     "prompt_attention",
     "randn",

@@ -72,6 +72,7 @@ class TokenNetwork:
                 "module, or bfloat16 or float16 for a float32 one"
             )
         norm = cast(nn.LayerNorm, encoder.norm)
+        self.device = project_out.weight.device
         self.heads, self.epsilon = layers[0].self_attn.num_heads, norm.eps
         self.width, self.channels = project_out.weight.shape
         self.hidden, self.n_layers = layers[0].linear1.out_features, len(layers)
@@ -126,14 +127,13 @@ class TokenNetwork:
         return out
 
 
-def _in_torch(network: TokenNetwork, x: Tensor, available: Tensor, added: Tensor) -> Tensor:
+def _in_torch(network: TokenNetwork, x: Tensor, available: Tensor, added: Tensor, missing: Tensor) -> Tensor:
     """The op in PyTorch's own layers."""
     count, tokens, width = x.shape
     channels, heads, dtype = network.channels, network.heads, network.dtype
     tensors: Any = network.tensors
     h = x if tensors[0] is None else F.linear(x.to(dtype), tensors[0], tensors[1]).to(x.dtype)
     h = h + added[torch.arange(tokens, device=x.device), available.to(torch.int64)]
-    missing = (~available).flatten().nonzero().flatten()
 
     def normalised(weight: Tensor, bias: Tensor) -> Tensor:
         return F.layer_norm(h, (channels,), weight, bias, network.epsilon).to(dtype)
@@ -157,12 +157,23 @@ def _in_torch(network: TokenNetwork, x: Tensor, available: Tensor, added: Tensor
     return x.new_zeros(count * tokens, width).index_copy(0, missing, said).view_as(x)
 
 
+def find_missing(available: Tensor) -> Tensor:
+    """Places int64 ``[n]`` of missing tokens among the B·M of bool ``[B, M]``; a GPU has to be waited for."""
+    return (~available).flatten().nonzero().flatten()
+
+
 def token_denoiser(
-    network: TokenNetwork, x: Tensor, available: Tensor, added: Tensor, *, backend: str = "auto"
+    network: TokenNetwork,
+    x: Tensor,
+    available: Tensor,
+    added: Tensor,
+    *,
+    missing: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """What a transformer says of the missing tokens of each sample: ADN (ADMC §3.2), without what nobody reads.
 
-    A complete sample costs nothing, and the last layer asks for missing tokens alone. On a CPU each thread takes some
+    The last layer asks for missing tokens alone. In C++ a complete sample costs nothing, and each thread takes some
     samples through all layers at a time.
 
     Args:
@@ -171,6 +182,7 @@ def token_denoiser(
         available: bool ``[B, M]``, True = observed.
         added: ``[M, 2, channels]`` like ``x``: what is added to each token after the projection in, where it is missing
             and where it is observed (embeddings of step, modality and state).
+        missing: :func:`find_missing` of ``available``, for those who call many times with the same; None finds it.
         backend: ``"auto"`` or one of :data:`modafill.ops.backends.BACKENDS`; see :func:`modafill.ops.explain`.
 
     Returns:
@@ -184,6 +196,8 @@ def token_denoiser(
     if x.ndim != 3 or x.shape[2] != network.width or x.dtype != network.state_dtype:
         expected = f"{backends.dtype_name(network.state_dtype)} [B, M, {network.width}]"
         raise ValueError(f"x: got {backends.describe(x)}, expected {expected}")
+    if x.device != network.device:
+        raise ValueError(f"x: got a tensor on {x.device}, expected {network.device}, as the network")
     for name, value, shape, dtype in (
         ("available", available, x.shape[:2], torch.bool),
         ("added", added, (x.shape[1], 2, network.channels), x.dtype),
@@ -204,9 +218,11 @@ def token_denoiser(
             return reference.token_denoiser(
                 x, available, added, network.tensors, heads=network.heads, epsilon=network.epsilon
             ).to(x.dtype)
-        size = _ROWS_AT_A_TIME if x.is_cpu else max(1, len(x))
         with torch.autocast(x.device.type, enabled=False):
+            if not x.is_cpu:
+                return _in_torch(network, x, available, added, find_missing(available) if missing is None else missing)
             parts = [
-                _in_torch(network, x[i : i + size], available[i : i + size], added) for i in range(0, len(x), size)
+                _in_torch(network, some, seen, added, find_missing(seen))
+                for some, seen in zip(x.split(_ROWS_AT_A_TIME), available.split(_ROWS_AT_A_TIME), strict=True)
             ]
-        return torch.cat(parts) if parts else torch.empty_like(x)
+        return torch.cat(parts)

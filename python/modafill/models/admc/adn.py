@@ -85,7 +85,9 @@ class ADN(nn.Module):
 
     @torch.no_grad()
     def predictor(self, steps: Sequence[int], dtype: torch.dtype | None = None) -> Callable[..., Tensor]:
-        """:meth:`forward` of ``(x, step, available)`` for the missing tokens alone, zeros for the others.
+        """:meth:`forward` of ``(x, step, available, missing)`` for the missing tokens alone, zeros for the others.
+
+        ``missing`` is :func:`modafill.ops.find_missing` of ``available``, or left out.
 
         Args:
             steps: those that will be asked for; what depends on them alone is computed here.
@@ -98,7 +100,11 @@ class ADN(nn.Module):
         # [steps, M, missing or observed, d]
         added = (embedded[:, None, None] + (self.modality[:, None] + states)).expand(-1, -1, 2, -1).contiguous()
         place = {step: i for i, step in enumerate(steps)}
-        return lambda x, step, available: ops.token_denoiser(network, x, available, added[place[step]])
+
+        def predict(x: Tensor, step: int, available: Tensor, missing: Tensor | None = None) -> Tensor:
+            return ops.token_denoiser(network, x, available, added[place[step]], missing=missing)
+
+        return predict
 
     @torch.no_grad()
     def sample(
@@ -158,7 +164,7 @@ class ADN(nn.Module):
         for at in range(0, len(index), chunk_size):
             part = slice(at, at + chunk_size)
             observed, mask, ids = tokens[index[part]], available[index[part]], sample_ids[part]
-            network = partial(predict, available=mask)
+            network = partial(predict, available=mask, missing=ops.find_missing(mask))
             if replace:
                 parts.append(
                     sample_replace(
