@@ -31,7 +31,7 @@ def run(
 
     Args:
         suite: a name of :data:`modafill.benchmarks.cases.SUITES`, or ``"all"``.
-        json_path: where to write the result; it is replaced at the end, in one move.
+        json_path: where to write the result; it is replaced after each case, in one move.
         threads: CPU thread counts, each a pass of its own; None = one and :func:`torch.get_num_threads`. A GPU is timed
             once.
         device: ``"cpu"`` or ``"cuda"``, with an index if wanted.
@@ -53,6 +53,7 @@ def run(
     selected = cases.select(suite, cases.Plan(where, threads, quick))
     notices: dict[str, None] = {}
     rows: list[dict[str, Any]] = []
+    result: dict[str, Any] = {"machine": {**report.machine(where), "left_out": []}, "rows": rows}
     with Progress(console=Console(stderr=True), disable=not progress) as bar:
 
         def notice(text: str) -> None:
@@ -64,10 +65,10 @@ def run(
         for case in selected:
             bar.update(task, description=f"{case.op} {case.mode} {list(case.shape)} ×{case.threads}")
             rows += run_case(case, seconds=QUICK_SECONDS_PER_ROW if quick else SECONDS_PER_ROW, notice=notice)
+            result["machine"]["left_out"] = list(notices)
+            if json_path is not None:
+                report.write_json(result, json_path)
             bar.advance(task)
-    result = {"machine": {**report.machine(where), "left_out": list(notices)}, "rows": rows}
-    if json_path is not None:
-        report.write_json(result, json_path)
     if progress:
         report.print_report(result)
     return result

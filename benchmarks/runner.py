@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,8 +21,9 @@ ROOFLINES = ("triad", "copy", "matmul")
 _SHORT_NS = 2_000_000
 _LONGEST_BURST = 10
 _MIN_ROUNDS, _MAX_ROUNDS = 5, 2000
-# Of a contender whose calls are this long two are timed, the second without another to warm up.
-_LONG_NS = 5_000_000_000
+# Of a contender whose calls are this long two are timed, without another to warm up; of one whose calls are this much
+# longer, the one whose memory is measured.
+_LONG_NS, _VERY_LONG_NS = 5_000_000_000, 60_000_000_000
 
 
 class Unavailable(Exception):
@@ -109,8 +111,14 @@ def run_case(case: Case, *, seconds: float, notice: Callable[[str], None] = lamb
             else:
                 contenders[name] = contender
         timer = _CudaTimer(case.device, problem.sets) if case.device.type == "cuda" else _CpuTimer(problem.sets)
-        samples = measure({n: c.run for n, c in contenders.items()}, timer, seconds=seconds)
-        peaks = {name: _peak_memory(contender.run, case) for name, contender in contenders.items()}
+        peaks: dict[str, int | None] = {}
+        trials: dict[str, int] = {}
+        for name, contender in contenders.items():
+            begun = time.perf_counter_ns()
+            peaks[name] = _peak_memory(contender.run, case)
+            if case.device.type == "cpu" and peaks[name] is not None:
+                trials[name] = time.perf_counter_ns() - begun
+        samples = measure({n: c.run for n, c in contenders.items()}, timer, seconds=seconds, trials=trials)
     quantiles = {name: _percentiles(times) for name, times in samples.items()}
     speed = {name: contenders[name].traffic / (quantiles[name][1] * 1e6) for name in contenders}
     rate = {name: contenders[name].flops / (quantiles[name][1] * 1e6) for name in contenders}
@@ -153,16 +161,29 @@ class Timer(Protocol):
         """
 
 
-def measure(runs: Mapping[str, Callable[[int], Any]], timer: Timer, *, seconds: float) -> dict[str, list[int]]:
-    """Nanoseconds of each call, by name.
+def measure(
+    runs: Mapping[str, Callable[[int], Any]],
+    timer: Timer,
+    *,
+    seconds: float,
+    trials: Mapping[str, int] = MappingProxyType({}),
+) -> dict[str, list[int]]:
+    """Nanoseconds of each call, by name; ``trials`` are those of a first call, where there was one.
 
     The contenders take turns, and each round starts with the next one, so that a drift of the machine's clock or load
     meets all of them. Rounds go on until ``seconds`` have passed for each contender.
     """
-    trials = {name: timer(run, 1)[0] for name, run in runs.items()}
-    bursts = {name: _burst(trial) for name, trial in trials.items()}
-    long = {name: trial >= _LONG_NS for name, trial in trials.items()}
-    samples: dict[str, list[int]] = {name: [trial] if long[name] else [] for name, trial in trials.items()}
+    first_calls = {name: trials[name] if name in trials else timer(run, 1)[0] for name, run in runs.items()}
+    bursts = {name: _burst(trial) for name, trial in first_calls.items()}
+    samples: dict[str, list[int]] = {name: [] for name in runs}
+    # Rounds that a contender takes part in.
+    rounds = dict.fromkeys(runs, _MAX_ROUNDS)
+    for name, trial in first_calls.items():
+        if trial >= _VERY_LONG_NS:
+            samples[name], rounds[name] = [trial], 0
+        elif trial >= _LONG_NS:
+            # A first call that somebody else made had no warm-up.
+            samples[name], rounds[name] = ([], 2) if name in trials else ([trial], 1)
     names: Sequence[str] = list(runs)
     deadline = time.perf_counter() + seconds * len(names)
     for index in range(_MAX_ROUNDS):
@@ -170,8 +191,8 @@ def measure(runs: Mapping[str, Callable[[int], Any]], timer: Timer, *, seconds: 
             break
         first = index % len(names) if names else 0
         for name in (*names[first:], *names[:first]):
-            if index == 0 or not long[name]:
-                samples[name] += timer(runs[name], bursts[name], not long[name])
+            if index < rounds[name]:
+                samples[name] += timer(runs[name], bursts[name], rounds[name] == _MAX_ROUNDS)
     return samples
 
 

@@ -29,6 +29,7 @@ class Group:
         environment: variables that the process needs; the interpreter's has to be there before Triton is imported.
         when_named: it repeats what other groups test, and runs only where the command line asks for it.
         alone: one process and not one for each core: they would share a GPU, or build the same thing.
+        spread: single tests go to the next free process, and not files, whose tests share what was trained for them.
     """
 
     paths: tuple[str, ...]
@@ -36,13 +37,14 @@ class Group:
     environment: dict[str, str] = field(default_factory=dict)
     when_named: bool = False
     alone: bool = False
+    spread: bool = False
 
 
 APART = ("tests/interpreter", "tests/aot", "tests/gpu", "tests/sanitize")
 GROUPS = {
     "main": Group(("tests",), without=APART),
-    "interpreter": Group(("tests/interpreter",), environment={"TRITON_INTERPRET": "1"}),
-    "aot": Group(("tests/aot",)),
+    "interpreter": Group(("tests/interpreter",), environment={"TRITON_INTERPRET": "1"}, spread=True),
+    "aot": Group(("tests/aot",), spread=True),
     "gpu": Group(("tests/gpu",), alone=True),
     "sanitize": Group(("tests/sanitize",), when_named=True, alone=True),
 }
@@ -95,7 +97,7 @@ def run_group(name: str, *, fast: bool) -> Totals:
         junit = Path(folder) / "junit.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-ra", f"--junitxml={junit}", *group.paths]
         command += [f"--ignore={path}" for path in group.without]
-        command += ["-n", str(workers), "--dist", "loadfile"] if workers > 1 else []
+        command += ["-n", str(workers), "--dist", "worksteal" if group.spread else "loadfile"] if workers > 1 else []
         command += ["-m", "not slow"] if fast else []
         status = subprocess.run(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL).returncode
         # Only a choice of the fast tests can leave a group with none.

@@ -598,10 +598,11 @@ def _bar(what: str, total: int | None) -> Iterator[Any]:
             if before is None:
                 before, begun = done, time.monotonic()  # what an earlier process did takes no time
             seconds, rate, left = time.monotonic() - begun, "", ""
+            total_rows = of or total or done
             if done > before and seconds:
-                per_second = (done - before) / seconds
-                rate = f"{per_second:.3g}/s"
-                left = f", {rate}, about {math.ceil((of or total or done) - done) / per_second / 60:.0f} min left"
+                rate = f"{(done - before) / seconds:.3g}/s"
+                minutes = (total_rows - done) * seconds / (done - before) / 60
+                left = f", {rate}, about {math.ceil(minutes)} min left" if done < total_rows else ""
             progress.update(task, completed=done, total=of, rate=rate)
             log.line(f"{what}: {done} of {of or total}{left}")
 

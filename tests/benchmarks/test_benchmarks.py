@@ -349,6 +349,21 @@ def test_calls_of_many_seconds_are_timed_twice_and_warmed_up_once() -> None:
     assert [turn for turn in turns if turn[0] == "b"] == [("b", True)] * 6
 
 
+def test_first_calls_that_were_made_are_not_made_again() -> None:
+    turns: list[tuple[str, bool]] = []
+
+    def timer(run: Callable[[int], Any], calls: int, warm_up: bool = True) -> list[int]:
+        turns.append((run(0), warm_up))
+        return [len(turns)] * calls
+
+    trials = {"minute": 7 * 10**10, "seconds": 6 * 10**9, "short": 10**9}
+    samples = runner.measure({name: lambda _, n=name: n for name in trials}, timer, seconds=1e-9, trials=trials)
+    assert samples["minute"] == [7 * 10**10]
+    assert [turn for turn in turns if turn[0] != "short"] == [("seconds", False)] * 2
+    assert len(samples["seconds"]) == 2
+    assert [turn for turn in turns if turn[0] == "short"] == [("short", True)] * 5
+
+
 def test_calls_of_all_contenders_share_the_rotation_of_buffer_sets() -> None:
     seen: list[int] = []
     timer = runner._CpuTimer(4)
