@@ -121,6 +121,8 @@ class TokenNetwork:
         if self._packed is None and (many or self.dtype != self.state_dtype):
             described = self._described(x, available, added, out, None)
             packed = x.new_empty(_C.token_denoiser_size(described))
+            # Read from end to end for every few samples: in small pages the addresses leave their cache.
+            _C.prefer_huge_pages(packed.data_ptr(), packed.nbytes)
             backends.launch("pack_token_denoiser", "cpu", x.device, self._described(x, available, added, out, packed))
             self._packed = packed
         backends.launch("token_denoiser", "cpu", x.device, self._described(x, available, added, out, self._packed))
