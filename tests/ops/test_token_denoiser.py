@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import copy
 import importlib
-from collections.abc import Iterator
+import pickle
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -146,6 +148,17 @@ def test_nothing_to_do(rows: int) -> None:
     for backend in ("cpu", "torch", "reference"):
         out = token_denoiser(network("odd"), x[:rows], available, added, backend=backend)
         assert torch.equal(out, torch.zeros(rows, 3, 24))
+
+
+@pytest.mark.parametrize("rows", [3, 40])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
+def test_a_copy_has_weights_of_its_own(copied: Callable[[TokenNetwork], TokenNetwork], rows: int) -> None:
+    model, given = network("projected"), inputs("projected", rows, 3)
+    expected = token_denoiser(model, *given)
+    again = copied(model)
+    for tensor in model.tensors:
+        tensor.fill_(torch.nan)
+    assert torch.equal(token_denoiser(again, *given), expected)
 
 
 def test_strided_inputs() -> None:

@@ -95,15 +95,24 @@ class TokenNetwork:
                 *matrices(layer.linear2.weight, layer.linear2.bias),
             ]
         self.tensors += [*norms(norm), *matrices(project_out.weight, project_out.bias)]
+        self._pointers = [backends.pointer(tensor) for tensor in self.tensors]
         self._packed: Tensor | None = None
         self._pairs = self.dtype == torch.bfloat16 and _has_bfloat16_products()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Addresses are those of this very object's tensors.
+        return {**self.__dict__, "_pointers": None, "_packed": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._pointers = [backends.pointer(tensor) for tensor in self.tensors]
 
     def _described(self, x: Tensor, available: Tensor, added: Tensor, out: Tensor, packed: Tensor | None) -> Any:
         return _C.TokenDenoiserArgs(
             backends.DTYPE_CODES[x.dtype],
             backends.DTYPE_CODES[self.dtype],
             *map(backends.pointer, (out, x, available, added)),
-            [backends.pointer(tensor) for tensor in self.tensors],
+            self._pointers,
             backends.pointer(packed),
             self._pairs,
             *x.shape,
