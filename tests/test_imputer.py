@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import dataclasses
 import math
 import pickle
 from collections.abc import Callable
@@ -16,7 +17,8 @@ from modafill import ModalityImputer
 from modafill.bulk import impute_store, recognise_store
 from modafill.data import Batch, FeatureStore, StoreWriter, all_patterns, pattern_index
 from modafill.imputer import Imputation
-from modafill.models.admc import ADMC
+from modafill.models.admc import ADMC, ADMCConfig
+from modafill.training import Run
 
 MakeADMC = Callable[..., ADMC]
 Features = dict[str, Tensor]
@@ -446,3 +448,27 @@ def test_a_store_with_an_empty_row(imputer: ModalityImputer, tmp_path: Path) -> 
     with pytest.raises(ValueError, match=r"in\.h5: nothing is observed in row 4, expected at least one modality"):
         next(impute_store(imputer, FeatureStore(tmp_path / "in.h5"), tmp_path / "out.h5", batch_size=3))
     assert not (tmp_path / "out.h5").exists()
+
+
+def test_fit_trains_and_what_it_is_asked_for_is_checked_before(tiny, tmp_path: Path) -> None:
+    config = Run.load(tiny.run).config
+    assert isinstance(config, ADMCConfig)
+    for wrong, message in (
+        ({"solver": "euler"}, "solver: got 'euler'"),
+        ({"steps": 0}, "steps: got 0"),
+        ({"model": "gan"}, "model: got 'gan', expected one of admc, cdtp"),
+        ({"model": "cdtp", "config": config}, "config: got ADMCConfig, expected CDTPConfig"),
+        ({"model": "cdtp", "conditioning": "clean"}, "conditioning: got 'clean', expected None with model 'cdtp'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ModalityImputer.fit(tiny.archive, mapping=str(tiny.mapping), out=tmp_path / "run", **wrong)
+    with pytest.raises(TypeError, match="stepps"):
+        ModalityImputer.fit(tiny.archive, mapping=str(tiny.mapping), out=tmp_path / "run", stepps=3)
+    assert not (tmp_path / "run").exists()
+    small = dataclasses.replace(config, conditioning="replace", encoder_epochs=1, adn_epochs=1, fusion_epochs=1)
+    fitted = ModalityImputer.fit(tiny.archive, mapping=str(tiny.mapping), config=small, steps=3)
+    assert isinstance(fitted.model, ADMC)
+    assert fitted.model.config.conditioning == "replace"
+    assert fitted.sampling.steps == 3
+    given = {name: torch.randn(2, spec.width) for name, spec in fitted.model.modalities.items() if not spec.sequence}
+    assert all(torch.isfinite(x).all() for x in fitted(given).embeddings.values())

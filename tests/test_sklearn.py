@@ -93,10 +93,13 @@ def test_mistakes(imputer: ModalityImputer) -> None:
         transformer.fit(partly)
     empty = x.copy()
     empty[2] = np.nan
-    with pytest.raises(ValueError, match="nothing is observed in row id 2"):
-        transformer.fit(x).transform(empty)
+    with pytest.raises(ValueError, match="X: nothing is observed in row 2, expected at least one modality"):
+        transformer.fit(empty)
     empty[2] = np.inf
-    with pytest.raises(ValueError, match="infinity"):
-        transformer.transform(empty)
-    with pytest.raises(ValueError, match=r"widths: got .*'text': 6.*, expected .*'text': 5.* those of the imputer"):
+    with pytest.raises(ValueError, match="X: text has infinity in row 2"):
+        transformer.fit(x).transform(empty)
+    turned = {name: WIDTHS[name] for name in ("vision", "text", "audio")}
+    with pytest.raises(ValueError, match=r"widths: got .*, in the imputer's order"):
+        ModalityTransformer(turned, imputer).fit(x)
+    with pytest.raises(ValueError, match=r"widths: got .*'text': 6.*, expected .*'text': 5.* in the imputer's order"):
         ModalityTransformer({"text": 6, "audio": 3, "vision": 3}, imputer).fit(x)

@@ -106,7 +106,7 @@ class ModalityImputer(nn.Module):
         *,
         model: str = "admc",
         preset: str = "small",
-        conditioning: str = "clean",
+        conditioning: str | None = None,
         config: ModelConfig | None = None,
         out: str | Path | None = None,
         seed: int = 0,
@@ -121,7 +121,8 @@ class ModalityImputer(nn.Module):
                 are trained.
             model: ``"admc"`` or ``"cdtp"``.
             preset: ``"small"`` (minutes on two CPU cores) or ``"paper"``.
-            conditioning: of an ADMC: ``"clean"`` or ``"replace"`` (the paper).
+            conditioning: of an ADMC: ``"clean"`` or ``"replace"`` (the paper); None = that of ``config``, else
+                ``"clean"``.
             config: numbers of the model in place of the preset's.
             out: folder of the run, which goes on where it stopped; None trains in a temporary one.
             seed: of weights, order and noise.
@@ -137,8 +138,15 @@ class ModalityImputer(nn.Module):
 
         if model not in TRAINERS:
             raise ValueError(f"model: got {model!r}, expected one of {', '.join(TRAINERS)}")
-        wanted = {"conditioning": conditioning} if model == "admc" else {}
-        numbers = TRAINERS[model].CONFIG.preset(preset) if config is None else config
+        if config is not None and not isinstance(config, TRAINERS[model].CONFIG):
+            raise ValueError(f"config: got {type(config).__name__}, expected {TRAINERS[model].CONFIG.__name__}")
+        if conditioning is not None and model != "admc":
+            raise ValueError(f"conditioning: got {conditioning!r}, expected None with model {model!r}")
+        # What they are is found out before minutes of training.
+        Sampling(**{name: value for name, value in options.items() if name != "device"})
+        numbers: Any = config or TRAINERS[model].CONFIG.preset(preset)
+        if model == "admc":
+            numbers = replace(numbers, conditioning=conditioning or (config and numbers.conditioning) or "clean")
         window = data.window if isinstance(data, FeatureStore) else None
         path = Path(data.path if isinstance(data, FeatureStore) else data)
         with tempfile.TemporaryDirectory() as scratch:
@@ -147,8 +155,8 @@ class ModalityImputer(nn.Module):
                 model=model,
                 data=str(path.resolve()),
                 mapping=mapping,
-                config=replace(numbers, **wanted),
-                variants=(conditioning if model == "admc" else "full",),
+                config=numbers,
+                variants=(numbers.conditioning if model == "admc" else "full",),
                 folds=1,
                 seeds=(seed,),
                 window=window,

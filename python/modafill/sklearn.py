@@ -58,8 +58,8 @@ class ModalityTransformer(TransformerMixin, BaseEstimator):
         """
         if self.imputer is not None:
             expected = {name: spec.width for name, spec in self.imputer.model.modalities.items()}
-            if dict(self.widths) != expected:
-                raise ValueError(f"widths: got {dict(self.widths)}, expected {expected}, those of the imputer")
+            if list(self.widths.items()) != list(expected.items()):
+                raise ValueError(f"widths: got {dict(self.widths)}, expected {expected}, in the imputer's order")
         features, available = self._modalities(X)
         if self.imputer is not None:
             self.imputer_ = self.imputer
@@ -119,6 +119,12 @@ class ModalityTransformer(TransformerMixin, BaseEstimator):
             partly = np.flatnonzero(absent.any(1) & ~absent.all(1))
             if len(partly):
                 raise ValueError(f"X: {name} is NaN in part in row {partly[0]}, expected all of its columns or none")
+            if np.isinf(block).any():
+                raise ValueError(f"X: {name} has infinity in row {np.flatnonzero(np.isinf(block).any(1))[0]}")
             features[name] = torch.from_numpy(np.ascontiguousarray(block))
             available.append(torch.from_numpy(~absent.all(1)))
-        return features, torch.stack(available, dim=1)
+        seen = torch.stack(available, dim=1)
+        if not bool(seen.any(1).all()):
+            row = int((~seen.any(1)).nonzero()[0])
+            raise ValueError(f"X: nothing is observed in row {row}, expected at least one modality")
+        return features, seen

@@ -226,6 +226,15 @@ def test_encoders_that_it_does_not_run(change: dict[str, object]) -> None:
         TokenNetwork(encoder, nn.Linear(8, 8))
 
 
+def test_norms_and_projections_that_it_does_not_run() -> None:
+    encoder, out, _ = modules("direct")
+    encoder.layers[0].norm1.eps = 1e-5
+    with pytest.raises(ValueError, match="encoder: got norms with different eps"):
+        TokenNetwork(encoder, out)
+    with pytest.raises(ValueError, match="project_out: got a projection without a bias"):
+        TokenNetwork(modules("direct")[0], nn.Linear(64, 64, bias=False))
+
+
 @pytest.mark.parametrize("dtype, weights", [(torch.float32, torch.float64), (torch.float64, torch.bfloat16)])
 def test_dtypes_that_do_not_go_together(dtype: torch.dtype, weights: torch.dtype) -> None:
     with pytest.raises(ValueError, match="dtype: got torch"):

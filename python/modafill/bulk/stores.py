@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from modafill import __version__
 from modafill.data import Batch, FeatureStore, StoreWriter
 from modafill.data.patterns import name_rows
 from modafill.files import replacing, write_json
 from modafill.imputer import ModalityImputer
 from modafill.models.cdtp import CDTP
+from modafill.ops import backends
 
 _MOST_ROWS, _COMPLETIONS_BYTES = 1024, 2**29
 _MERGED_ROWS = 8192
@@ -61,18 +65,19 @@ def impute_store(
         yield from _write_shard(imputer, store, out, 0, len(store), **options)
         return
     folder = out.absolute().with_name(f".{out.name}.shards")
-    _claim(folder, {**_identity(imputer, store), **options, "shard_rows": shard_rows})
-    shards = []
-    for start in range(0, len(store), shard_rows):
-        stop = min(start + shard_rows, len(store))
-        shard = folder / f"{start:012d}.h5"
-        shards.append(shard)
-        if shard.exists():
-            yield stop
-        else:
-            yield from _write_shard(imputer, store, shard, start, stop, **options)
-    _merge(imputer, store, shards, out)
-    shutil.rmtree(folder)
+    with _only_one(folder):
+        _claim(folder, {**_identity(imputer, store), **options, "shard_rows": shard_rows})
+        starts = range(0, len(store), shard_rows)
+        shards = [folder / f"{start:012d}.h5" for start in starts]
+        found = sum(shard.exists() for shard in shards)
+        if found:
+            yield min(found * shard_rows, len(store))
+        for start, shard in zip(starts, shards, strict=True):
+            if not shard.exists():
+                stop = min(start + shard_rows, len(store))
+                yield from _write_shard(imputer, store, shard, start, stop, **options)
+        _merge(imputer, store, shards, out)
+        shutil.rmtree(folder)
 
 
 def _write_shard(
@@ -119,25 +124,47 @@ def _columns(store: FeatureStore) -> Callable[[np.ndarray], dict[str, Any]]:
     }
 
 
+@contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """Hold the folder of shards, made if need be, against other processes; the system lets go when this one dies."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"{folder}: another process is writing shards there") from error
+        yield
+
+
 def _identity(imputer: ModalityImputer, store: FeatureStore) -> dict[str, Any]:
     """What the bits of a shard depend on beside the call's own options."""
     weights = hashlib.sha256()
     for name, tensor in imputer.model.state_dict().items():
         weights.update(name.encode())
-        weights.update(tensor.cpu().contiguous().numpy().tobytes())
+        weights.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     stat = store.path.stat()
+    # A conversion of the same archive is the same store, wherever it lies.
+    source = store.task.get("source") or [str(store.path.resolve()), stat.st_size, stat.st_mtime_ns]
     return {
         "weights": weights.hexdigest(),
         "config": imputer.model.config.to_dict(),
+        "modalities": list(imputer.modalities),
         "sampling": {name: str(value) for name, value in asdict(imputer.sampling).items()},
-        "store": [str(store.path.resolve()), stat.st_size, stat.st_mtime_ns, store.window],
-    }
+        "store": [source, store.window],
+        "machine": [
+            next(imputer.parameters()).device.type, backends.native_build()["cpu_isa"], backends.requested("auto"),
+            __version__, torch.__version__,
+        ],
+    }  # fmt: skip
 
 
 def _claim(folder: Path, call: dict[str, Any]) -> None:
-    """Make the folder of shards, or find in it those of the very same call."""
+    """Find in the folder shards of the very same call, or none: those of a call that nobody knows are removed."""
     file, call = folder / "call.json", json.loads(json.dumps(call))
-    if not file.exists():
+    shards = list(folder.glob("*.h5"))
+    if not file.exists() or not shards:
+        for shard in shards:
+            shard.unlink()
         write_json(file, call)
         return
     found = json.loads(file.read_text(encoding="utf-8"))

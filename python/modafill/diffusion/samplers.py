@@ -30,7 +30,7 @@ class Sampling:
         solver: one of :data:`SOLVERS`; None with ``"replace"``.
         eta: 0 is deterministic DDIM, 1 ancestral sampling; None with ``"replace"``.
         dtype: of the weights in products, such as bfloat16; what is denoised keeps the model's own precision.
-        chunk_size: completions that go through all steps at a time.
+        chunk_size: completions that go through all steps at a time; CDTP's at least a batch.
     """
 
     steps: int | None = None

@@ -171,7 +171,7 @@ def _recognise(
                 out[f"{name}, {_averaged(trainer)}"] = torch.stack([say(sample) for sample in drawn]).mean(0)
             for steps in sampling_steps:
                 out[f"{name}, {steps} DDIM steps"] = say(
-                    model.generate(given, seed=seed, sampling=Sampling(steps=steps))
+                    model.generate(given, seed=seed, sampling=Sampling(steps=steps, solver="ddim"))
                 )
     return out
 

@@ -34,7 +34,8 @@ class Point:
 
     Attributes:
         sampler: conditioning, and solver where there is one.
-        evaluations: of the network, for a completion.
+        evaluations: of the network, for a completion: what was asked for, or fewer where steps coincide or a solver of
+            two evaluations a step leaves one over.
         ms: milliseconds for each completion, in batches of the whole part.
         UA, NLL: of a classifier that saw complete data alone, its probabilities averaged over K completions.
         NRMSE: of the mean of K completions.
@@ -132,6 +133,9 @@ def _measure(
     )
     tokens, target = trainer.tokens[rows], trainer.target[rows]
     seconds, figures = 0.0, []
+    warm = torch.ones(1, len(names), dtype=torch.bool, device=trainer.device)
+    warm[:, 0] = False
+    adn.sample(tokens[:1], warm, sampling=sampling)
     for index in shown_patterns(names):
         available = patterns[index].to(trainer.device).expand(len(rows), -1)
         hidden = ~patterns[index]
@@ -161,6 +165,9 @@ def _measure(
     ms = 1000 * seconds / (len(figures) * n_samples * len(rows))
     means = {name: mean(figure[name] for figure in figures) for name in FIGURES}
     evaluations = sampling.steps or 0
+    if sampling.solver is not None:
+        visited = solver_steps(adn.schedule, adn.last_step, evaluations, sampling.solver)
+        evaluations = 2 * len(visited) - 3 if sampling.solver == "heun" else len(visited) - 1
     return Point(sampler, evaluations, fold, trainer.seed, ms, **means)
 
 

@@ -33,7 +33,7 @@ backends.RULES["token_denoiser"] = _rule
 
 
 class TokenNetwork:
-    """The weights of a transformer that :func:`token_denoiser` runs, as they were when this was made.
+    """The weights of a transformer that :func:`token_denoiser` runs: make another when the module has changed.
 
     Args:
         encoder: pre-norm layers with exact GELU (``norm_first=True, activation="gelu", batch_first=True``) and a norm
@@ -55,12 +55,18 @@ class TokenNetwork:
         dtype: torch.dtype | None = None,
     ) -> None:
         layers = [cast(nn.TransformerEncoderLayer, layer) for layer in encoder.layers]
-        fits = encoder.norm is not None and all(
+        norms_of = [encoder.norm, *(norm for layer in layers for norm in (layer.norm1, layer.norm2))]
+        fits = all(
             layer.norm_first and layer.activation is F.gelu and layer.self_attn.in_proj_bias is not None
             for layer in layers
-        )
+        ) and all(isinstance(norm, nn.LayerNorm) and norm.bias is not None for norm in norms_of)
         if not layers or not fits:
             raise ValueError("encoder: expected layers with norm_first, exact GELU and biases, and a norm behind them")
+        if len({cast(nn.LayerNorm, norm).eps for norm in norms_of}) > 1:
+            raise ValueError("encoder: got norms with different eps, expected the same in all")
+        for name, projection in (("project_out", project_out), ("project_in", project_in)):
+            if projection is not None and projection.bias is None:
+                raise ValueError(f"{name}: got a projection without a bias, expected one")
         self.state_dtype = project_out.weight.dtype
         self.dtype = dtype or self.state_dtype
         if self.state_dtype not in (torch.float32, torch.float64) or (
@@ -105,6 +111,7 @@ class TokenNetwork:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self._pairs = self.dtype == torch.bfloat16 and _has_bfloat16_products()
         self._pointers = [backends.pointer(tensor) for tensor in self.tensors]
 
     def _described(self, x: Tensor, available: Tensor, added: Tensor, out: Tensor, packed: Tensor | None) -> Any:

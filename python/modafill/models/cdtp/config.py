@@ -181,5 +181,7 @@ class CDTPConfig(ModelConfig):
                     f"{name}: got {width} with {self.heads} heads, expected heads of a multiple of 4 wide, up to 128"
                 )
         last = self.schedule().last_step(self.min_alpha_bar)
+        if self.eta and self.solver != "ddim":
+            raise ValueError(f"eta: got {self.eta}, expected 0 with solver {self.solver!r}")
         if self.sampling_steps > last:
             raise ValueError(f"sampling_steps: got {self.sampling_steps}, expected at most {last}, the steps in use")
