@@ -462,8 +462,9 @@ def test_fit_trains_and_what_it_is_asked_for_is_checked_before(tiny, tmp_path: P
     ):
         with pytest.raises(ValueError, match=message):
             ModalityImputer.fit(tiny.archive, mapping=str(tiny.mapping), out=tmp_path / "run", **wrong)
-    with pytest.raises(TypeError, match="stepps"):
-        ModalityImputer.fit(tiny.archive, mapping=str(tiny.mapping), out=tmp_path / "run", stepps=3)
+    for name in ("stepps", "eta"):
+        with pytest.raises(TypeError, match=f"fit: got an unexpected option '{name}'"):
+            ModalityImputer.fit(tiny.archive, mapping=str(tiny.mapping), out=tmp_path / "run", **{name: 3})
     assert not (tmp_path / "run").exists()
     small = dataclasses.replace(config, conditioning="replace", encoder_epochs=1, adn_epochs=1, fusion_epochs=1)
     fitted = ModalityImputer.fit(tiny.archive, mapping=str(tiny.mapping), config=small, steps=3)

@@ -51,7 +51,10 @@ def test_it_is_the_imputer_on_blocks_of_columns(imputer: ModalityImputer) -> Non
 
 def test_a_row_does_not_depend_on_how_many_there_are(imputer: ModalityImputer) -> None:
     x, transformer = rows(2100), ModalityTransformer(WIDTHS, imputer)
+    x[1024] = x[0]  # the first of another part
     whole = transformer.fit(x).transform(x)
+    assert (whole[0, :8] != whole[1024, :8]).all(), "two rows have the same noise"
+    np.testing.assert_array_equal(whole[0, 16:], whole[1024, 16:])
     np.testing.assert_allclose(transformer.transform(x[:1500]), whole[:1500], rtol=0, atol=1e-5)
 
 

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <stdexcept>
 #include <type_traits>
 
 #include "../common/tokens.h"
@@ -457,6 +458,10 @@ void find_missing(const TokenDenoiserArgs &args, Shared<C> &shared, const int64_
 
 template <class C, class W>
 void token_denoiser_of(const TokenDenoiserArgs &args, int threads) {
+#ifndef __AVX512BF16__
+  if (args.pairs)
+    throw std::invalid_argument("pairs: this build or processor has no products of bfloat16");
+#endif
   std::vector<int64_t> rows;
   for (int64_t row = 0; row < args.batch; ++row) {
     const bool *const seen = args.available + row * args.tokens;

@@ -143,6 +143,9 @@ class ModalityImputer(nn.Module):
         if conditioning is not None and model != "admc":
             raise ValueError(f"conditioning: got {conditioning!r}, expected None with model {model!r}")
         # What they are is found out before minutes of training.
+        unknown = sorted(set(options) - {"device", "steps", "solver", "dtype", "chunk_size"})
+        if unknown:
+            raise TypeError(f"fit: got an unexpected option {unknown[0]!r}")
         Sampling(**{name: value for name, value in options.items() if name != "device"})
         numbers: Any = config or TRAINERS[model].CONFIG.preset(preset)
         if model == "admc":

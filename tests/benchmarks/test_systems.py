@@ -9,13 +9,7 @@ from modafill import ops
 from modafill.benchmarks import cases, systems
 from modafill.benchmarks.runner import run_case
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def quick(mode: str) -> cases.Case:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -13,7 +11,7 @@ from modafill.data import missing_patterns
 from modafill.models.admc import ADN, ADMCConfig
 from modafill.training.admc import diffusion_loss
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 MODALITIES, WIDTH, LATENT = 3, 8, 2
 BATCH, STEPS_PER_EPOCH, EPOCHS = 256, 200, 20
@@ -30,15 +28,6 @@ CONFIG = ADMCConfig(
     ema_decay=0.998,
     sampling_steps=EVALUATIONS,
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Matrices this small gain nothing from a second thread, and lose much where the cores are busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import copy
 import importlib
+import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
@@ -159,6 +162,22 @@ def test_a_copy_has_weights_of_its_own(copied: Callable[[TokenNetwork], TokenNet
     for tensor in model.tensors:
         tensor.fill_(torch.nan)
     assert torch.equal(token_denoiser(again, *given), expected)
+
+
+def test_an_instruction_set_without_pairs_refuses_them() -> None:
+    code = """
+import torch
+from modafill import ops
+layer = torch.nn.TransformerEncoderLayer(16, 2, 32, activation="gelu", batch_first=True, norm_first=True)
+encoder = torch.nn.TransformerEncoder(layer, 1, norm=torch.nn.LayerNorm(16), enable_nested_tensor=False)
+network = ops.TokenNetwork(encoder, torch.nn.Linear(16, 16), dtype=torch.bfloat16)
+network._pairs = True
+ops.token_denoiser(network, torch.ones(9, 3, 16), torch.zeros(9, 3).bool(), torch.ones(3, 2, 16), backend="cpu")
+"""
+    environment = {**os.environ, "MODAFILL_CPU_ISA": "baseline"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert run.returncode != 0
+    assert "pairs: this build or processor has no products of bfloat16" in run.stderr
 
 
 def test_strided_inputs() -> None:
