@@ -17,25 +17,27 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from modafill.kernels import conv_gelu_conv, prompt_attention, rows
+from modafill.kernels import conv_gelu_conv, prompt_attention, rows, tuned
 
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
 # Bytes of shared memory that a block may have (CUDA C++ Programming Guide, technical specifications).
 SHARED_LIMITS = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 
 STEP_OPS = ("masked_reverse_step", "ddim_step", "add_noise", "randn")
-OPS = (*STEP_OPS, "prompt_attention", "conv_gelu_conv")
+OPS = (*STEP_OPS, "prompt_attention", "conv_gelu_conv", "token_denoiser")
 
 # Types of the kernels' arguments; what is not listed is a tensor of elements, or else an int32.
 _ELEMENTS = {
     *("out", "x", "eps", "observed", "noisy", "noise", "q", "k", "v", "bias", "grad", "q_grad", "k_grad", "v_grad"),
     *("bias_grad", "y", "w1", "b1", "w2", "b2", "value", "value_grad", "x_grad", "left", "right"),
+    *("matrices", "normalised"),
 }
 _TYPES = {
     "available": "*i1",
     **dict.fromkeys(("table", "logsumexp", "delta", "sums"), "*fp32"),
+    **dict.fromkeys(("result", "state", "before", "shown", "added", "coefficients"), "*fp32"),
     **dict.fromkeys(("step_values", "prev_step_values", "seeds", "row_ids", "mode", "key_lengths"), "*i64"),
-    **dict.fromkeys(("eta", "clip", "scale", "kept"), "fp32"),
+    **dict.fromkeys(("eta", "clip", "scale", "kept", "epsilon"), "fp32"),
     **dict.fromkeys(("step", "prev_step", "seed", "dropped"), "i64"),
 }
 # Integers that are multiples of 16 at the sizes that the models use.
@@ -142,12 +144,31 @@ def _convolution_variants(capability: int) -> Iterator[Variant]:
         yield Variant("conv_gelu_conv", f"{kernel}_kernel", capability, dtype, case, {**constants, **found}, options)
 
 
+def _token_variants(capability: int) -> Iterator[Variant]:
+    absent = {
+        "none": ("before", "shown", "coefficients", "seeds", "row_ids"),
+        "replace": ("result", "before", "seeds"),
+        "clean": ("result", "shown", "seeds", "row_ids"),
+    }
+    for (dtype, size), loop in itertools.product((("bf16", "2"), ("fp32", "4")), absent):
+        for found in tuned.tuned("token_denoiser", capability)[size]:
+            constants, options = _split(found)
+            # ADN in the paper's size.
+            constants |= {"BLOCK_W": 64, "BLOCK_C": 256, "BLOCK_D": 32, "PRECISION": "tf32x3"}
+            constants |= {"LOOP": loop, **dict.fromkeys(absent[loop])}
+            options["enable_fp_fusion"] = False
+            case = f"loop {loop}, tile of {found['BLOCK_T']}"
+            yield Variant("token_denoiser", "token_denoiser_kernel", capability, dtype, case, constants, options)
+
+
 def variants(op: str, capability: int) -> list[Variant]:
     """The kernels of ``op`` at the configurations listed for ``capability``, in both element sizes."""
     if op == "prompt_attention":
         return list(_attention_variants(capability))
     if op == "conv_gelu_conv":
         return list(_convolution_variants(capability))
+    if op == "token_denoiser":
+        return list(_token_variants(capability))
     return list(_step_variants(op, capability))
 
 

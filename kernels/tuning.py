@@ -24,6 +24,7 @@ DTYPES = {2: torch.bfloat16, 4: torch.float32}
 _BATCH, _HEADS, _LENGTHS = 32, 8, (50, 500)
 _CONVOLUTIONS = ((50, 256, 3), (500, 512, 1))  # length, channels, taps
 _ROWS = (1024, 16384)
+_NETWORK = (256, 8, 1024)  # channels, heads, hidden
 
 
 def _grid(**choices: tuple[int, ...]) -> list[Config]:
@@ -35,6 +36,9 @@ ATTENTION_CANDIDATES = _grid(BLOCK_M=(16, 32, 64, 128), BLOCK_N=(16, 32, 64), nu
 CONVOLUTION_CANDIDATES = _grid(
     BLOCK_M=(32, 64, 128), BLOCK_N=(64, 128, 256), BLOCK_K=(32, 64), num_warps=(4, 8), num_stages=(2, 3)
 )
+
+
+TOKEN_CANDIDATES = _grid(BLOCK_F=(16, 32, 64), BLOCK_K=(32, 64, 128), num_warps=(4, 8), num_stages=(1, 2, 3))
 
 
 def best(
@@ -92,6 +96,17 @@ def _convolution_calls(kernel: str, dtype: torch.dtype, device: str) -> Iterator
         yield _call(partial(ops.conv_gelu_conv, x, w1, None, w2, None, backend="triton"), wanted)
 
 
+def _token_calls(dtype: torch.dtype, device: str) -> Iterator[Call]:
+    layer = torch.nn.TransformerEncoderLayer(*_NETWORK, activation="gelu", batch_first=True, norm_first=True)
+    norm = torch.nn.LayerNorm(_NETWORK[0])
+    encoder = torch.nn.TransformerEncoder(layer, 4, norm=norm, enable_nested_tensor=False).to(device)
+    network = ops.TokenNetwork(encoder, torch.nn.Linear(_NETWORK[0], _NETWORK[0], device=device), dtype=dtype)
+    added = torch.randn(3, 2, _NETWORK[0], device=device)
+    for batch in _ROWS:
+        x, available = torch.randn(batch, 3, _NETWORK[0], device=device), torch.arange(3, device=device) == 0
+        yield partial(ops.token_denoiser, network, x, available.expand(batch, 3), added, backend="triton")
+
+
 def _row_calls(op: str, device: str) -> Iterator[Call]:
     table = Schedule.linear(1000, 3e-4, 0.06).table.to(device)
     for batch in _ROWS:
@@ -114,13 +129,14 @@ def tune(op: str, timer: Callable[[Call], float], progress: Callable[[str], None
     capability = tuned.capability_of(torch.empty(0, device=device))
     entry: Any = json.loads(json.dumps(tuned.tuned(op, capability)))
 
-    def use(place: Any, candidate: Config) -> None:
+    def use(place: Any, candidate: Config, listed: Any) -> None:
         place.update(candidate)
-        tuned.replace(op, capability, entry)
+        tuned.replace(op, capability, listed)
 
-    def one(label: str, place: Any, candidates: list[Config], calls: list[Call]) -> None:
-        chosen = best(candidates, lambda candidate: use(place, candidate), calls, timer)
-        use(place, chosen)
+    def one(label: str, place: Any, candidates: list[Config], calls: list[Call], alone: Any = None) -> None:
+        """``alone`` is what is listed meanwhile, where a call would choose among places."""
+        chosen = best(candidates, lambda candidate: use(place, candidate, alone or entry), calls, timer)
+        use(place, chosen, entry)
         progress(f"{op} {label}: {chosen}")
 
     if op == "prompt_attention":
@@ -133,6 +149,12 @@ def tune(op: str, timer: Callable[[Call], float], progress: Callable[[str], None
             for size, place in places.items():
                 calls = list(_convolution_calls(kernel, DTYPES[int(size)], device))
                 one(f"{kernel}, {size} bytes", place, CONVOLUTION_CANDIDATES, calls)
+    elif op == "token_denoiser":
+        for size, places in entry.items():
+            calls = list(_token_calls(DTYPES[int(size)], device))
+            for place in places:
+                label = f"{size} bytes, tile of {place['BLOCK_T']}"
+                one(label, place, TOKEN_CANDIDATES, calls, {size: [place]})
     else:
         one("", entry, ROW_CANDIDATES, list(_row_calls(op, device)))
     return entry

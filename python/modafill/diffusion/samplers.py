@@ -125,20 +125,45 @@ def sample_replace(
     Returns:
         ``[B, M, D]``: observed tokens bit-exact, missing ones generated.
     """
-    schedule.check_step("start_step", start_step)
-    if init not in ("unit", "scaled"):
-        raise ValueError(f"init: got {init!r}, expected 'unit' or 'scaled'")
+    x = replace_start(observed, available, schedule, start_step=start_step, seed=seed, row_id=row_id, init=init)
     table = schedule.table.to(observed.device)
-    start = ops.randn(tuple(observed.shape), seed=seed, row_id=row_id, step=start_step, device=observed.device)
-    start = start.to(observed.dtype)
-    if init == "scaled":
-        start = start * float(schedule.table[start_step, ops.reference.SQRT_ONE_MINUS_ALPHA_BAR])
-    noised, _ = ops.add_noise(observed, table, start_step, seed=seed, row_id=row_id)
-    x = torch.where(available[..., None], noised, start)
     for n in range(start_step, 0, -1):
         eps = predict_eps(x, n)
         x = ops.masked_reverse_step(x, eps, observed, available, table, n, seed=seed, row_id=row_id)
     return x
+
+
+def replace_start(
+    observed: Tensor,
+    available: Tensor,
+    schedule: Schedule,
+    *,
+    start_step: int,
+    seed: int,
+    row_id: Tensor | None = None,
+    init: str = "unit",
+) -> Tensor:
+    """x ``[B, M, D]`` at ``start_step`` of :func:`sample_replace`: observed tokens noised, missing ones noise."""
+    schedule.check_step("start_step", start_step)
+    if init not in ("unit", "scaled"):
+        raise ValueError(f"init: got {init!r}, expected 'unit' or 'scaled'")
+    start = ops.randn(tuple(observed.shape), seed=seed, row_id=row_id, step=start_step, device=observed.device)
+    start = start.to(observed.dtype)
+    if init == "scaled":
+        start = start * float(schedule.table[start_step, ops.reference.SQRT_ONE_MINUS_ALPHA_BAR])
+    noised, _ = ops.add_noise(observed, schedule.table.to(observed.device), start_step, seed=seed, row_id=row_id)
+    return torch.where(available[..., None], noised, start)
+
+
+def replace_coefficients(schedule: Schedule, start_step: int) -> Tensor:
+    """What :func:`modafill.ops.reverse_loop` needs of each step of :func:`sample_replace`, float32 ``[S, 5]``.
+
+    Factors of x and ε̂, the posterior's deviation; √ᾱ and √(1 − ᾱ) of the step before.
+    """
+    posterior = [ops.reference.POSTERIOR_X, ops.reference.POSTERIOR_EPS, ops.reference.POSTERIOR_STD]
+    before = [ops.reference.SQRT_ALPHA_BAR, ops.reference.SQRT_ONE_MINUS_ALPHA_BAR]
+    table = schedule.table[: start_step + 1]
+    return torch.cat([table[1:, posterior], table[:-1, before]], 1).flip(0)
 
 
 def sample_clean(
@@ -170,17 +195,42 @@ def sample_clean(
     """
     if len(steps) < 2 or steps[-1] != 0 or any(n <= previous for n, previous in pairwise(steps)):
         raise ValueError(f"steps: got {steps}, expected at least one diffusion step, descending, and 0 at the end")
-    keep = available[..., None]
-    start = ops.randn(tuple(observed.shape), seed=seed, row_id=row_id, draw=Draw.INITIAL, device=observed.device)
+    x = clean_start(observed, available, seed=seed, row_id=row_id)
 
     def keep_observed(x: Tensor) -> Tensor:
-        return torch.where(keep, observed, x)
+        return torch.where(available[..., None], observed, x)
 
-    x = keep_observed(start.to(observed.dtype))
     predict = eps_of_v(predict_v, schedule)
     return denoise(
         predict, x, schedule, steps=steps, solver=solver, eta=eta, seed=seed, row_id=row_id, after=keep_observed
     )
+
+
+def clean_start(observed: Tensor, available: Tensor, *, seed: int, row_id: Tensor | None = None) -> Tensor:
+    """What :func:`sample_clean` starts from, ``[B, M, D]``: observed tokens, and noise."""
+    start = ops.randn(tuple(observed.shape), seed=seed, row_id=row_id, draw=Draw.INITIAL, device=observed.device)
+    return torch.where(available[..., None], observed, start.to(observed.dtype))
+
+
+def clean_coefficients(schedule: Schedule, steps: list[int], solver: str) -> Tensor:
+    """What :func:`modafill.ops.reverse_loop` needs of each step of :func:`sample_clean`, float32 ``[S, 5]``.
+
+    √ᾱ and √(1 − ᾱ), which make x̂₀ of x and v; factors of x, of x̂₀ and of the x̂₀ before. η is 0.
+
+    Raises:
+        ValueError: ``solver`` is neither ``"ddim"`` nor ``"dpm++"``, whose steps are linear in these.
+    """
+    if solver not in ("ddim", "dpm++"):
+        raise ValueError(f"solver: got {solver!r}, expected ddim or dpm++")
+    signals, sigmas = schedule.alpha_bar.sqrt().tolist(), (1 - schedule.alpha_bar).sqrt().tolist()
+    rows, length_before = [], math.inf
+    for n, previous in pairwise(steps):
+        length = math.log(signals[previous] / sigmas[previous] * sigmas[n] / signals[n]) if previous else 0.0
+        ahead = length / (2 * length_before) if solver == "dpm++" else 0.0
+        length_before = length
+        step = signals[previous] - sigmas[previous] * signals[n] / sigmas[n]
+        rows.append([signals[n], sigmas[n], sigmas[previous] / sigmas[n], (1 + ahead) * step, -ahead * step])
+    return torch.tensor(rows, dtype=torch.float64).float()
 
 
 def eps_of_v(predict_v: Denoiser, schedule: Schedule) -> Denoiser:

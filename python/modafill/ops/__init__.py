@@ -12,13 +12,14 @@ from modafill.ops.masked_reverse_step import masked_reverse_step
 from modafill.ops.prompt_attention import prompt_attention
 from modafill.ops.randn import randn
 from modafill.ops.reference import Draw
-from modafill.ops.token_denoiser import TokenNetwork, find_missing, token_denoiser
+from modafill.ops.token_denoiser import TokenNetwork, can_loop, find_missing, reverse_loop, token_denoiser
 
 __all__ = [
     "Choice",
     "Draw",
     "TokenNetwork",
     "add_noise",
+    "can_loop",
     "conv_gelu_conv",
     "ddim_step",
     "explain",
@@ -27,5 +28,6 @@ __all__ = [
     "prompt_attention",
     "randn",
     "reference",
+    "reverse_loop",
     "token_denoiser",
 ]

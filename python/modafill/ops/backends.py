@@ -46,7 +46,7 @@ OPS = {
     **dict.fromkeys(("masked_reverse_step", "ddim_step", "add_noise", "randn"), ("cpu", "cuda", "triton")),
     "prompt_attention": ("cpu", "triton"),
     "conv_gelu_conv": ("cpu", "triton", "torch"),
-    "token_denoiser": ("cpu", "torch"),
+    "token_denoiser": ("cpu", "triton", "torch"),
 }
 # Those that PyTorch knows, with what stands above; the others are for inference, and run as PyTorch's layers where
 # something traces.
@@ -613,9 +613,9 @@ def gradients(
     return [o.copy_(g) for o, g in zip(out, grads, strict=True)]
 
 
-def launch_triton(op: str, *args: Any, function: str | None = None) -> None:
+def launch_triton(op: str, *args: Any, function: str | None = None, **options: Any) -> None:
     """Call ``modafill.kernels.<op>.<function or op>``; triton is imported here and nowhere earlier."""
-    getattr(importlib.import_module(f"modafill.kernels.{op}"), function or op)(*args)
+    getattr(importlib.import_module(f"modafill.kernels.{op}"), function or op)(*args, **options)
 
 
 def register(name: str, schema: str, run: Callable, fake: Callable, differentiable: Callable | None = None) -> Any:

@@ -13,6 +13,8 @@ from modafill.ops.backends import _C
 
 # Fewer tokens do not pay for a copy of the weights.
 _FEW_TOKENS = 24
+# Of networks that the Triton kernel keeps on chip.
+_MOST_CHANNELS, _MOST_TOKENS = 256, 16
 # Samples that PyTorch's layers take at a time on a CPU, so that what lies between the layers stays in the caches.
 _ROWS_AT_A_TIME = 128
 _TENSORS_PER_LAYER = 12
@@ -103,11 +105,12 @@ class TokenNetwork:
         self.tensors += [*norms(norm), *matrices(project_out.weight, project_out.bias)]
         self._pointers = [backends.pointer(tensor) for tensor in self.tensors]
         self._packed: Tensor | None = None
+        self._flat: Tensor | None = None
         self._pairs = self.dtype == torch.bfloat16 and _has_bfloat16_products()
 
     def __getstate__(self) -> dict[str, Any]:
         # Addresses are those of this very object's tensors.
-        return {**self.__dict__, "_pointers": None, "_packed": None}
+        return {**self.__dict__, "_pointers": None, "_packed": None, "_flat": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -129,6 +132,35 @@ class TokenNetwork:
             self.n_layers,
             self.epsilon,
         )
+
+    def run_triton(self, out: Tensor | None, x: Tensor, available: Tensor, added: Tensor, **loop: Any) -> None:
+        """Call the Triton kernel for arguments that were checked."""
+        if self._flat is None:
+            self._flat = self._flattened()
+        backends.launch_triton(
+            "token_denoiser",
+            *(out, x, available.contiguous(), added.contiguous(), self._flat),
+            **loop,
+            heads=self.heads,
+            hidden=self.hidden,
+            layers=self.n_layers,
+            epsilon=self.epsilon,
+        )
+
+    def _flattened(self) -> Tensor:
+        """All matrices with their biases, one behind the other, weights and biases of normalisations in them."""
+        tensors: Any = [None if t is None else t.to(torch.float64) for t in self.tensors]
+
+        def behind(norm: int, matrix: int) -> list[Tensor]:
+            """A linear layer that reads what a normalisation gives before its own weight and bias."""
+            weight, bias = tensors[matrix : matrix + 2]
+            return [weight * tensors[norm], bias + weight @ tensors[norm + 1]]
+
+        flat: list[Tensor] = []
+        for i in range(2, 2 + self.n_layers * _TENSORS_PER_LAYER, _TENSORS_PER_LAYER):
+            flat += [*behind(i, i + 2), *tensors[i + 4 : i + 6], *behind(i + 6, i + 8), *tensors[i + 10 : i + 12]]
+        flat += behind(len(tensors) - 4, len(tensors) - 2)
+        return torch.cat([t.flatten() for t in flat]).to(self.dtype)
 
     def run(self, x: Tensor, available: Tensor, added: Tensor) -> Tensor:
         """As :func:`token_denoiser` by the extension, for arguments that were checked."""
@@ -175,6 +207,15 @@ def _in_torch(network: TokenNetwork, x: Tensor, available: Tensor, added: Tensor
     return x.new_zeros(count * tokens, width).index_copy(0, missing, said).view_as(x)
 
 
+def _no_kernel(network: TokenNetwork, tokens: int) -> str | None:
+    """Why the Triton kernel cannot run samples of so many tokens, or None."""
+    if network.tensors[0] is not None:
+        return "the network has a projection in"
+    if network.channels > _MOST_CHANNELS or tokens > _MOST_TOKENS:
+        return f"{network.channels} channels and {tokens} tokens are more than {_MOST_CHANNELS} and {_MOST_TOKENS}"
+    return None
+
+
 def find_missing(available: Tensor) -> Tensor:
     """Places int64 ``[n]`` of missing tokens among the B·M of bool ``[B, M]``; a GPU has to be waited for."""
     return (~available).flatten().nonzero().flatten()
@@ -192,7 +233,8 @@ def token_denoiser(
     """What a transformer says of the missing tokens of each sample: ADN (ADMC §3.2), without what nobody reads.
 
     The last layer asks for missing tokens alone. In C++ a complete sample costs nothing, and each thread takes some
-    samples through all layers at a time.
+    samples through all layers at a time. In Triton a program keeps some samples on chip over all layers: of up to 16
+    tokens, in networks of up to 256 channels without a projection in.
 
     Args:
         network: the weights.
@@ -229,9 +271,17 @@ def token_denoiser(
         chosen = backends.select("token_denoiser", x.device, network.dtype, backend)
         if automatic and chosen == "cpu" and _rule(network.dtype):
             chosen = "torch"
+        if chosen == "triton" and (why := _no_kernel(network, x.shape[1])):
+            if not automatic:
+                raise backends.BackendError(f"token_denoiser: the triton backend cannot run: {why}")
+            chosen = "torch"
     with torch.no_grad():
         if chosen == "cpu":
             return network.run(x.contiguous(), available.contiguous(), added.contiguous())
+        if chosen == "triton":
+            out = torch.empty_like(x, memory_format=torch.contiguous_format)
+            network.run_triton(out, x.contiguous(), available, added)
+            return out
         if chosen == "reference":
             return reference.token_denoiser(
                 x, available, added, network.tensors, heads=network.heads, epsilon=network.epsilon
@@ -244,3 +294,79 @@ def token_denoiser(
                 for some, seen in zip(x.split(_ROWS_AT_A_TIME), available.split(_ROWS_AT_A_TIME), strict=True)
             ]
         return torch.cat(parts)
+
+
+def can_loop(network: TokenNetwork, x: Tensor) -> bool:
+    """Whether :func:`reverse_loop` takes ``x [B, M, W]`` through all steps in one kernel here."""
+    # A quad of normals belongs to one token.
+    if network.state_dtype != torch.float32 or network.width % 4 or _no_kernel(network, x.shape[1]):
+        return False
+    chosen = backends.select("token_denoiser", network.device, network.dtype, "auto")
+    return chosen == "triton" and backends.runs_eagerly(x)
+
+
+def reverse_loop(
+    network: TokenNetwork,
+    x: Tensor,
+    available: Tensor,
+    added: Tensor,
+    coefficients: Tensor,
+    *,
+    observed: Tensor | None = None,
+    first_step: int = 0,
+    seed: int | Tensor = 0,
+    row_id: Tensor | None = None,
+) -> Tensor:
+    """All steps of a reverse process over missing tokens in one Triton kernel; see :func:`can_loop`.
+
+    It gives what :func:`modafill.diffusion.sample_replace` (with ``observed``) and
+    :func:`modafill.diffusion.sample_clean` (without; η = 0) give from their start, with the same noise.
+
+    Args:
+        x: ``[B, M, W]`` float32, the start.
+        available: bool ``[B, M]``.
+        added: ``[S, M, 2, C]``, that of :func:`token_denoiser` for each step.
+        coefficients: float32 ``[S, 5]``, of :func:`modafill.diffusion.replace_coefficients` or
+            :func:`~modafill.diffusion.clean_coefficients`.
+        observed: like ``x``: ADMC's replacement of observed tokens after each step. None leaves them as they are in
+            ``x``.
+        first_step: the diffusion step n of the first of S steps, whose noise belongs to n, n − 1, …
+        seed: 64-bit key, or int64 ``[]`` on the device: a captured graph draws other noise for another value.
+        row_id: int64 ``[B]``; default 0…B−1.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit.
+        RuntimeError: :func:`can_loop` is False.
+    """
+    if x.ndim != 3 or not can_loop(network, x):
+        raise backends.BackendError(f"reverse_loop: no kernel takes {backends.describe(x)} on {network.device}")
+    count, tokens, width = x.shape
+    steps = len(coefficients)
+    seed_value, seed_tensor = backends.split_seed(seed)
+    backends.check_noise(seed_tensor, row_id, count, x.device)
+    for name, value, shape, dtype in (
+        ("x", x, (count, tokens, network.width), torch.float32),
+        ("available", available, (count, tokens), torch.bool),
+        ("added", added, (steps, tokens, 2, network.channels), torch.float32),
+        ("coefficients", coefficients, (steps, 5), torch.float32),
+        *([] if observed is None else [("observed", observed, (count, tokens, width), torch.float32)]),
+    ):
+        backends.check_tensor(name, value)
+        backends.check_described(name, value, shape, dtype, network.device)
+    if row_id is None:
+        row_id = torch.arange(count, device=x.device)
+    out = x.clone(memory_format=torch.contiguous_format)
+    network.run_triton(
+        None,
+        out,
+        available,
+        added,
+        loop="clean" if observed is None else "replace",
+        observed=None if observed is None else observed.contiguous(),
+        coefficients=coefficients.contiguous(),
+        first_step=first_step,
+        seed=seed_value,
+        seed_tensor=seed_tensor,
+        row_id=row_id.contiguous(),
+    )
+    return out

@@ -13,6 +13,10 @@ from modafill.diffusion import (
     Sampling,
     Schedule,
     check_samples,
+    clean_coefficients,
+    clean_start,
+    replace_coefficients,
+    replace_start,
     sample_clean,
     sample_replace,
     sample_row_ids,
@@ -84,27 +88,69 @@ class ADN(nn.Module):
         return self.step_mlp(step_embedding(step, self.width).to(self.modality.dtype))
 
     @torch.no_grad()
-    def predictor(self, steps: Sequence[int], dtype: torch.dtype | None = None) -> Callable[..., Tensor]:
-        """:meth:`forward` of ``(x, step, available, missing)`` for the missing tokens alone, zeros for the others.
-
-        ``missing`` is :func:`modafill.ops.find_missing` of ``available``, or left out.
+    def predictor(self, steps: Sequence[int], dtype: torch.dtype | None = None) -> tuple[ops.TokenNetwork, Tensor]:
+        """:meth:`forward` for the missing tokens alone: arguments of :func:`modafill.ops.token_denoiser`.
 
         Args:
             steps: those that will be asked for; what depends on them alone is computed here.
             dtype: of the weights in products, as :class:`modafill.ops.TokenNetwork`; None = the module's own.
+
+        Returns:
+            The network, and what is added at each of the steps, ``[steps, M, 2, d]``.
         """
         project_in = None if isinstance(self.project_in, nn.Identity) else self.project_in
         network = ops.TokenNetwork(self.encoder, self.project_out, project_in, dtype)
         embedded = self._embed(torch.tensor(steps, device=self.modality.device))
         states = 0.0 if self.state is None else self.state
-        # [steps, M, missing or observed, d]
-        added = (embedded[:, None, None] + (self.modality[:, None] + states)).expand(-1, -1, 2, -1).contiguous()
-        place = {step: i for i, step in enumerate(steps)}
+        added = (embedded[:, None, None] + (self.modality[:, None] + states)).expand(-1, -1, 2, -1)
+        return network, added.contiguous()
 
-        def predict(x: Tensor, step: int, available: Tensor, missing: Tensor | None = None) -> Tensor:
-            return ops.token_denoiser(network, x, available, added[place[step]], missing=missing)
+    def _reverse_process(self, sampling: Sampling, tokens: Tensor) -> Callable[..., Tensor]:
+        """``(observed, available, seed=…, row_id=…)`` → completed tokens, in one kernel where there is one."""
+        replace, schedule = self.config.conditioning == "replace", self.schedule
+        start: Callable[..., Tensor]
+        sample: Callable[..., Tensor]
+        if replace:
+            first, init = sampling.steps or self.config.start_step, self.config.init
+            schedule.check_step("start_step", first)
+            steps, linear = list(range(first, -1, -1)), True
+            start = partial(replace_start, schedule=schedule, start_step=first, init=init)
+            sample = partial(sample_replace, schedule=schedule, start_step=first, init=init)
+        else:
+            solver, eta = sampling.solver or self.config.solver, sampling.eta or 0.0
+            steps = solver_steps(schedule, self.last_step, sampling.steps or self.config.sampling_steps, solver)
+            linear, start = solver != "heun" and not eta, clean_start
+            sample = partial(sample_clean, schedule=schedule, steps=steps, solver=solver, eta=eta)
+        network, added = self.predictor(steps[:-1], sampling.dtype)
+        if linear and ops.can_loop(network, tokens):
+            of = replace_coefficients(schedule, first) if replace else clean_coefficients(schedule, steps, solver)
+            coefficients = of.to(tokens.device)
 
-        return predict
+            def at_once(observed: Tensor, available: Tensor, *, seed: int, row_id: Tensor) -> Tensor:
+                return ops.reverse_loop(
+                    network,
+                    start(observed, available, seed=seed, row_id=row_id),
+                    available,
+                    added,
+                    coefficients,
+                    observed=observed if replace else None,
+                    first_step=steps[0],
+                    seed=seed,
+                    row_id=row_id,
+                )
+
+            return at_once
+        added_at = dict(zip(steps, added, strict=False))
+
+        def step_by_step(observed: Tensor, available: Tensor, *, seed: int, row_id: Tensor) -> Tensor:
+            missing = ops.find_missing(available)
+
+            def predict(x: Tensor, step: int) -> Tensor:
+                return ops.token_denoiser(network, x, available, added_at[step], missing=missing)
+
+            return sample(predict, observed, available, seed=seed, row_id=row_id)
+
+        return step_by_step
 
     @torch.no_grad()
     def sample(
@@ -151,47 +197,12 @@ class ADN(nn.Module):
         out = tokens.expand(n_samples, *tokens.shape).clone()
         sample_ids = sample_row_ids(rows[todo], n_samples)
         index = todo.repeat(n_samples)
-        solver, chunk_size = sampling.solver or self.config.solver, sampling.chunk_size or 4096
-        if replace:
-            first = sampling.steps or self.config.start_step
-            self.schedule.check_step("start_step", first)
-            steps = list(range(first, -1, -1))
-        else:
-            evaluations = sampling.steps or self.config.sampling_steps
-            steps = solver_steps(self.schedule, self.last_step, evaluations, solver)
-        predict = self.predictor(steps[:-1], sampling.dtype)
+        chunk_size = sampling.chunk_size or 4096
+        complete = self._reverse_process(sampling, tokens)
         parts = []
         for at in range(0, len(index), chunk_size):
             part = slice(at, at + chunk_size)
-            observed, mask, ids = tokens[index[part]], available[index[part]], sample_ids[part]
-            network = partial(predict, available=mask, missing=ops.find_missing(mask))
-            if replace:
-                parts.append(
-                    sample_replace(
-                        network,
-                        observed,
-                        mask,
-                        self.schedule,
-                        start_step=first,
-                        seed=seed,
-                        row_id=ids,
-                        init=self.config.init,
-                    )
-                )
-            else:
-                parts.append(
-                    sample_clean(
-                        network,
-                        observed,
-                        mask,
-                        self.schedule,
-                        steps=steps,
-                        solver=solver,
-                        eta=sampling.eta or 0.0,
-                        seed=seed,
-                        row_id=ids,
-                    )
-                )
+            parts.append(complete(tokens[index[part]], available[index[part]], seed=seed, row_id=sample_ids[part]))
             progress(min(at + chunk_size, len(index)), len(index))
         if parts:
             out[:, todo] = torch.cat(parts).reshape(n_samples, len(todo), *tokens.shape[1:])
