@@ -434,8 +434,19 @@ def demo(
 
 @app.command()
 def bench(
+    context: typer.Context,
     suite: Annotated[str, typer.Option(help="Which comparison to run: step, ops, sampler, cdtp, or all.")] = "step",
-    json_path: Annotated[Path | None, typer.Option("--json", help="File for the rows.")] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="File for the rows of all suites.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for a file of rows per suite, and report.html of all files there.")
+    ] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Time nothing: make report.html of the files in this folder.")
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(help="Compare with earlier rows: a file, a folder of them, or a git revision with these files."),
+    ] = None,
     threads: Annotated[
         str,
         typer.Option(
@@ -463,11 +474,27 @@ def bench(
 
     Suite cdtp: a training step and an imputation of the whole model, small and in the paper's size, beside the same
     model with its ops in plain PyTorch, and that one sample by sample. Files have network evaluations and peak memory.
+
+    Against earlier rows what counts is the change of × rival, because machines drift: a row has changed if its 20–80 %
+    do not meet those of then, neither in ms nor in times of the fastest rival that was correct both times. "gained" and
+    "lost" are on that rival alone, where the row's own time went the other way.
     """
     counts = list(_numbers("threads", threads)) or None
-    from modafill.benchmarks import run as run_suite
+    from modafill import benchmarks
 
-    run_suite(suite, json_path=json_path, threads=counts, device=device, quick=quick)
+    if report is None:
+        benchmarks.run(suite, json_path=json_path, out=out, against=against, threads=counts, device=device, quick=quick)
+        return
+    others = [
+        option.opts[0]
+        for option in context.command.params
+        if option.name not in ("report", "against")
+        and (source := context.get_parameter_source(option.name or "")) is not None
+        and source.name == "COMMANDLINE"
+    ]
+    if others:
+        raise ValueError(f"report: got {', '.join(others)} beside it, expected --against alone: nothing is timed")
+    benchmarks.write_report(report, against=against)
 
 
 def _changes(config: Any, pairs: list[str] | None, *fixed: str) -> dict[str, Any]:

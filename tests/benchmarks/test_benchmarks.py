@@ -386,7 +386,6 @@ def test_buffer_sets_together_exceed_the_last_level_cache() -> None:
     assert problem.sets == rivals._MAX_SETS or problem.sets * per_set >= 2 * rivals.last_level_cache()
 
 
-def test_all_runs_every_suite() -> None:
+def test_a_suite_has_every_number_of_threads() -> None:
     plan = cases.Plan(torch.device("cpu"), [1, 2], quick=True)
-    assert len(cases.select("all", plan)) == sum(len(make(plan)) for make in cases.SUITES.values())
     assert {case.threads for case in cases.select("step", plan)} == {1, 2}
