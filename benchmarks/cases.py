@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from modafill.benchmarks import networks, rivals, samplers, systems
+from modafill.benchmarks import networks, rivals, samplers, systems, training
 from modafill.benchmarks.ddim import DdimStep
 from modafill.benchmarks.runner import Case, Problem
 
@@ -112,7 +112,30 @@ def sampler(plan: Plan) -> list[Case]:
     ]
 
 
-SUITES: dict[str, Callable[[Plan], list[Case]]] = {"step": step, "ops": ops, "sampler": sampler, "cdtp": cdtp}
+def train(plan: Plan) -> list[Case]:
+    """A training step of ADN in the paper's size, and of CDTP's small denoisers at CMU-MOSI's lengths."""
+    shapes = systems.QUICK if plan.quick else systems.MOSI
+    lengths = tuple(length for length, _ in shapes.values())
+    adn = [(4, 3, 16)] if plan.quick else [(batch, 3, 256) for batch in (32, 128, 1024)]
+    kinds: list[tuple[str, Callable[[Case], Problem], list[tuple[int, ...]]]] = [
+        ("adn", training.AdnTraining, adn),
+        ("unet", training.UnetTraining, [(2 if plan.quick else 32, *lengths)]),
+    ]
+    return [
+        Case(op, "train", shape, torch.float32, plan.device, threads, problem, plan.quick, resident=op == "unet")
+        for threads in plan.threads
+        for op, problem, found in kinds
+        for shape in found
+    ]
+
+
+SUITES: dict[str, Callable[[Plan], list[Case]]] = {
+    "step": step,
+    "ops": ops,
+    "sampler": sampler,
+    "train": train,
+    "cdtp": cdtp,
+}
 
 
 def select(suite: str, plan: Plan) -> list[Case]:

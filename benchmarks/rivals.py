@@ -531,6 +531,19 @@ def _diffusers_scheduler(name: str, **config: Any) -> Any:
         raise Unavailable(f"diffusers does not import: {error}") from error
 
 
+def matmul(case: Case) -> Contender:
+    """Float32 products of 2048 rows and columns: the rate that fractions of a roofline are of."""
+    if case.quick:
+        raise Unavailable("a quick run measures no rate")
+    a, b = (torch.randn(2048, 2048, device=case.device) for _ in range(2))
+
+    def check() -> Check:
+        error = float((a[:8] @ b - a[:8].double() @ b.double()).abs().max())
+        return Check(error < 0.1, error)
+
+    return Contender(lambda _: a @ b, check, 3 * a.nbytes, flops=2 * 2048**3)
+
+
 def _compile(function: Callable[..., Any], case: Case) -> Callable[..., Any]:
     """torch.compile in its default mode, for static shapes."""
     if case.quick:

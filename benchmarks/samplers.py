@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from modafill import ops
-from modafill.benchmarks.rivals import SEED, Builders, _compile, _compile_now
-from modafill.benchmarks.runner import Case, Check, Contender, Unavailable
+from modafill.benchmarks.rivals import SEED, Builders, _compile, _compile_now, matmul
+from modafill.benchmarks.runner import Case, Check, Contender
 from modafill.diffusion import Sampling
 from modafill.models.admc import ADN, ADMCConfig
 from modafill.ops import Draw
@@ -61,7 +61,7 @@ class AdnSampler:
             "modafill-fast": partial(self._ours, "clean", self.FAST),
             "eager-paper": partial(self._eager, lambda step: step),
             "torch.compile": partial(self._eager, partial(_compile, case=self.case)),
-            "matmul": self._matmul,
+            "matmul": partial(matmul, self.case),
         }
 
     def _ours(self, conditioning: str, sampling: Sampling) -> Contender:
@@ -73,7 +73,7 @@ class AdnSampler:
 
         def expected(rows: slice) -> Tensor:
             exact = copy.deepcopy(adn).double()
-            with _by_the_references():
+            with by_the_references():
                 return exact.sample(
                     self.tokens[rows].double(),
                     self.available[rows],
@@ -111,7 +111,7 @@ class AdnSampler:
             return ops.randn(tuple(self.tokens.shape), seed=SEED, step=n, draw=draw, device=case.device)
 
         def expected(rows: slice) -> Tensor:
-            with _by_the_references():
+            with by_the_references():
                 return (
                     copy.deepcopy(adn).double().sample(self.tokens[rows].double(), self.available[rows], seed=SEED)[0]
                 )
@@ -148,21 +148,9 @@ class AdnSampler:
         last = all_tokens * 2 * width**2 + missing * (2 * width**2 + 2 * width * config.adn_feedforward)
         return 2 * (all_tokens * whole * (config.adn_layers - 1) + last + missing * width**2)
 
-    def _matmul(self) -> Contender:
-        """Float32 products of 2048 rows and columns: the rate that the others' fraction is of."""
-        if self.case.quick:
-            raise Unavailable("a quick run measures no rate")
-        a, b = (torch.randn(2048, 2048, device=self.case.device) for _ in range(2))
-
-        def check() -> Check:
-            error = float((a[:8] @ b - a[:8].double() @ b.double()).abs().max())
-            return Check(error < 0.1, error)
-
-        return Contender(lambda _: a @ b, check, 3 * a.nbytes, flops=2 * 2048**3)
-
 
 @contextmanager
-def _by_the_references() -> Iterator[None]:
+def by_the_references() -> Iterator[None]:
     """Every op runs its float64 reference."""
     before = os.environ.get(ENVIRONMENT)
     os.environ[ENVIRONMENT] = "reference"

@@ -79,8 +79,8 @@ class Cdtp:
             "modafill-bfloat16": partial(
                 self._contender, partial(torch.autocast, self.case.device.type, torch.bfloat16), tolerance=0.3
             ),
-            "eager": partial(self._contender, _plain_ops),
-            "eager-per-sample": partial(self._contender, _plain_ops, one_by_one=True),
+            "eager": partial(self._contender, plain_ops),
+            "eager-per-sample": partial(self._contender, plain_ops, one_by_one=True),
         }
 
     def _contender(self, context: Callable[[], Any], *, one_by_one: bool = False, tolerance: float = 1e-3) -> Contender:
@@ -109,7 +109,7 @@ class Cdtp:
         def check() -> Check:
             assert self.model.diffusion is not None
             if self._expected is None:
-                self._expected = outcome(_plain_ops)
+                self._expected = outcome(plain_ops)
             handle = self.model.diffusion.unet.register_forward_hook(count)
             found = outcome(context)
             handle.remove()
@@ -190,7 +190,7 @@ def _ddim_step(
 
 
 @contextmanager
-def _plain_ops() -> Iterator[None]:
+def plain_ops() -> Iterator[None]:
     """The models' ops in plain PyTorch; the noise stays that of the op, so that results can be compared."""
     plain: Mapping[str, Any] = {
         "prompt_attention": _attention,

@@ -435,7 +435,9 @@ def demo(
 @app.command()
 def bench(
     context: typer.Context,
-    suite: Annotated[str, typer.Option(help="Which comparison to run: step, ops, sampler, cdtp, or all.")] = "step",
+    suite: Annotated[
+        str, typer.Option(help="Which comparison to run: step, ops, sampler, train, cdtp, or all.")
+    ] = "step",
     json_path: Annotated[Path | None, typer.Option("--json", help="File for the rows of all suites.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for a file of rows per suite, and report.html of all files there.")
@@ -471,6 +473,9 @@ def bench(
 
     Suite sampler: ADMC's diffusion network in the paper's size, all its steps, beside the paper's loop in PyTorch;
     "modafill-fast" is the default conditioning with few evaluations.
+
+    Suite train: an update of ADMC's diffusion network in the paper's size, and of CDTP's small denoisers, from the
+    noise to the optimizer.
 
     Suite cdtp: a training step and an imputation of the whole model, small and in the paper's size, beside the same
     model with its ops in plain PyTorch, and that one sample by sample. Files have network evaluations and peak memory.

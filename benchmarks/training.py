@@ -1,0 +1,194 @@
+"""A training step of a diffusion network, noise to optimizer, beside the same in plain PyTorch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modafill.benchmarks.rivals import SEED, Builders, _compile, _compile_now, matmul
+from modafill.benchmarks.runner import Case, Check, Contender
+from modafill.benchmarks.samplers import by_the_references
+from modafill.benchmarks.systems import Cdtp, plain_ops
+from modafill.models.admc import ADN, ADMCConfig
+from modafill.training.admc import diffusion_loss
+from modafill.training.loop import adam
+
+Loss = Callable[[nn.Module], Tensor]
+
+
+class Training:
+    """One update: loss, gradients, their norm clipped, Adam.
+
+    "modafill" is what the training loop does. Rivals write the loss in PyTorch's own ops and take its Adam as it comes.
+    "modafill-bfloat16" is ours under :class:`torch.autocast`. Each is held to the gradients in float64 with equal
+    noise, each parameter by itself, in the norm.
+    """
+
+    sets = 1
+
+    def __init__(self, case: Case, network: nn.Module, traffic: int, flops: int = 0) -> None:
+        self.case, self.network, self.traffic, self.flops = case, network, traffic, flops
+
+    def _contender(
+        self,
+        loss: Loss,
+        checked: Loss | None = None,
+        *,
+        fused: bool = True,
+        context: Callable[[], Any] = nullcontext,
+        tolerance: float = 1e-3,
+        compiled: bool = False,
+    ) -> Contender:
+        """``checked`` is ``loss`` with the noise that the reference draws."""
+        network = copy.deepcopy(self.network)
+        parameters = list(network.parameters())
+        optimizer = adam(parameters, 1e-4) if fused else torch.optim.Adam(parameters, 1e-4)
+
+        def gradients(loss: Loss) -> Tensor:
+            with torch.enable_grad():
+                with context():
+                    value = loss(network)
+                value.backward()
+            return value.detach()
+
+        def run(_: int) -> Tensor:
+            value = gradients(loss)
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            return value
+
+        def check() -> Check:
+            gradients(checked or loss)
+            found = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+            optimizer.zero_grad(set_to_none=True)
+            expected = self.expected
+            errors = {name: found[name] - expected[name] for name in found.keys() & expected.keys()}
+            relative = max(float(error.norm() / expected[name].norm()) for name, error in errors.items())
+            about["largest_relative_error"] = relative
+            same = found.keys() == expected.keys() and relative <= tolerance
+            return Check(same, max(float(error.abs().max()) for error in errors.values()))
+
+        if compiled:
+            _compile_now(lambda: gradients(loss))
+            optimizer.zero_grad(set_to_none=True)
+        about: dict[str, Any] = {}
+        return Contender(run, check, self.traffic, about, self.flops)
+
+    @property
+    def expected(self) -> dict[str, Tensor]:
+        """Gradients of the reference."""
+        if self._expected is None:
+            exact = copy.deepcopy(self.network).double()
+            with by_the_references(), torch.enable_grad():
+                self._exact_loss(exact).backward()
+            self._expected = {name: p.grad for name, p in exact.named_parameters() if p.grad is not None}
+        return self._expected
+
+    _expected: dict[str, Tensor] | None = None
+
+    def _exact_loss(self, exact: nn.Module) -> Tensor:
+        raise NotImplementedError
+
+
+class AdnTraining(Training):
+    """ADN of the paper's size on ``[B, M, D]`` tokens: ε-MSE (ADMC §3.2)."""
+
+    def __init__(self, case: Case) -> None:
+        batch, tokens, width = case.shape
+        numbers: dict[str, Any] = {"width": width, "fusion_heads": 2} if case.quick else {"width": width}
+        if case.quick:
+            numbers.update(adn_layers=2, adn_heads=2, adn_feedforward=2 * width)
+        self.config = ADMCConfig(**numbers)
+        torch.manual_seed(SEED)
+        self.tokens = torch.randn(case.shape, device=case.device)
+        self.rows = torch.arange(batch, device=case.device)
+        network = ADN(tokens, self.config).to(case.device)
+        layer = 4 * width**2 + 2 * width * self.config.adn_feedforward
+        # Each product once forward and twice backward.
+        flops = 6 * batch * tokens * (self.config.adn_layers * layer + width**2)
+        super().__init__(case, network, 3 * self.tokens.nbytes, flops)
+
+    @property
+    def builders(self) -> Builders:
+        ours = diffusion_loss(self.network, self.tokens, SEED)
+        half = partial(torch.autocast, self.case.device.type, torch.bfloat16)
+
+        def loss(network: nn.Module) -> Tensor:
+            return ours(network, self.rows, 0)
+
+        return {
+            "modafill": partial(self._contender, loss),
+            "modafill-bfloat16": partial(self._contender, loss, context=half, tolerance=0.3),
+            "eager-paper": lambda: self._eager(lambda network: network),
+            "torch.compile": lambda: self._eager(partial(_compile, case=self.case)),
+            "matmul": partial(matmul, self.case),
+        }
+
+    def _exact_loss(self, exact: nn.Module) -> Tensor:
+        return diffusion_loss(exact, self.tokens.double(), SEED)(exact, self.rows, 0)
+
+    def _eager(self, prepare: Callable[[Any], Any]) -> Contender:
+        bar = self.config.schedule().alpha_bar.float().to(self.case.device)
+
+        def noised(network: nn.Module, n: Tensor, noise: Tensor) -> Tensor:
+            signal, sigma = torch.sqrt(bar[n])[:, None, None], torch.sqrt(1 - bar[n])[:, None, None]
+            return F.mse_loss(network(signal * self.tokens + sigma * noise, n), noise)
+
+        step = prepare(noised)
+
+        def loss(network: nn.Module) -> Tensor:
+            n = torch.randint(1, len(bar), (len(self.tokens),), device=self.case.device)
+            return step(network, n, torch.randn_like(self.tokens))
+
+        def checked(network: nn.Module) -> Tensor:
+            known = diffusion_loss(self.network, self.tokens, SEED)
+            found: list[Tensor] = []
+
+            def listen(noisy: Tensor, n: Tensor) -> Tensor:
+                found.extend((noisy, n))
+                return noisy
+
+            known(listen, self.rows, 0)  # type: ignore[arg-type]
+            noisy, n = found
+            signal, sigma = torch.sqrt(bar[n])[:, None, None], torch.sqrt(1 - bar[n])[:, None, None]
+            return step(network, n, (noisy - signal * self.tokens) / sigma)
+
+        return self._contender(loss, checked, fused=False, compiled=step is not noised)
+
+
+class UnetTraining(Training):
+    """CDTP's denoisers of all pairs, small, at CMU-MOSI's lengths: the loss on projections that are given."""
+
+    def __init__(self, case: Case) -> None:
+        problem = Cdtp("small", None, case)
+        assert problem.model.diffusion is not None
+        self.steps = problem.steps
+        with torch.no_grad():
+            self.given = problem.model.project(problem.whole)
+        super().__init__(case, problem.model.diffusion, sum(x.nbytes for x in self.given.x))
+
+    @property
+    def builders(self) -> Builders:
+        half = partial(torch.autocast, self.case.device.type, torch.bfloat16)
+        return {
+            "modafill": partial(self._contender, self._loss),
+            "modafill-bfloat16": partial(self._contender, self._loss, context=half, tolerance=0.3),
+            "eager": partial(self._contender, self._loss, context=plain_ops, fused=False),
+        }
+
+    def _loss(self, network: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
+        given = self.given
+        x = [v.to(dtype) for v in given.x]
+        loss: Any = network.loss
+        return loss(x, given.lengths, given.available, self.steps, seed=SEED, row_id=given.row_id)
+
+    def _exact_loss(self, exact: nn.Module) -> Tensor:
+        return self._loss(exact, torch.float64)
