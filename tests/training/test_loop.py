@@ -129,10 +129,41 @@ def stop_at(epoch: int):
     return report
 
 
+def test_products_in_bfloat16(tmp_path, accelerator):
+    """While losses are made; weights and validation stay as they are, and so, nearly, does what is learned."""
+    kinds, losses = {"training": set(), "validation": set()}, {}
+    for precision in ("float32", "bfloat16"):
+        stage = make_stage(precision=precision)
+
+        def loss(wrapped, batch, epoch, stage=stage):
+            said = wrapped(batch[0])
+            kinds["training"].add(said.dtype)
+            return F.mse_loss(said, batch[1])
+
+        def validate(stage=stage):
+            said = stage.model(torch.ones(1, 3))
+            kinds["validation"].add(said.dtype)
+            return float(said)
+
+        stage.loss, stage.validate = loss, validate
+        losses[precision] = []
+        train_stage(
+            stage,
+            tmp_path / precision,
+            accelerator,
+            seed=3,
+            report=lambda done, kept=losses[precision]: kept.append(done.scalars["loss"]),
+        )
+        assert {p.dtype for p in stage.model.parameters()} == {torch.float32}
+    assert kinds == {"training": {torch.float32, torch.bfloat16}, "validation": {torch.float32}}
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.03)
+    assert losses["bfloat16"] != losses["float32"]
+
+
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"ema_decay": 0.9}, {"validated": True, "patience": 2}],
-    ids=["plain", "averaged", "validated"],
+    [{}, {"ema_decay": 0.9}, {"validated": True, "patience": 2}, {"precision": "bfloat16"}],
+    ids=["plain", "averaged", "validated", "bfloat16"],
 )
 def test_resume_bit_equal(tmp_path, accelerator, changes):
     changes = dict(changes)

@@ -10,6 +10,8 @@ from modafill.diffusion import Schedule
 
 _Config = TypeVar("_Config", bound="ModelConfig")
 
+PRECISIONS = ("float32", "bfloat16")
+
 
 @dataclass(frozen=True)
 class ModelConfig:

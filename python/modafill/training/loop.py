@@ -70,6 +70,8 @@ class Stage:
         grad_clip: largest gradient norm, 1.0 as in MMIN; ADMC names none.
         key: what else the result depends on; a checkpoint of another key is refused.
         draws: what dropout's seed is named by; None = ``name``. Stages to be compared share it.
+        precision: ``"bfloat16"`` makes losses under :class:`torch.autocast`; weights, gradients and validation stay as
+            they are.
     """
 
     name: str
@@ -84,6 +86,7 @@ class Stage:
     grad_clip: float = 1.0
     key: dict[str, Any] = field(default_factory=dict)
     draws: str | None = None
+    precision: str = "float32"
 
 
 def linear_decay(epochs: int) -> Callable[[int], float]:
@@ -156,7 +159,8 @@ def train_stage(
         torch.manual_seed(derive_seed(seed, stage.draws or stage.name, epoch, accelerator.process_index))
         total, count = torch.zeros((), device=accelerator.device), 0
         for batch in stage.batches(epoch, accelerator.process_index, accelerator.num_processes):
-            loss = stage.loss(model, batch, epoch)
+            with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=stage.precision == "bfloat16"):
+                loss = stage.loss(model, batch, epoch)
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(model.parameters(), stage.grad_clip)
             optimizer.step()

@@ -117,7 +117,7 @@ class PartTrainer(ABC):
 
     def train_stage(self, stage: Stage) -> None:
         """:func:`modafill.training.train_stage` under the part's key, reported as one of its ``n_stages``."""
-        stage.key = self.key
+        stage.key, stage.precision = self.key, self.config.precision
         self._number += 1
 
         def report(done: EpochDone) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from modafill.diffusion import SOLVERS
-from modafill.models.config import ModelConfig
+from modafill.models.config import PRECISIONS, ModelConfig
 
 CONDITIONINGS = ("replace", "clean")
 INITS = ("unit", "scaled")
@@ -45,6 +45,7 @@ class ADMCConfig(ModelConfig):
         learning_rate: Adam, 1e-4 (§4.2).
         batch_size, encoder_epochs, adn_epochs, fusion_epochs: 128 and epochs (MMIN's batch; epochs own choice).
         patience: epochs without a lower validation loss before an encoder or a fusion network stops.
+        precision: of products while it trains, ``"float32"`` or ``"bfloat16"`` (:class:`torch.autocast`); own choice.
     """
 
     width: int = 256
@@ -82,8 +83,9 @@ class ADMCConfig(ModelConfig):
     adn_epochs: int = 200
     fusion_epochs: int = 60
     patience: int = 10
+    precision: str = "float32"
 
-    CHOICES: ClassVar = {"conditioning": CONDITIONINGS, "init": INITS, "solver": SOLVERS}
+    CHOICES: ClassVar = {"conditioning": CONDITIONINGS, "init": INITS, "solver": SOLVERS, "precision": PRECISIONS}
     RANGES: ClassVar = {
         "textcnn_dropout": (0.0, 0.99),
         "encoder_dropout": (0.0, 0.99),

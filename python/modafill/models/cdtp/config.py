@@ -9,7 +9,7 @@ from torch import Tensor
 
 from modafill.diffusion import SOLVERS
 from modafill.models.completed import ModalitySpec
-from modafill.models.config import ModelConfig
+from modafill.models.config import PRECISIONS, ModelConfig
 
 COMPLETIONS = ("diffusion", "linear", "none")
 TYPE_PROMPTS = ("bias", "append", "none")
@@ -87,6 +87,7 @@ class CDTPConfig(ModelConfig):
         batch_size, epochs: 32 and 50 (§4.3); the backbone and each variant take up to so many epochs.
         diffusion_epochs: of the first stage (own choice).
         patience: epochs without a lower validation loss before the backbone stops.
+        precision: of products while it trains, ``"float32"`` or ``"bfloat16"`` (:class:`torch.autocast`); own choice.
     """
 
     width: int = 256
@@ -125,6 +126,7 @@ class CDTPConfig(ModelConfig):
     epochs: int = 50
     diffusion_epochs: int = 50
     patience: int = 10
+    precision: str = "float32"
 
     CHOICES: ClassVar = {
         "solver": SOLVERS,
@@ -132,6 +134,7 @@ class CDTPConfig(ModelConfig):
         "type_prompt": TYPE_PROMPTS,
         "prediction": PREDICTIONS,
         "training": TRAININGS,
+        "precision": PRECISIONS,
     }
     RANGES: ClassVar = {
         "dropout": (0.0, 0.99),
