@@ -116,7 +116,7 @@ def train(plan: Plan) -> list[Case]:
     """A training step of ADN in the paper's size, and of CDTP's small denoisers at CMU-MOSI's lengths."""
     shapes = systems.QUICK if plan.quick else systems.MOSI
     lengths = tuple(length for length, _ in shapes.values())
-    adn = [(4, 3, 16)] if plan.quick else [(batch, 3, 256) for batch in (32, 128, 1024)]
+    adn: list[tuple[int, ...]] = [(4, 3, 16)] if plan.quick else [(batch, 3, 256) for batch in (32, 128, 1024)]
     kinds: list[tuple[str, Callable[[Case], Problem], list[tuple[int, ...]]]] = [
         ("adn", training.AdnTraining, adn),
         ("unet", training.UnetTraining, [(2 if plan.quick else 32, *lengths)]),

@@ -152,20 +152,7 @@ class MaskedReverseStep:
 
     def _eager_graph(self) -> Contender:
         """The folded form replayed as a CUDA graph, free of launches; each replay draws new noise."""
-        eager = self._eager_folded().run
-        stream = torch.cuda.Stream(self.case.device)
-        stream.wait_stream(torch.cuda.current_stream(self.case.device))
-        with torch.cuda.stream(stream):
-            eager(0)
-        torch.cuda.current_stream(self.case.device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = eager(0)
-
-        def run(_: int) -> Tensor:
-            graph.replay()
-            return out
-
+        run = captured(self._eager_folded().run, self.case.device)
         return self._contender(run, lambda: self._implied_noise(run))
 
     def _compiled(self) -> Contender:
@@ -529,6 +516,24 @@ def _diffusers_scheduler(name: str, **config: Any) -> Any:
         return getattr(diffusers, name)(**config)
     except (ImportError, RuntimeError) as error:
         raise Unavailable(f"diffusers does not import: {error}") from error
+
+
+def captured(eager: Run, device: torch.device) -> Run:
+    """``eager`` on buffer set 0 as a CUDA graph: each call replays it."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        eager(0)
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = eager(0)
+
+    def run(_: int) -> Tensor:
+        graph.replay()
+        return out
+
+    return run
 
 
 def matmul(case: Case) -> Contender:

@@ -6,6 +6,7 @@ import copy
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from modafill import ops
-from modafill.benchmarks.rivals import SEED, Builders, _compile, _compile_now, matmul
+from modafill.benchmarks.rivals import SEED, Builders, _compile, _compile_now, captured, matmul
 from modafill.benchmarks.runner import Case, Check, Contender
 from modafill.diffusion import Sampling
 from modafill.models.admc import ADN, ADMCConfig
@@ -55,12 +56,14 @@ class AdnSampler:
     @property
     def builders(self) -> Builders:
         half = Sampling(dtype=torch.bfloat16)
+        graph: Builders = {"eager-graph": self._eager_graph} if self.case.device.type == "cuda" else {}
         return {
             "modafill": partial(self._ours, "replace", Sampling()),
             "modafill-bfloat16": partial(self._ours, "replace", half),
             "modafill-fast": partial(self._ours, "clean", self.FAST),
             "eager-paper": partial(self._eager, lambda step: step),
             "torch.compile": partial(self._eager, partial(_compile, case=self.case)),
+            **graph,
             "matmul": partial(matmul, self.case),
         }
 
@@ -121,6 +124,11 @@ class AdnSampler:
 
         _compile_now(lambda: step(self.tokens, every_step[start], self.tokens, self.tokens))
         return self._contender(lambda: loop(known), run, expected, start, torch.float32)
+
+    def _eager_graph(self) -> Contender:
+        """The paper's loop as one CUDA graph, free of launches; checked as the loop that it was made of."""
+        eager = self._eager(lambda step: step)
+        return replace(eager, run=captured(eager.run, self.case.device))
 
     def _contender(
         self,

@@ -110,15 +110,15 @@ class AdnTraining(Training):
         torch.manual_seed(SEED)
         self.tokens = torch.randn(case.shape, device=case.device)
         self.rows = torch.arange(batch, device=case.device)
-        network = ADN(tokens, self.config).to(case.device)
+        self.adn = ADN(tokens, self.config).to(case.device)
         layer = 4 * width**2 + 2 * width * self.config.adn_feedforward
         # Each product once forward and twice backward.
         flops = 6 * batch * tokens * (self.config.adn_layers * layer + width**2)
-        super().__init__(case, network, 3 * self.tokens.nbytes, flops)
+        super().__init__(case, self.adn, 3 * self.tokens.nbytes, flops)
 
     @property
     def builders(self) -> Builders:
-        ours = diffusion_loss(self.network, self.tokens, SEED)
+        ours = diffusion_loss(self.adn, self.tokens, SEED)
         half = partial(torch.autocast, self.case.device.type, torch.bfloat16)
 
         def loss(network: nn.Module) -> Tensor:
@@ -133,6 +133,7 @@ class AdnTraining(Training):
         }
 
     def _exact_loss(self, exact: nn.Module) -> Tensor:
+        assert isinstance(exact, ADN)
         return diffusion_loss(exact, self.tokens.double(), SEED)(exact, self.rows, 0)
 
     def _eager(self, prepare: Callable[[Any], Any]) -> Contender:
@@ -149,7 +150,7 @@ class AdnTraining(Training):
             return step(network, n, torch.randn_like(self.tokens))
 
         def checked(network: nn.Module) -> Tensor:
-            known = diffusion_loss(self.network, self.tokens, SEED)
+            known = diffusion_loss(self.adn, self.tokens, SEED)
             found: list[Tensor] = []
 
             def listen(noisy: Tensor, n: Tensor) -> Tensor:

@@ -276,6 +276,24 @@ def test_every_parameter_gets_a_gradient(options: dict[str, object]) -> None:
 
 
 @pytest.mark.parametrize("options", OPTIONS)
+def test_gradients_under_autocast_are_those_of_float32(options: dict[str, object]) -> None:
+    found = {}
+    for on in (False, True):
+        torch.manual_seed(0)
+        model = make(**options)
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            given = model.project(make_batch()).hide(mixed().available)
+            said = model.predict(model.complete(given, model.generate(given, seed=1)))
+            assert said.dtype == (torch.bfloat16 if on else torch.float32)
+            loss = said.float().square().sum()
+        loss.backward()
+        found[on] = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert found[True].keys() == found[False].keys()
+    theirs, ours = (torch.cat([g.flatten() for g in found[on].values()]) for on in (False, True))
+    assert 1e-4 < (ours - theirs).norm() / theirs.norm() < 0.1
+
+
+@pytest.mark.parametrize("options", OPTIONS)
 def test_a_hidden_modality_changes_no_bit(options: dict[str, object]) -> None:
     model = make(**options)
     batch = mixed()

@@ -269,4 +269,4 @@ def _append(x: Tensor, lengths: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]
     count = tokens.shape[1]
     x = torch.where(valid_mask(lengths, x.shape[1])[..., None], x, 0.0)
     place = (lengths[:, None] + torch.arange(count, device=x.device))[..., None].expand_as(tokens)
-    return nn.functional.pad(x, (0, 0, 0, count)).scatter(1, place, tokens), lengths + count
+    return nn.functional.pad(x, (0, 0, 0, count)).scatter(1, place, tokens.to(x.dtype)), lengths + count
