@@ -121,6 +121,14 @@ def test_stores(imputer, tiny_cdtp, tmp_path):
                 torch.testing.assert_close(
                     read.features[name], torch.where(keep, x[:, :steps], 0.0), rtol=1e-4, atol=1e-5
                 )
+        list(impute_store(imputer, store, tmp_path / "shards.h5", n_samples=2, batch_size=40, shard_rows=40))
+        with FeatureStore(tmp_path / "out.h5") as out, FeatureStore(tmp_path / "shards.h5") as merged:
+            one, other = (each.read(np.arange(96), generated=True) for each in (out, merged))
+            assert one.available.equal(other.available)
+            assert np.array_equal(out.generated(), merged.generated())
+            for name, x in one.features.items():
+                assert torch.equal(x, other.features[name])
+                assert torch.equal(one.lengths[name], other.lengths[name])
         *_, rows = recognise_store(imputer, store, tmp_path / "out.csv", n_samples=2, batch_size=40)
         assert rows == 96
     with open(tmp_path / "out.csv", newline="") as file:
