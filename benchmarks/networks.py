@@ -14,6 +14,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from modafill import ops
 from modafill.benchmarks.rivals import (
+    MAX_AUTOTUNE,
     SEED,
     Builders,
     _compile,
@@ -36,10 +37,11 @@ WIDEST_HEAD = 256
 
 @dataclass(frozen=True)
 class Form:
-    """A way to write an op in PyTorch; ``compiled``: run by torch.compile; ``absent``: why it cannot run here."""
+    """A way to write an op in PyTorch; ``compiled``: run by torch.compile, in ``mode``; ``absent``: why it cannot run."""
 
     network: Network
     compiled: bool = False
+    mode: str | None = None
     absent: str | None = None
 
 
@@ -112,7 +114,7 @@ class Differentiable:
             raise Unavailable(form.absent)
         if not form.compiled:
             return self._contender(name, form.network)
-        contender = self._contender(name, _compile(form.network, self.case))
+        contender = self._contender(name, _compile(form.network, self.case, form.mode))
         _compile_now(lambda: contender.run(0))
         return contender
 
@@ -149,6 +151,14 @@ class Differentiable:
                 return list(torch.autograd.grad(out, leaves, b.grad.to(dtype)))
 
         return all_of(self.exact, torch.float64), all_of(self.eager, self.case.dtype)
+
+
+def _compiled(case: Case, network: Network) -> dict[str, Form]:
+    """``network`` under torch.compile; on a GPU also with its products tuned, which takes minutes on a CPU."""
+    forms = {"torch.compile": Form(network, compiled=True)}
+    if case.device.type == "cuda":
+        forms["torch.compile-max-autotune"] = Form(network, compiled=True, mode=MAX_AUTOTUNE)
+    return forms
 
 
 def prompt_attention(case: Case) -> Differentiable:
@@ -199,7 +209,7 @@ def prompt_attention(case: Case) -> Differentiable:
     forward_only = "FlexAttention has no backward on the CPU"
     rivals = {
         "eager-baddbmm": Form(baddbmm),
-        "torch.compile": Form(eager, compiled=True),
+        **_compiled(case, eager),
         "sdpa-materialised": Form(materialised),
         "sdpa-folded": Form(folded, absent=too_wide if width + rank > WIDEST_HEAD else None),
         "flex-attention": Form(
@@ -238,7 +248,7 @@ def conv_gelu_conv(case: Case) -> Differentiable:
     rivals = {
         "eager-channels-last": Form(channels_last),
         # Of the two convolutions the one that compiles to the faster code.
-        "torch.compile": Form(channels_last, compiled=True),
+        **_compiled(case, channels_last),
     }
     if taps == 1:
         rivals["eager-linear"] = Form(linear)

@@ -20,6 +20,8 @@ from modafill.ops import Draw, reference
 SEED = 20_240_613
 _CHECKED_ROWS = 512
 _MAX_SETS = 256
+# Results of its CUDA graphs would be written over by the next call.
+MAX_AUTOTUNE = "max-autotune-no-cudagraphs"
 
 Builders = Mapping[str, Callable[[], Contender]]
 Run = Callable[[int], Any]
@@ -549,13 +551,13 @@ def matmul(case: Case) -> Contender:
     return Contender(lambda _: a @ b, check, 3 * a.nbytes, flops=2 * 2048**3)
 
 
-def _compile(function: Callable[..., Any], case: Case) -> Callable[..., Any]:
-    """torch.compile in its default mode, for static shapes."""
+def _compile(function: Callable[..., Any], case: Case, mode: str | None = None) -> Callable[..., Any]:
+    """torch.compile for static shapes; ``mode`` on GPUs alone."""
     if case.quick:
         raise Unavailable("a quick run compiles nothing")
     # Inductor writes the thread count into the code that it generates; more threads overrun FlexAttention's buffers.
     options: dict[str, Any] | None = {"cpp.threads": case.threads} if case.device.type == "cpu" else None
-    return torch.compile(function, fullgraph=True, dynamic=False, options=options)
+    return torch.compile(function, fullgraph=True, dynamic=False, mode=mode, options=options)
 
 
 def _compile_now(calls: Callable[[], Any]) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from modafill import ops
-from modafill.benchmarks.rivals import SEED, Builders, _compile, _compile_now, captured, matmul
+from modafill.benchmarks.rivals import MAX_AUTOTUNE, SEED, Builders, _compile, _compile_now, captured, matmul
 from modafill.benchmarks.runner import Case, Check, Contender
 from modafill.diffusion import Sampling
 from modafill.models.admc import ADN, ADMCConfig
@@ -56,14 +56,17 @@ class AdnSampler:
     @property
     def builders(self) -> Builders:
         half = Sampling(dtype=torch.bfloat16)
-        graph: Builders = {"eager-graph": self._eager_graph} if self.case.device.type == "cuda" else {}
+        on_gpus: Builders = {
+            "torch.compile-max-autotune": partial(self._eager, partial(_compile, case=self.case, mode=MAX_AUTOTUNE)),
+            "eager-graph": self._eager_graph,
+        }
         return {
             "modafill": partial(self._ours, "replace", Sampling()),
             "modafill-bfloat16": partial(self._ours, "replace", half),
             "modafill-fast": partial(self._ours, "clean", self.FAST),
             "eager-paper": partial(self._eager, lambda step: step),
             "torch.compile": partial(self._eager, partial(_compile, case=self.case)),
-            **graph,
+            **(on_gpus if self.case.device.type == "cuda" else {}),
             "matmul": partial(matmul, self.case),
         }
 

@@ -469,7 +469,8 @@ def bench(
     Rivals: eager and torch.compile; eager-folded has one precomputed factor per term, eager-baddbmm one call for
     product, scale and bias, eager-channels-last convolves images of one row, eager-linear replaces convolutions of one
     tap. sdpa-materialised gives PyTorch's attention the bias of each sample as its mask, sdpa-folded as further columns
-    of queries and keys (up to 256 in all), flex-attention as a score modification (on a CPU, forward alone).
+    of queries and keys (up to 256 in all), flex-attention as a score modification (on a CPU, forward alone). On GPUs
+    also eager-graph, a CUDA graph, and torch.compile-max-autotune.
 
     Suite sampler: ADMC's diffusion network in the paper's size, all its steps, beside the paper's loop in PyTorch;
     "modafill-fast" is the default conditioning with few evaluations.
