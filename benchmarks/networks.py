@@ -37,7 +37,7 @@ WIDEST_HEAD = 256
 
 @dataclass(frozen=True)
 class Form:
-    """A way to write an op in PyTorch; ``compiled``: run by torch.compile, in ``mode``; ``absent``: why it cannot run."""
+    """A way to write an op in PyTorch; ``compiled``: by torch.compile, in ``mode``; ``absent``: why it cannot run here."""
 
     network: Network
     compiled: bool = False
