@@ -37,7 +37,7 @@ WIDEST_HEAD = 256
 
 @dataclass(frozen=True)
 class Form:
-    """A way to write an op in PyTorch; ``compiled``: by torch.compile, in ``mode``; ``absent``: why it cannot run here."""
+    """A way to write an op in PyTorch; ``compiled``: by torch.compile, in ``mode``; ``absent``: why it is left out."""
 
     network: Network
     compiled: bool = False
