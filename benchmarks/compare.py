@@ -199,9 +199,10 @@ def compare(now: Mapping[str, Result], then: Earlier) -> Comparison:
                 elif is_ours(row):
                     only_now += 1
             rivals = [pair for pair in both if is_rival(pair[0]) and pair[0]["correct"] and pair[1]["correct"]]
-            of_now, of_then = (fastest_rival([pair[time] for pair in rivals]) for time in (0, 1))
-            fastest = (of_now, of_then) if of_now and of_then else None
-            pairs += [Pair(row, before, fastest) for row, before in both if is_ours(row)]
+            for ours in both:
+                if is_ours(ours[0]):
+                    of_now, of_then = (fastest_rival([pair[t] for pair in rivals], ours[t]) for t in (0, 1))
+                    pairs.append(Pair(*ours, (of_now, of_then) if of_now and of_then else None))
     only_then = sum(is_ours(row) for identity, (row, _) in then.items() if identity not in met)
     return Comparison(pairs, only_now, only_then, "; ".join(machines) or "nothing of these", list(differences))
 

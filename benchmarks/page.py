@@ -64,7 +64,8 @@ def render(name: str, results: Mapping[str, Result], comparison: Comparison | No
         for index, rows in enumerate(group(result["rows"], SERIES).values()):
             anchor = f"{_anchor(file)}-{index}"
             cases = list(group(rows, CASE).values())
-            found = [speed_up(provider(case, "modafill"), fastest_rival(case)) for case in cases]
+            pairs = [(case, provider(case, "modafill")) for case in cases]
+            found = [speed_up(ours, fastest_rival(case, ours)) for case, ours in pairs]
             ratios = sorted(x for x in found if x is not None)
             span = f"{ratio(ratios[0])}–{ratio(ratios[-1])}" if ratios else ""
             wrong = sum(not row["correct"] for row in rows)
@@ -106,8 +107,8 @@ the right is the fraction of the roofline that modafill reaches. In the tables:<
 <li>ms: the median time of a call, with the 20th and 80th percentile;</li>
 <li>GB/s or GFLOP/s: what the op has to move or to multiply and add, over that time; roofline: that over the same of a
 copy or triad of the same size, or of a large product;</li>
-<li>× rival: how many times as fast as the fastest correct rival; × paper: as the formula that papers print; modafill ×:
-how many times as fast modafill is as this row;</li>
+<li>× rival: how many times as fast as the fastest correct rival of the same precision; × paper: as the formula that
+papers print; modafill ×: how many times as fast modafill is as this row;</li>
 <li>peak MB: the memory that a call takes on top; evaluations: runs of the network.</li>
 </ul></details>
 """

@@ -112,8 +112,10 @@ def group(rows: Iterable[Row], fields: Sequence[str]) -> dict[tuple[Any, ...], l
 
 
 def key(row: Row, fields: Sequence[str]) -> tuple[Any, ...]:
-    """The row's values of ``fields``, to be looked up by."""
-    return tuple(tuple(row[field]) if field == "shape" else row[field] for field in fields)
+    """The row's values of ``fields``, to be looked up by; threads are those of a CPU."""
+    threads = None if row["device"] == "cuda" else row["threads"]
+    values = {**row, "shape": tuple(row["shape"]), "threads": threads}
+    return tuple(values[field] for field in fields)
 
 
 def title(row: Row, shape: str | None = None) -> str:
@@ -149,9 +151,16 @@ def provider(rows: Sequence[Row], name: str) -> Row | None:
     return next((row for row in rows if row["provider"] == name), None)
 
 
-def fastest_rival(rows: Sequence[Row]) -> Row | None:
-    """The fastest correct rival of a case."""
-    return min((row for row in rows if is_rival(row) and row["correct"]), key=lambda row: row["p50_ms"], default=None)
+def fastest_rival(rows: Sequence[Row], ours: Row | None) -> Row | None:
+    """The fastest correct rival of a case that multiplies in the precision of ``ours``."""
+    precision = _precision(ours)
+    rivals = (row for row in rows if is_rival(row) and row["correct"] and _precision(row) == precision)
+    return min(rivals, key=lambda row: row["p50_ms"], default=None)
+
+
+def _precision(row: Row | None) -> str:
+    """What products are rounded to, where a provider chooses that itself."""
+    return "" if row is None else row.get("precision", row["dtype"])
 
 
 def columns(rows: Sequence[Row]) -> dict[str, Callable[[Row, Sequence[Row]], str]]:
@@ -166,7 +175,7 @@ def columns(rows: Sequence[Row]) -> dict[str, Callable[[Row, Sequence[Row]], str
         "20–80 %": lambda row, case: f"{three_digits(row['p20_ms'])}–{three_digits(row['p80_ms'])}",
         "GFLOP/s" if by_flops else "GB/s": lambda row, case: _rate(row["gflop_per_s" if by_flops else "gb_per_s"]),
         "roofline": lambda row, case: ratio(row.get("roofline_fraction") if row["correct"] else None),
-        "× rival": lambda row, case: ratio(speed_up(row, fastest_rival(case))) if is_ours(row) else "",
+        "× rival": lambda row, case: ratio(speed_up(row, fastest_rival(case, row))) if is_ours(row) else "",
     }
     if any(row["provider"] == "eager-paper" and row["correct"] for row in rows):
         shown["× paper"] = lambda row, case: (

@@ -520,6 +520,12 @@ def _diffusers_scheduler(name: str, **config: Any) -> Any:
         raise Unavailable(f"diffusers does not import: {error}") from error
 
 
+def largest(errors: Iterable[Tensor]) -> float:
+    """The largest of all, NaN if one is; infinity if there are none."""
+    found = [error.max() for error in errors]
+    return float(torch.stack(found).max()) if found else math.inf
+
+
 def captured(eager: Run, device: torch.device) -> Run:
     """``eager`` on buffer set 0 as a CUDA graph: each call replays it."""
     stream = torch.cuda.Stream(device)

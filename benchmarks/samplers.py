@@ -29,7 +29,8 @@ class AdnSampler:
     """Missing tokens of a batch that mixes all incomplete patterns, in the paper's size and number of steps.
 
     "eager-paper" is the paper's loop as it is written: all tokens through PyTorch's own transformer at each step, the
-    step's embedding too, eq. 3 and 4, torch's noise. "modafill-fast" is another network, that of the default
+    step's embedding too, eq. 3 and 4, torch's noise; "eager-bfloat16" is that with the network under autocast.
+    "modafill-fast" is another network, that of the default
     conditioning, with fewer evaluations (``FAST``). Each is held to its own loop in float64, with equal noise.
     """
 
@@ -65,6 +66,7 @@ class AdnSampler:
             "modafill-bfloat16": partial(self._ours, "replace", half),
             "modafill-fast": partial(self._ours, "clean", self.FAST),
             "eager-paper": partial(self._eager, lambda step: step),
+            "eager-bfloat16": partial(self._eager, lambda step: step, torch.bfloat16),
             "torch.compile": partial(self._eager, partial(_compile, case=self.case)),
             **(on_gpus if self.case.device.type == "cuda" else {}),
             "matmul": partial(matmul, self.case),
@@ -89,7 +91,9 @@ class AdnSampler:
 
         return self._contender(lambda: run(0), run, expected, evaluations, sampling.dtype or torch.float32)
 
-    def _eager(self, prepare: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]) -> Contender:
+    def _eager(
+        self, prepare: Callable[[Callable[..., Tensor]], Callable[..., Tensor]], dtype: torch.dtype = torch.float32
+    ) -> Contender:
         config, adn, case = self.configs["replace"], self.networks["replace"], self.case
         schedule, start = config.schedule(), config.start_step
         beta = torch.cat([torch.zeros(1, dtype=torch.float64), schedule.betas]).float().to(case.device)
@@ -97,7 +101,8 @@ class AdnSampler:
         mask = self.available[..., None].float()
 
         def reverse(x: Tensor, n: Tensor, other: Tensor, noise: Tensor) -> Tensor:
-            eps = adn(x, n)
+            with torch.autocast(case.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+                eps = adn(x, n)
             renoised = torch.sqrt(bar[n - 1]) * self.tokens + torch.sqrt(1 - bar[n - 1]) * other
             mean = 1 / torch.sqrt(alpha[n]) * (x - beta[n] / torch.sqrt(1 - bar[n]) * eps)
             generated = mean + torch.sqrt(beta[n] * (1 - bar[n - 1]) / (1 - bar[n])) * noise
@@ -126,12 +131,22 @@ class AdnSampler:
             return loop(lambda draw, n: torch.randn_like(self.tokens))
 
         _compile_now(lambda: step(self.tokens, every_step[start], self.tokens, self.tokens))
-        return self._contender(lambda: loop(known), run, expected, start, torch.float32)
+        return self._contender(lambda: loop(known), run, expected, start, dtype)
 
     def _eager_graph(self) -> Contender:
-        """The paper's loop as one CUDA graph, free of launches; checked as the loop that it was made of."""
+        """The paper's loop as one CUDA graph, free of launches; held to the loop that it was made of, at one seed."""
         eager = self._eager(lambda step: step)
-        return replace(eager, run=captured(eager.run, self.case.device))
+        run = captured(eager.run, self.case.device)
+
+        def seeded(call: Callable[[int], Tensor]) -> Tensor:
+            torch.manual_seed(SEED)
+            return call(0).clone()
+
+        def check() -> Check:
+            error = float((seeded(run) - seeded(eager.run)).abs().max())
+            return Check(error <= _TOLERANCES[torch.float32] and eager.check().correct, error)
+
+        return replace(eager, run=run, check=check)
 
     def _contender(
         self,
@@ -142,14 +157,13 @@ class AdnSampler:
         dtype: torch.dtype,
     ) -> Contender:
         rows = slice(0, _CHECKED_ROWS)
+        about = {"network_evaluations": evaluations, "precision": str(dtype).removeprefix("torch.")}
 
         def check() -> Check:
             error = float((checked()[rows].double() - expected(rows)).abs().max())
             return Check(error <= _TOLERANCES[dtype], error)
 
-        return Contender(
-            run, check, self.traffic, {"network_evaluations": evaluations}, flops=evaluations * self._flops()
-        )
+        return Contender(run, check, self.traffic, about, flops=evaluations * self._flops())
 
     def _flops(self) -> int:
         """What one evaluation of the network has to multiply and add, for the missing tokens alone."""

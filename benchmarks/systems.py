@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modafill import ops
-from modafill.benchmarks.rivals import SEED, Builders
+from modafill.benchmarks.rivals import SEED, Builders, largest
 from modafill.benchmarks.runner import Case, Check, Contender
 from modafill.data import Batch, random_available
 from modafill.models.cdtp import CDTP, CDTPConfig, SequenceSpec
@@ -114,14 +114,13 @@ class Cdtp:
             found = outcome(context)
             handle.remove()
             about["network_evaluations"] = evaluations
-            about["largest_relative_error"] = max(
-                float((found[name] - right).norm() / right.norm()) for name, right in self._expected.items()
-            )
-            error = max(float((found[name] - right).abs().max()) for name, right in self._expected.items())
+            errors = {name: found[name] - right for name, right in self._expected.items() if name in found}
+            relative = largest(error.norm() / self._expected[name].norm() for name, error in errors.items())
+            about["largest_relative_error"] = relative
             same = found.keys() == self._expected.keys()
-            return Check(same and about["largest_relative_error"] <= tolerance, error)
+            return Check(same and relative <= tolerance, largest(error.abs() for error in errors.values()))
 
-        about: dict[str, Any] = {"samples_at_a_time": size}
+        about: dict[str, Any] = {"samples_at_a_time": size, "precision": "float32" if tolerance < 0.1 else "bfloat16"}
         return Contender(run, check, self.traffic, about)
 
     _expected: dict[str, Tensor] | None = None

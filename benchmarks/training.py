@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modafill.benchmarks.rivals import SEED, Builders, _compile, _compile_now, matmul
+from modafill.benchmarks.rivals import SEED, Builders, _compile, _compile_now, largest, matmul
 from modafill.benchmarks.runner import Case, Check, Contender
 from modafill.benchmarks.samplers import by_the_references
 from modafill.benchmarks.systems import Cdtp, plain_ops
@@ -26,9 +26,10 @@ Loss = Callable[[nn.Module], Tensor]
 class Training:
     """One update: loss, gradients, their norm clipped, Adam.
 
-    "modafill" is what the training loop does. Rivals write the loss in PyTorch's own ops and take its Adam as it comes.
-    "modafill-bfloat16" is ours under :class:`torch.autocast`. Each is held to the gradients in float64 with equal
-    noise, each parameter by itself, in the norm.
+    "modafill" is what the training loop does. Rivals write the loss in PyTorch's own ops (but for the noise of the
+    U-Net, which is ours in both), with the same Adam in one kernel. In bfloat16 both make their losses under
+    :class:`torch.autocast`. Each is held to the gradients in float64 with equal noise, each parameter by itself, in the
+    norm.
     """
 
     sets = 1
@@ -41,19 +42,19 @@ class Training:
         loss: Loss,
         checked: Loss | None = None,
         *,
-        fused: bool = True,
         context: Callable[[], Any] = nullcontext,
-        tolerance: float = 1e-3,
+        precision: str = "float32",
         compiled: bool = False,
     ) -> Contender:
         """``checked`` is ``loss`` with the noise that the reference draws."""
         network = copy.deepcopy(self.network)
         parameters = list(network.parameters())
-        optimizer = adam(parameters, 1e-4) if fused else torch.optim.Adam(parameters, 1e-4)
+        optimizer = adam(parameters, 1e-4)
+        half, tolerance = precision == "bfloat16", {"float32": 1e-3, "bfloat16": 0.3}[precision]
 
         def gradients(loss: Loss) -> Tensor:
             with torch.enable_grad():
-                with context():
+                with context(), torch.autocast(self.case.device.type, torch.bfloat16, enabled=half):
                     value = loss(network)
                 value.backward()
             return value.detach()
@@ -70,16 +71,16 @@ class Training:
             found = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
             optimizer.zero_grad(set_to_none=True)
             expected = self.expected
-            errors = {name: found[name] - expected[name] for name in found.keys() & expected.keys()}
-            relative = max(float(error.norm() / expected[name].norm()) for name, error in errors.items())
+            errors = {name: found[name] - right for name, right in expected.items() if name in found}
+            relative = largest(error.norm() / expected[name].norm() for name, error in errors.items())
             about["largest_relative_error"] = relative
-            same = found.keys() == expected.keys() and relative <= tolerance
-            return Check(same, max(float(error.abs().max()) for error in errors.values()))
+            same = found.keys() == expected.keys()
+            return Check(same and relative <= tolerance, largest(error.abs() for error in errors.values()))
 
         if compiled:
             _compile_now(lambda: gradients(loss))
             optimizer.zero_grad(set_to_none=True)
-        about: dict[str, Any] = {}
+        about: dict[str, Any] = {"precision": precision}
         return Contender(run, check, self.traffic, about, self.flops)
 
     @property
@@ -119,15 +120,15 @@ class AdnTraining(Training):
     @property
     def builders(self) -> Builders:
         ours = diffusion_loss(self.adn, self.tokens, SEED)
-        half = partial(torch.autocast, self.case.device.type, torch.bfloat16)
 
         def loss(network: nn.Module) -> Tensor:
             return ours(network, self.rows, 0)
 
         return {
             "modafill": partial(self._contender, loss),
-            "modafill-bfloat16": partial(self._contender, loss, context=half, tolerance=0.3),
+            "modafill-bfloat16": partial(self._contender, loss, precision="bfloat16"),
             "eager-paper": lambda: self._eager(lambda network: network),
+            "eager-bfloat16": lambda: self._eager(lambda network: network, "bfloat16"),
             "torch.compile": lambda: self._eager(partial(_compile, case=self.case)),
             "matmul": partial(matmul, self.case),
         }
@@ -136,7 +137,7 @@ class AdnTraining(Training):
         assert isinstance(exact, ADN)
         return diffusion_loss(exact, self.tokens.double(), SEED)(exact, self.rows, 0)
 
-    def _eager(self, prepare: Callable[[Any], Any]) -> Contender:
+    def _eager(self, prepare: Callable[[Any], Any], precision: str = "float32") -> Contender:
         bar = self.config.schedule().alpha_bar.float().to(self.case.device)
 
         def noised(network: nn.Module, n: Tensor, noise: Tensor) -> Tensor:
@@ -162,7 +163,7 @@ class AdnTraining(Training):
             signal, sigma = torch.sqrt(bar[n])[:, None, None], torch.sqrt(1 - bar[n])[:, None, None]
             return step(network, n, (noisy - signal * self.tokens) / sigma)
 
-        return self._contender(loss, checked, fused=False, compiled=step is not noised)
+        return self._contender(loss, checked, precision=precision, compiled=step is not noised)
 
 
 class UnetTraining(Training):
@@ -178,11 +179,12 @@ class UnetTraining(Training):
 
     @property
     def builders(self) -> Builders:
-        half = partial(torch.autocast, self.case.device.type, torch.bfloat16)
+        eager = partial(self._contender, self._loss, context=plain_ops)
         return {
             "modafill": partial(self._contender, self._loss),
-            "modafill-bfloat16": partial(self._contender, self._loss, context=half, tolerance=0.3),
-            "eager": partial(self._contender, self._loss, context=plain_ops, fused=False),
+            "modafill-bfloat16": partial(self._contender, self._loss, precision="bfloat16"),
+            "eager": eager,
+            "eager-bfloat16": partial(eager, precision="bfloat16"),
         }
 
     def _loss(self, network: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -41,7 +41,7 @@ _TYPES = {
     **dict.fromkeys(("step", "prev_step", "seed", "dropped"), "i64"),
 }
 # Integers that are multiples of 16 at the sizes that the models use.
-_ALIGNED = {"width", "channels", "hidden", "outputs", "lefts", "rights"}
+_ALIGNED = {"width", "channels", "hidden", "outputs", "lefts", "rights", "size"}
 
 
 @dataclass(frozen=True)

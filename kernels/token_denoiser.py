@@ -27,13 +27,13 @@ def _vector(values, at, count):
 
 
 @triton.jit
-def _product(a, rows, weights, at, end, inputs, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Rows of ``a [·, inputs]`` times rows ``at`` of ``weights [·, inputs]``, those before ``end``."""
+def _product(a, rows, weights, at, count, inputs, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Rows of ``a [·, inputs]`` times rows ``at`` of ``weights [count, inputs]``."""
     result = tl.zeros([rows.shape[0], at.shape[0]], tl.float32)
     for k0 in range(0, inputs, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         left = tl.load(a + rows[:, None] * inputs + k[None, :], mask=k[None, :] < inputs, other=0.0)
-        right = tl.trans(_matrix(weights, at, k, end, inputs, inputs))
+        right = tl.trans(_matrix(weights, at, k, count, inputs, inputs))
         result = tl.dot(left.to(weights.dtype.element_ty), right, result, input_precision=PRECISION)
     return result
 
@@ -59,29 +59,32 @@ def _normalise(h, normalised, r, c, channels, epsilon):
 
 @triton.jit
 def _attend(
-    h, n, weights, r, c, same, channels, heads, scale,
+    h, n, weights, r, c, same, channels, heads, size, scale,
     PRECISION: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """``h`` and what the attention of ``n`` adds; weights: ``[3 C, C]``, ``[3 C]``, ``[C, C]``, ``[C]``."""
-    d, size = tl.arange(0, BLOCK_D), channels // heads
+    d = tl.arange(0, BLOCK_D)
     square = channels * channels
-    biases, out_of = weights + 3 * square, weights + 3 * (square + channels)
+    out_of = weights + 3 * (square + channels)
     for head in range(heads):
-        # Behind the last of its channels a head would read the next one's.
-        at, end = head * size + d, (head + 1) * size
-        q = _product(n, r, weights, at, end, channels, PRECISION, BLOCK_K) + _vector(biases, at, end)
-        k = _product(n, r, weights + square, at, end, channels, PRECISION, BLOCK_K)
-        k = (k + _vector(biases + channels, at, end)).to(n.dtype.element_ty)
-        v = _product(n, r, weights + 2 * square, at, end, channels, PRECISION, BLOCK_K)
-        v = v + _vector(biases + 2 * channels, at, end)
+        # Of this head: its rows of the three matrices, their biases, its columns of what they are mixed by.
+        own, bias = weights + head * size * channels, weights + 3 * square + head * size
+        q = _product(n, r, own, d, size, channels, PRECISION, BLOCK_K) + _vector(bias, d, size)
+        k = _product(n, r, own + square, d, size, channels, PRECISION, BLOCK_K)
+        k = (k + _vector(bias + channels, d, size)).to(n.dtype.element_ty)
+        v = _product(n, r, own + 2 * square, d, size, channels, PRECISION, BLOCK_K)
+        v = (v + _vector(bias + 2 * channels, d, size)).to(n.dtype.element_ty)
         logits = tl.dot(q.to(k.dtype), tl.trans(k), input_precision=PRECISION) * scale
         logits = tl.where(same, logits, float("-inf"))
         p = tl.exp(logits - tl.max(logits, 1)[:, None])
         p = p / tl.sum(p, 1)[:, None]
-        # Zero times another sample's NaN is NaN; its own are in its logits.
-        v = tl.where(v == v, v, 0.0).to(k.dtype)
-        mixed = tl.dot(p.to(k.dtype), v, input_precision=PRECISION).to(k.dtype)
-        h = tl.dot(mixed, tl.trans(_matrix(out_of, c, at, channels, end, channels)), h, input_precision=PRECISION)
+        # Zero times what is not finite is NaN, in every sample of the tile: it goes to its own alone.
+        finite = tl.abs(v.to(tl.float32)) < float("inf")
+        spoilt = tl.max(tl.where(finite, 0, 1), 1)[None, :] != 0
+        p = tl.where(same & spoilt, float("nan"), p).to(k.dtype)
+        mixed = tl.dot(p, tl.where(finite, v, 0.0).to(k.dtype), input_precision=PRECISION).to(k.dtype)
+        columns = tl.trans(_matrix(out_of + head * size, c, d, channels, size, channels))
+        h = tl.dot(mixed, columns, h, input_precision=PRECISION)
     return h + _vector(out_of + square, c, channels)
 
 
@@ -99,10 +102,10 @@ def _feed_forward(
     return h + _vector(second + channels * hidden, c, channels)
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit(do_not_specialize=["seed", "samples", "steps", "first_step"])
 def token_denoiser_kernel(
     result, state, before, shown, available, added, matrices, normalised, coefficients, seeds, seed: tl.int64, row_ids,
-    samples, tokens, channels, heads, hidden, layers, steps, first_step, scale, epsilon,
+    samples, tokens, channels, heads, size, hidden, layers, steps, first_step, scale, epsilon,
     LOOP: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -127,7 +130,7 @@ def token_denoiser_kernel(
         matrix = matrices
         for _ in range(depth):
             _normalise(h, n, r, c, channels, epsilon)
-            h = _attend(h, n, matrix, r, c, same, channels, heads, scale, PRECISION, BLOCK_D, BLOCK_K)
+            h = _attend(h, n, matrix, r, c, same, channels, heads, size, scale, PRECISION, BLOCK_D, BLOCK_K)
             _normalise(h, n, r, c, channels, epsilon)
             matrix += 4 * channels * (channels + 1)
             h = _feed_forward(h, n, matrix, r, c, channels, hidden, PRECISION, BLOCK_F, BLOCK_K)
@@ -146,8 +149,10 @@ def token_denoiser_kernel(
                 x_tile = tl.load(state + at, mask=missing, other=0.0)
                 clean = tl.load(of) * x_tile - tl.load(of + 1) * said
                 earlier = tl.load(before + at, mask=missing, other=0.0)
-                tl.store(before + at, clean, mask=missing)
                 x_tile = tl.load(of + 2) * x_tile + tl.load(of + 3) * clean + tl.load(of + 4) * earlier
+                # Those that write an element need not be those that read it.
+                tl.debug_barrier()
+                tl.store(before + at, clean, mask=missing)
                 tl.store(state + at, x_tile, mask=missing)
             else:
                 # [factors of x and ε̂, posterior's σ; √ᾱ and σ of the step before]
@@ -155,11 +160,12 @@ def token_denoiser_kernel(
                 quad = (token * (channels // 4))[:, None] + (w0 // 4 + tl.arange(0, BLOCK_W // 4))[None, :]
                 row_id = tl.load(row_ids + sample, mask=real, other=0)[:, None]
                 z = normals(value_at(seeds, 0, seed, 0), row_id, (first_step - step).to(tl.int64), 0, quad)
-                generated = tl.load(of) * tl.load(state + at, mask=missing, other=0.0) + tl.load(of + 1) * said
-                renoised = tl.load(of + 3) * tl.load(shown + at, mask=inside & seen[:, None], other=0.0)
-                mean = tl.where(seen[:, None], renoised, generated)
-                std = tl.where(seen[:, None], tl.load(of + 4), tl.load(of + 2))
-                tl.store(state + at, mean + std * z, mask=inside)
+                source = tl.where(seen[:, None], shown + at, state + at)
+                mean = tl.where(seen, tl.load(of + 3), tl.load(of))[:, None] * tl.load(source, mask=inside, other=0.0)
+                mean = tl.where(seen[:, None], mean, mean + tl.load(of + 1) * said)
+                std = tl.where(seen, tl.load(of + 4), tl.load(of + 2))[:, None]
+                # Also the sign of a zero that is observed comes out as it was.
+                tl.store(state + at, tl.where(std > 0, mean + std * z, mean), mask=inside)
         # Other threads read what these have written.
         tl.debug_barrier()
 
@@ -220,7 +226,7 @@ def token_denoiser(
         x,
         *(out, x, before, observed, available, added, matrices, normalised),
         *(coefficients, seed_tensor, seed, row_id),
-        *(samples, tokens, channels, heads, hidden, layers),
+        *(samples, tokens, channels, heads, channels // heads, hidden, layers),
         *(1 if coefficients is None else len(coefficients), first_step, (channels // heads) ** -0.5, epsilon),
         LOOP=loop,
         PRECISION="tf32" if tf32 else "tf32x3",

@@ -643,3 +643,27 @@ def test_who_is_wrong_or_missing_is_not_timed(speed, suites):
     assert timed == []
     attempt("only", lambda: Contender(lambda i: i, lambda: Check(True, 0.0), 1))
     assert [timed[0]() for _ in range(3)] == [0, 1, 0]
+
+
+def test_a_rival_multiplies_in_the_same_precision() -> None:
+    half = {"precision": "bfloat16"}
+    rows = [
+        _row("modafill", 4.0, precision="float32"),
+        _row("modafill-bfloat16", 2.0, **half),
+        _row("eager", 8.0, precision="float32"),
+        _row("eager-bfloat16", 3.0, **half),
+    ]
+    cell = report.columns(rows)["× rival"]
+    assert [cell(row, rows) for row in rows] == ["2.00", "1.50", "", ""]
+    assert [cell(row, rows[:3]) for row in rows[:2]] == ["2.00", ""]
+    # Of ops that take their inputs' precision.
+    assert cell(_row("modafill", 4.0), [_row("eager", 6.0)]) == "1.50"
+
+
+def test_rows_of_a_gpu_are_compared_whatever_the_host_has() -> None:
+    rows = {n: _result(_row("modafill", 1.0, device="cuda", threads=n)) for n in (8, 16)}
+    found = compare.compare({"x": rows[16]}, compare.index({"x": rows[8]}))
+    assert (len(found.pairs), found.only_now, found.only_then) == (1, 0, 0)
+    other = {n: _result(_row("modafill", 1.0, threads=n)) for n in (1, 2)}
+    found = compare.compare({"x": other[2]}, compare.index({"x": other[1]}))
+    assert (len(found.pairs), found.only_now, found.only_then) == (0, 1, 1)

@@ -27,10 +27,11 @@ def rows_of() -> dict[str, dict[str, Any]]:
 
 def test_every_provider_gives_what_its_loop_in_float64_gives() -> None:
     rows = rows_of()
-    assert list(rows) == ["modafill", "modafill-bfloat16", "modafill-fast", "eager-paper"]
+    assert list(rows) == ["modafill", "modafill-bfloat16", "modafill-fast", "eager-paper", "eager-bfloat16"]
+    assert [row["precision"] == "bfloat16" for row in rows.values()] == [False, True, False, False, True]
     assert all(row["correct"] for row in rows.values())
     assert 0 < rows["modafill"]["max_error"] < 1e-5 < rows["modafill-bfloat16"]["max_error"]
-    assert [row["network_evaluations"] for row in rows.values()] == [5, 5, 8, 5]
+    assert [row["network_evaluations"] for row in rows.values()] == [5, 5, 8, 5, 5]
 
 
 @pytest.mark.parametrize("op", ["token_denoiser", "masked_reverse_step"])

@@ -15,8 +15,8 @@ from modafill.benchmarks.runner import run_case
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PROVIDERS = {
-    "adn": ["modafill", "modafill-bfloat16", "eager-paper"],
-    "unet": ["modafill", "modafill-bfloat16", "eager"],
+    "adn": ["modafill", "modafill-bfloat16", "eager-paper", "eager-bfloat16"],
+    "unet": ["modafill", "modafill-bfloat16", "eager", "eager-bfloat16"],
 }
 
 
@@ -34,7 +34,22 @@ def test_every_provider_has_the_gradients_of_the_reference(op: str) -> None:
     rows = rows_of(op)
     assert list(rows) == PROVIDERS[op]
     assert all(row["correct"] for row in rows.values())
+    assert all(row["precision"] == ("bfloat16" if "bfloat16" in name else "float32") for name, row in rows.items())
     assert rows["modafill"]["largest_relative_error"] < 1e-4 < rows["modafill-bfloat16"]["largest_relative_error"]
+
+
+@pytest.mark.parametrize("op", PROVIDERS)
+def test_a_gradient_that_is_not_a_number_is_seen(op: str) -> None:
+    """Of whichever parameter."""
+    problem: Any = quick(op).problem(quick(op))
+    names = list(problem.expected)
+    for name in (names[0], names[len(names) // 2], names[-1]):
+        contender = problem.builders["modafill"]()
+        right = problem.expected[name].clone()
+        problem.expected[name][...] = torch.nan
+        assert not contender.check().correct
+        problem.expected[name].copy_(right)
+        assert contender.check().correct
 
 
 @pytest.mark.parametrize("op, wrong", [("adn", "add_noise"), ("unet", "conv_gelu_conv")])

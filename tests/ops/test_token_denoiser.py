@@ -215,3 +215,36 @@ def test_norms_and_projections_that_it_does_not_run() -> None:
 def test_dtypes_that_do_not_go_together(dtype: torch.dtype, weights: torch.dtype) -> None:
     with pytest.raises(ValueError, match="dtype: got torch"):
         network("odd", dtype, weights)
+
+
+@pytest.mark.parametrize(
+    "project_in, out, message",
+    [
+        (None, nn.Linear(16, 64), "project_in: got None, expected one of 64 to 16"),
+        (
+            None,
+            nn.Linear(8, 8),
+            r"encoder: got layers of \(channels, heads, hidden\) \[\(16, 2, 32\)\], expected .* 8 ",
+        ),
+        (nn.Linear(12, 16), nn.Linear(16, 8), "project_in: got a projection of 12 to 16, expected one of 8 to 16"),
+        (nn.Linear(8, 12), nn.Linear(16, 8), "project_in: got a projection of 8 to 12, expected one of 8 to 16"),
+    ],
+)
+def test_layers_that_do_not_fit_together_are_refused(
+    project_in: nn.Linear | None, out: nn.Linear, message: str
+) -> None:
+    layer = nn.TransformerEncoderLayer(16, 2, 32, activation="gelu", batch_first=True, norm_first=True)
+    encoder = nn.TransformerEncoder(layer, 2, norm=nn.LayerNorm(16), enable_nested_tensor=False)
+    with pytest.raises(ValueError, match=message):
+        TokenNetwork(encoder, out, project_in)
+
+
+def test_layers_of_other_sizes_are_refused() -> None:
+    layers = [
+        nn.TransformerEncoderLayer(16, 2, hidden, activation="gelu", batch_first=True, norm_first=True)
+        for hidden in (32, 48)
+    ]
+    encoder = nn.TransformerEncoder(layers[0], 2, norm=nn.LayerNorm(16), enable_nested_tensor=False)
+    encoder.layers[1] = layers[1]
+    with pytest.raises(ValueError, match="expected the same in all"):
+        TokenNetwork(encoder, nn.Linear(16, 16))

@@ -222,21 +222,36 @@ def clean_coefficients(schedule: Schedule, steps: list[int], solver: str) -> Ten
     """
     if solver not in ("ddim", "dpm++"):
         raise ValueError(f"solver: got {solver!r}, expected ddim or dpm++")
-    signals, sigmas = schedule.alpha_bar.sqrt().tolist(), (1 - schedule.alpha_bar).sqrt().tolist()
-    rows, length_before = [], math.inf
-    for n, previous in pairwise(steps):
-        length = math.log(signals[previous] / sigmas[previous] * sigmas[n] / signals[n]) if previous else 0.0
-        ahead = length / (2 * length_before) if solver == "dpm++" else 0.0
-        length_before = length
+    signals, sigmas = _signals_and_sigmas(schedule)
+    rows = []
+    for (n, previous), ahead in zip(pairwise(steps), _extrapolations(schedule, steps, solver), strict=True):
         step = signals[previous] - sigmas[previous] * signals[n] / sigmas[n]
         rows.append([signals[n], sigmas[n], sigmas[previous] / sigmas[n], (1 + ahead) * step, -ahead * step])
     return torch.tensor(rows, dtype=torch.float64).float()
 
 
+def _signals_and_sigmas(schedule: Schedule) -> tuple[list[float], list[float]]:
+    """√ᾱ and √(1 − ᾱ) of each step, as the ops read them."""
+    columns = schedule.table[:, [ops.reference.SQRT_ALPHA_BAR, ops.reference.SQRT_ONE_MINUS_ALPHA_BAR]]
+    signals, sigmas = columns.T.tolist()
+    return signals, sigmas
+
+
+def _extrapolations(schedule: Schedule, steps: list[int], solver: str) -> list[float]:
+    """How far each step of DPM-Solver++(2M) looks ahead of x̂₀, in differences of it and that before; else 0."""
+    signals, sigmas = _signals_and_sigmas(schedule)
+    found, length_before = [], math.inf
+    for n, previous in pairwise(steps):
+        # Of the step in log(signal / sigma), of which there is no end at step 0.
+        length = math.log(signals[previous] / sigmas[previous] * sigmas[n] / signals[n]) if previous else 0.0
+        found.append(length / (2 * length_before) if solver == "dpm++" else 0.0)
+        length_before = length
+    return found
+
+
 def eps_of_v(predict_v: Denoiser, schedule: Schedule) -> Denoiser:
     """ε̂ of a network that predicts v = √ᾱ ε − √(1 − ᾱ) x₀ (Salimans & Ho 2022)."""
-    signals = schedule.table[:, ops.reference.SQRT_ALPHA_BAR].tolist()
-    sigmas = schedule.table[:, ops.reference.SQRT_ONE_MINUS_ALPHA_BAR].tolist()
+    signals, sigmas = _signals_and_sigmas(schedule)
     return lambda x, n: signals[n] * predict_v(x, n) + sigmas[n] * x
 
 
@@ -270,24 +285,19 @@ def denoise(
         raise ValueError(f"eta: got {eta}, expected 0 with solver {solver!r}")
     schedule.check_step("steps", steps[0])
     table = schedule.table.to(x.device)
-    signals = schedule.table[:, ops.reference.SQRT_ALPHA_BAR].tolist()
-    sigmas = schedule.table[:, ops.reference.SQRT_ONE_MINUS_ALPHA_BAR].tolist()
+    signals, sigmas = _signals_and_sigmas(schedule)
 
     def step(x: Tensor, eps: Tensor, n: int, previous: int) -> Tensor:
         return after(ops.ddim_step(x, eps, table, n, previous, eta=eta, seed=seed, row_id=row_id))
 
-    clean_before, length_before = x, math.inf
-    for n, previous in pairwise(steps):
+    clean_before = x
+    for (n, previous), ahead in zip(pairwise(steps), _extrapolations(schedule, steps, solver), strict=True):
         eps = predict_eps(x, n)
         if solver == "dpm++":
-            signal, sigma = signals[n], sigmas[n]
-            clean = (x - sigma * eps) / signal
-            # Of the step in log(signal / sigma), of which there is no end at step 0.
-            length = math.log(signals[previous] / sigmas[previous] * sigma / signal) if previous else 0.0
-            ahead = length / (2 * length_before)
+            clean = (x - sigmas[n] * eps) / signals[n]
             if ahead:
-                eps = eps - (signal * ahead / sigma) * (clean - clean_before)
-            clean_before, length_before = clean, length
+                eps = eps - (signals[n] * ahead / sigmas[n]) * (clean - clean_before)
+            clean_before = clean
         elif solver == "heun" and previous:
             eps = (eps + predict_eps(step(x, eps, n, previous), previous)) / 2
         x = step(x, eps, n, previous)

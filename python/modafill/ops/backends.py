@@ -51,8 +51,8 @@ OPS = {
 # Those that PyTorch knows, with what stands above; the others are for inference, and run as PyTorch's layers where
 # something traces.
 REGISTERED = tuple(op for op in OPS if op != "token_denoiser")
-# What auto does call by call on a CPU, by dtype: ops that have such a rule say it here.
-RULES: dict[str, Callable[[torch.dtype], str]] = {}
+# What auto does call by call, by dtype and the backend that it prefers: ops that have such a rule say it here.
+RULES: dict[str, Callable[[torch.dtype, str], str]] = {}
 
 # glibc maps blocks of this size and more anew for each allocation.
 _MAPPED_BYTES = 32 * 2**20
@@ -180,7 +180,7 @@ def _choose(op: str, device: torch.device, dtype: torch.dtype, backend: str) -> 
             continue
         why = _why_not(op, name, device, dtype)
         if why is None:
-            rule = RULES[op](dtype) if name == "cpu" and op in RULES else ""
+            rule = RULES[op](dtype, name) if op in RULES else ""
             return Choice(op, name, f"preferred for {dtype_name(dtype)} on {device.type}", rejected, rule)
         rejected[name] = why
     return Choice(op, "reference", "nothing faster can run", rejected)

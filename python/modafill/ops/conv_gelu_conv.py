@@ -94,9 +94,9 @@ _TRAINING, _TRAINING_SMALL = _Rule(rows=256, weights=8192, n=15_000_000), _Rule(
 _INFERENCE, _BFLOAT16 = _Rule(n=150_000_000), _Rule(n=1_000_000)
 
 
-def _rule(dtype: torch.dtype) -> str:
+def _rule(dtype: torch.dtype, backend: str) -> str:
     """What :func:`modafill.ops.explain` says of ``dtype`` on a CPU."""
-    if dtype == torch.float64:
+    if dtype == torch.float64 or backend != "cpu":
         return ""
     if dtype == torch.bfloat16 and _HAS_BFLOAT16:
         where = f"where {_BFLOAT16}"

@@ -14,7 +14,7 @@ from modafill.ops.backends import _C
 # Fewer tokens do not pay for a copy of the weights.
 _FEW_TOKENS = 24
 # Of networks that the Triton kernel keeps on chip.
-_MOST_CHANNELS, _MOST_TOKENS = 256, 16
+_MOST_CHANNELS, _WIDEST_HEAD, _MOST_TOKENS = 256, 32, 16
 # Samples that PyTorch's layers take at a time on a CPU, so that what lies between the layers stays in the caches.
 _ROWS_AT_A_TIME = 128
 _TENSORS_PER_LAYER = 12
@@ -24,8 +24,15 @@ def _has_bfloat16_products() -> bool:
     return backends.multiplies_bfloat16() and _C is not None and _C.bfloat16_products
 
 
-def _rule(dtype: torch.dtype) -> str:
-    """What :func:`modafill.ops.explain` says of weights of ``dtype`` on a CPU."""
+def _rule(dtype: torch.dtype, backend: str) -> str:
+    """What :func:`modafill.ops.explain` says of weights of ``dtype``."""
+    if backend == "triton":
+        return (
+            f"torch for more than {_MOST_CHANNELS} channels, {_WIDEST_HEAD} of a head or {_MOST_TOKENS} tokens, and "
+            "with a projection in"
+        )
+    if backend != "cpu":
+        return ""
     if dtype == torch.bfloat16 and backends.multiplies_bfloat16() and not _has_bfloat16_products():
         return "torch for bfloat16 weights: this processor multiplies them faster than float32"
     return ""
@@ -84,25 +91,39 @@ class TokenNetwork:
         self.heads, self.epsilon = layers[0].self_attn.num_heads, norm.eps
         self.width, self.channels = project_out.weight.shape
         self.hidden, self.n_layers = layers[0].linear1.out_features, len(layers)
+        made = {(layer.self_attn.embed_dim, layer.self_attn.num_heads, layer.linear1.out_features) for layer in layers}
+        if made != {(self.channels, self.heads, self.hidden)}:
+            raise ValueError(
+                f"encoder: got layers of (channels, heads, hidden) {sorted(made)}, expected the same in all, and the "
+                f"{self.channels} channels that project_out reads"
+            )
+        entered = (self.channels, self.channels) if project_in is None else tuple(project_in.weight.shape)
+        if entered != (self.channels, self.width):
+            got = "None" if project_in is None else f"a projection of {entered[1]} to {entered[0]}"
+            raise ValueError(f"project_in: got {got}, expected one of {self.width} to {self.channels}")
 
-        def norms(module: nn.LayerNorm) -> list[Tensor | None]:
-            return [module.weight.detach(), module.bias.detach()]
+        # The module's own, and as the products read them.
+        self._exact: list[Tensor | None] = []
+        self.tensors: list[Tensor | None] = []
 
-        def matrices(weight: Tensor, bias: Tensor) -> list[Tensor | None]:
-            return [t.detach().to(self.dtype).contiguous() for t in (weight, bias)]
+        def add(weight: Any, bias: Any, dtype: torch.dtype) -> None:
+            self._exact += [weight.detach(), bias.detach()]
+            self.tensors += [t.detach().to(dtype).contiguous() for t in (weight, bias)]
 
-        self.tensors = [None, None] if project_in is None else matrices(project_in.weight, project_in.bias)
+        if project_in is None:
+            self._exact, self.tensors = [None, None], [None, None]
+        else:
+            add(project_in.weight, project_in.bias, self.dtype)
         for layer in layers:
             attention = layer.self_attn
-            self.tensors += [
-                *norms(layer.norm1),
-                *matrices(cast(Tensor, attention.in_proj_weight), cast(Tensor, attention.in_proj_bias)),
-                *matrices(attention.out_proj.weight, attention.out_proj.bias),
-                *norms(layer.norm2),
-                *matrices(layer.linear1.weight, layer.linear1.bias),
-                *matrices(layer.linear2.weight, layer.linear2.bias),
-            ]
-        self.tensors += [*norms(norm), *matrices(project_out.weight, project_out.bias)]
+            add(layer.norm1.weight, layer.norm1.bias, self.state_dtype)
+            add(attention.in_proj_weight, attention.in_proj_bias, self.dtype)
+            add(attention.out_proj.weight, attention.out_proj.bias, self.dtype)
+            add(layer.norm2.weight, layer.norm2.bias, self.state_dtype)
+            add(layer.linear1.weight, layer.linear1.bias, self.dtype)
+            add(layer.linear2.weight, layer.linear2.bias, self.dtype)
+        add(norm.weight, norm.bias, self.state_dtype)
+        add(project_out.weight, project_out.bias, self.dtype)
         self._pointers = [backends.pointer(tensor) for tensor in self.tensors]
         self._packed: Tensor | None = None
         self._flat: Tensor | None = None
@@ -149,12 +170,12 @@ class TokenNetwork:
 
     def _flattened(self) -> Tensor:
         """All matrices with their biases, one behind the other, weights and biases of normalisations in them."""
-        tensors: Any = [None if t is None else t.to(torch.float64) for t in self.tensors]
+        tensors: Any = self._exact
 
         def behind(norm: int, matrix: int) -> list[Tensor]:
             """A linear layer that reads what a normalisation gives before its own weight and bias."""
             weight, bias = tensors[matrix : matrix + 2]
-            return [weight * tensors[norm], bias + weight @ tensors[norm + 1]]
+            return [weight * tensors[norm], bias + (weight * tensors[norm + 1]).sum(1)]
 
         flat: list[Tensor] = []
         for i in range(2, 2 + self.n_layers * _TENSORS_PER_LAYER, _TENSORS_PER_LAYER):
@@ -211,8 +232,13 @@ def _no_kernel(network: TokenNetwork, tokens: int) -> str | None:
     """Why the Triton kernel cannot run samples of so many tokens, or None."""
     if network.tensors[0] is not None:
         return "the network has a projection in"
-    if network.channels > _MOST_CHANNELS or tokens > _MOST_TOKENS:
-        return f"{network.channels} channels and {tokens} tokens are more than {_MOST_CHANNELS} and {_MOST_TOKENS}"
+    for name, value, most in (
+        ("channels", network.channels, _MOST_CHANNELS),
+        ("channels of a head", network.channels // network.heads, _WIDEST_HEAD),
+        ("tokens", tokens, _MOST_TOKENS),
+    ):
+        if value > most:
+            return f"{value} {name} are more than {most}"
     return None
 
 
@@ -233,8 +259,8 @@ def token_denoiser(
     """What a transformer says of the missing tokens of each sample: ADN (ADMC §3.2), without what nobody reads.
 
     The last layer asks for missing tokens alone. In C++ a complete sample costs nothing, and each thread takes some
-    samples through all layers at a time. In Triton a program keeps some samples on chip over all layers: of up to 16
-    tokens, in networks of up to 256 channels without a projection in.
+    samples through all layers at a time. In Triton a program takes all tokens of some samples through all layers: of up
+    to 16 tokens, in networks of up to 256 channels, 32 a head, without a projection in. No GPU has timed it yet.
 
     Args:
         network: the weights.
@@ -269,7 +295,7 @@ def token_denoiser(
         chosen = "torch"
     else:
         chosen = backends.select("token_denoiser", x.device, network.dtype, backend)
-        if automatic and chosen == "cpu" and _rule(network.dtype):
+        if automatic and chosen == "cpu" and _rule(network.dtype, chosen):
             chosen = "torch"
         if chosen == "triton" and (why := _no_kernel(network, x.shape[1])):
             if not automatic:
@@ -297,9 +323,13 @@ def token_denoiser(
 
 
 def can_loop(network: TokenNetwork, x: Tensor) -> bool:
-    """Whether :func:`reverse_loop` takes ``x [B, M, W]`` through all steps in one kernel here."""
+    """Whether :func:`reverse_loop` takes ``x [B, M, W]`` through all steps in one kernel here.
+
+    Raises:
+        RuntimeError: the environment names a backend that cannot run here.
+    """
     # A quad of normals belongs to one token.
-    if network.state_dtype != torch.float32 or network.width % 4 or _no_kernel(network, x.shape[1]):
+    if network.state_dtype != torch.float32 or network.width % 4 or x.ndim != 3 or _no_kernel(network, x.shape[1]):
         return False
     chosen = backends.select("token_denoiser", network.device, network.dtype, "auto")
     return chosen == "triton" and backends.runs_eagerly(x)
@@ -313,8 +343,8 @@ def reverse_loop(
     coefficients: Tensor,
     *,
     observed: Tensor | None = None,
-    first_step: int = 0,
-    seed: int | Tensor = 0,
+    first_step: int | None = None,
+    seed: int | Tensor | None = None,
     row_id: Tensor | None = None,
 ) -> Tensor:
     """All steps of a reverse process over missing tokens in one Triton kernel; see :func:`can_loop`.
@@ -328,45 +358,40 @@ def reverse_loop(
         added: ``[S, M, 2, C]``, that of :func:`token_denoiser` for each step.
         coefficients: float32 ``[S, 5]``, of :func:`modafill.diffusion.replace_coefficients` or
             :func:`~modafill.diffusion.clean_coefficients`.
-        observed: like ``x``: ADMC's replacement of observed tokens after each step. None leaves them as they are in
-            ``x``.
+        observed: like ``x``: ADMC's replacement of observed tokens after each step, with the next three arguments. None
+            leaves them as they are in ``x``.
         first_step: the diffusion step n of the first of S steps, whose noise belongs to n, n − 1, …
         seed: 64-bit key, or int64 ``[]`` on the device: a captured graph draws other noise for another value.
         row_id: int64 ``[B]``; default 0…B−1.
 
     Raises:
-        ValueError: a shape, dtype or device does not fit.
+        ValueError: a shape, dtype or device does not fit, or a step out of range.
+        TypeError: an argument of another type, or ``observed`` without ``first_step`` and ``seed``.
         RuntimeError: :func:`can_loop` is False.
     """
-    if x.ndim != 3 or not can_loop(network, x):
+    for name, value in (("x", x), ("available", available), ("added", added), ("coefficients", coefficients)):
+        backends.check_tensor(name, value)
+    if not can_loop(network, x):
         raise backends.BackendError(f"reverse_loop: no kernel takes {backends.describe(x)} on {network.device}")
     count, tokens, width = x.shape
-    steps = len(coefficients)
-    seed_value, seed_tensor = backends.split_seed(seed)
-    backends.check_noise(seed_tensor, row_id, count, x.device)
+    steps = len(coefficients) if coefficients.ndim else 0
     for name, value, shape, dtype in (
         ("x", x, (count, tokens, network.width), torch.float32),
         ("available", available, (count, tokens), torch.bool),
-        ("added", added, (steps, tokens, 2, network.channels), torch.float32),
         ("coefficients", coefficients, (steps, 5), torch.float32),
-        *([] if observed is None else [("observed", observed, (count, tokens, width), torch.float32)]),
+        ("added", added, (steps, tokens, 2, network.channels), torch.float32),
     ):
-        backends.check_tensor(name, value)
         backends.check_described(name, value, shape, dtype, network.device)
-    if row_id is None:
-        row_id = torch.arange(count, device=x.device)
+    loop: dict[str, Any] = {"loop": "clean"}
+    if observed is not None:
+        backends.check_tensor("observed", observed)
+        backends.check_described("observed", observed, (count, tokens, width), torch.float32, network.device)
+        last = backends.integer("first_step", first_step, low=steps, high=reference.MAX_STEP)
+        seed_value, seed_tensor = backends.split_seed(seed)  # type: ignore[arg-type]
+        backends.check_noise(seed_tensor, row_id, count, x.device)
+        row_id = torch.arange(count, device=x.device) if row_id is None else row_id.contiguous()
+        loop = {"loop": "replace", "observed": observed.contiguous(), "first_step": last, "row_id": row_id}
+        loop |= {"seed": seed_value, "seed_tensor": seed_tensor}
     out = x.clone(memory_format=torch.contiguous_format)
-    network.run_triton(
-        None,
-        out,
-        available,
-        added,
-        loop="clean" if observed is None else "replace",
-        observed=None if observed is None else observed.contiguous(),
-        coefficients=coefficients.contiguous(),
-        first_step=first_step,
-        seed=seed_value,
-        seed_tensor=seed_tensor,
-        row_id=row_id.contiguous(),
-    )
+    network.run_triton(None, out, available, added, coefficients=coefficients.contiguous(), **loop)
     return out

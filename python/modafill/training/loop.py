@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -159,7 +160,8 @@ def train_stage(
         torch.manual_seed(derive_seed(seed, stage.draws or stage.name, epoch, accelerator.process_index))
         total, count = torch.zeros((), device=accelerator.device), 0
         for batch in stage.batches(epoch, accelerator.process_index, accelerator.num_processes):
-            with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=stage.precision == "bfloat16"):
+            half = torch.autocast(accelerator.device.type, torch.bfloat16)
+            with half if stage.precision == "bfloat16" else nullcontext():
                 loss = stage.loss(model, batch, epoch)
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(model.parameters(), stage.grad_clip)
