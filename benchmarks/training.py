@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -23,7 +25,7 @@ from modafill.training.loop import adam
 Loss = Callable[[nn.Module], Tensor]
 
 
-class Training:
+class Training(ABC):
     """One update: loss, gradients, their norm clipped, Adam.
 
     "modafill" is what the training loop does. Rivals write the loss in PyTorch's own ops (but for the noise of the
@@ -95,8 +97,9 @@ class Training:
 
     _expected: dict[str, Tensor] | None = None
 
+    @abstractmethod
     def _exact_loss(self, exact: nn.Module) -> Tensor:
-        raise NotImplementedError
+        """The loss of the network in float64, by the references."""
 
 
 class AdnTraining(Training):
@@ -104,10 +107,8 @@ class AdnTraining(Training):
 
     def __init__(self, case: Case) -> None:
         batch, tokens, width = case.shape
-        numbers: dict[str, Any] = {"width": width, "fusion_heads": 2} if case.quick else {"width": width}
-        if case.quick:
-            numbers.update(adn_layers=2, adn_heads=2, adn_feedforward=2 * width)
-        self.config = ADMCConfig(**numbers)
+        tiny: dict[str, Any] = {"adn_layers": 2, "adn_heads": 2, "adn_feedforward": 2 * width, "fusion_heads": 2}
+        self.config = replace(ADMCConfig(width=width), **tiny) if case.quick else ADMCConfig(width=width)
         torch.manual_seed(SEED)
         self.tokens = torch.randn(case.shape, device=case.device)
         self.rows = torch.arange(batch, device=case.device)

@@ -463,8 +463,8 @@ def bench(
     Columns: ms, the median time of a call, with the 20th and 80th percentile; GB/s, the bytes that the op has to read
     and write over that time; roofline, GB/s over those of a plain copy or triad of the same size (suite sampler:
     GFLOP/s that the missing tokens need, over those of a large float32 product); × rival, how many times as fast as the
-    fastest correct rival; × paper, as the formula that papers print. Modes: fresh allocates the result, out writes into
-    a given one; ops with gradients have forward, backward (its graph is kept) and both.
+    fastest correct rival of the same precision; × paper, as the formula that papers print. Modes: fresh allocates the
+    result, out writes into a given one; ops with gradients have forward, backward (its graph is kept) and both.
 
     Rivals: eager and torch.compile; eager-folded has one precomputed factor per term, eager-baddbmm one call for
     product, scale and bias, eager-channels-last convolves images of one row, eager-linear replaces convolutions of one
