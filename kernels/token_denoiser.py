@@ -1,7 +1,7 @@
 """A transformer over the few tokens of each sample: all layers, and all steps of a reverse loop, in one program.
 
 A program has the tokens of some samples. What goes from layer to layer stays in registers; normalised rows and a
-loop's state pass through memory of its own, in the caches, as the weights do. Tokens of one sample attend to each other.
+loop's state pass through memory of its own, in the caches, as weights do. Tokens of one sample attend to each other.
 """
 
 import torch
