@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from modafill import cli
-from modafill.data import FeatureStore, convert_npz
+from modafill.data import FeatureStore, convert
 from modafill.imputer import ModalityImputer
 from modafill.models.admc import ADMC
 
@@ -71,7 +71,7 @@ def mistake(modafill):
 @pytest.fixture(scope="module")
 def store(tiny, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("store") / "tiny.h5"
-    convert_npz(tiny.archive, path, tiny.mapping)
+    convert(tiny.archive, path, tiny.mapping)
     return path
 
 
@@ -298,7 +298,7 @@ TRAIN = ["train", "admc", "--data", "{archive}", "--mapping", "{mapping}", "--ou
         (["impute", "{run}", "{folder}/nothing.h5", "{new}"], "nothing.h5: no such file"),
         (["demo", "--data", "{folder}/nothing.npz", "--out", "{new}"], "nothing.npz: no such file"),
         (["train", "admc", "--data", "{folder}/nothing.npz", "--out", "{new}"], "nothing.npz: no such file"),
-        (["inspect", "{mapping}"], "neither a feature store (.h5) nor an .npz file"),
+        (["inspect", "{mapping}"], "not a file that is known; expected a feature store (.h5)"),
         (["inspect", "{folder}/truncated.h5"], "truncated.h5: not a readable feature store"),
         (["impute", "{run}", "{folder}/truncated.h5", "{new}"], "truncated.h5: not a readable feature store"),
         (["train", "admc", "--data", "{folder}/truncated.h5", "--out", "{new}"], "truncated.h5: not a readable"),

@@ -11,7 +11,7 @@ import torch
 
 from modafill import ModalityImputer
 from modafill.bulk import impute_store, recognise_store
-from modafill.data import FeatureStore, all_patterns, convert_npz
+from modafill.data import FeatureStore, all_patterns, convert
 from modafill.models.cdtp import CDTP, CDTPConfig, SequenceSpec
 
 PATTERNS = all_patterns(3)
@@ -103,7 +103,7 @@ def test_a_sample_comes_from_one_source_and_each_gets_its_share(imputer):
 
 
 def test_stores(imputer, tiny_cdtp, tmp_path):
-    convert_npz(tiny_cdtp.archive, tmp_path / "in.h5", tiny_cdtp.mapping)
+    convert(tiny_cdtp.archive, tmp_path / "in.h5", tiny_cdtp.mapping)
     with FeatureStore(tmp_path / "in.h5") as store:
         *_, rows = impute_store(imputer, store, tmp_path / "out.h5", n_samples=2, batch_size=40)
         assert rows == 96
@@ -148,7 +148,7 @@ def make(**changes) -> CDTP:
 def test_as_many_rows_at_a_time_as_their_completions_fit(imputer, tiny_cdtp, tmp_path, monkeypatch):
     row = 4 * sum(imputer.model.lengths) * imputer.model.config.width
     monkeypatch.setattr("modafill.bulk.stores._COMPLETIONS_BYTES", 100 * row)
-    convert_npz(tiny_cdtp.archive, tmp_path / "in.h5", tiny_cdtp.mapping)
+    convert(tiny_cdtp.archive, tmp_path / "in.h5", tiny_cdtp.mapping)
     with FeatureStore(tmp_path / "in.h5") as store:
         assert list(recognise_store(imputer, store, tmp_path / "few.csv", n_samples=2)) == [50, 96]
         assert list(recognise_store(imputer, store, tmp_path / "one.csv", n_samples=1)) == [96]

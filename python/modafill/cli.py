@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -31,12 +32,16 @@ app.add_typer(train_app, name="train")
 
 out_console, err_console = Console(), Console(stderr=True)
 
-DataPath = Annotated[Path, typer.Argument(help="A feature store (.h5) or an archive (.npz).")]
+DATA_HELP = (
+    "A feature store (.h5), an archive (.npz), MMSA's, MulT's or GCNet's pickle, or the folder of MMIN, MIntRec, GCNet "
+    "or of .csd files."
+)
+DataPath = Annotated[Path, typer.Argument(help=DATA_HELP)]
 Mapping = Annotated[
     str | None,
     typer.Option(
-        help="Which array of an .npz is what: a built-in name (hazumi, mosi-bclstm, mmmo, digits) or a JSON file. "
-        "Default: recognised by the names of the arrays."
+        help="Which array of an .npz (or file of a folder) is what: a built-in name (hazumi, mosi-bclstm, mmmo, "
+        "digits) or a JSON file. Default: recognised by the names."
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
@@ -80,17 +85,24 @@ def convert(
     out: Annotated[Path, typer.Argument(help="The feature store to write (.h5).")],
     mapping: Mapping = None,
 ) -> None:
-    """Convert an archive into a feature store."""
-    from modafill.data import convert_npz
+    """Convert a foreign file or folder into a feature store, and say what is wrong with it.
+
+    Pickles are read as data: nothing in them is run.
+    """
+    from modafill.data import convert as convert_data
 
     _must_be_new(out, ".h5")
-    convert_npz(path, out, mapping)
+    for note in convert_data(path, out, mapping):
+        _announce(f"{path}: {note}")
     _say(f"wrote {out}")
 
 
-Data = Annotated[Path, typer.Option(help="A feature store (.h5) or an archive (.npz).")]
+Data = Annotated[Path, typer.Option(help=DATA_HELP)]
 Out = Annotated[Path, typer.Option(help="Folder of the run.")]
-Folds = Annotated[int, typer.Option(help="Cross-validation folds; 1 uses the data's own split.")]
+Folds = Annotated[
+    int,
+    typer.Option(help="Cross-validation folds (the data's own, where they come with folds); 1 uses their own split."),
+]
 Seeds = Annotated[int, typer.Option(help="Trainings per fold.")]
 FirstSeed = Annotated[int, typer.Option(help="The seeds are first-seed, first-seed + 1, …")]
 Window = Annotated[int | None, typer.Option(help="Turns per sample; 0 for single vectors. Default: what the data say.")]
@@ -214,7 +226,8 @@ def _train(
     )
     with _training_progress() as report:
         train(run, report, jobs, _announce)
-    _say(f"trained into {out}; next: modafill evaluate {out}")
+    if os.environ.get("RANK", "0") == "0":
+        _say(f"trained into {out}; next: modafill evaluate {out}")
 
 
 @app.command()
@@ -236,6 +249,15 @@ def evaluate(
     part: Annotated[
         str, typer.Option(help="test, or valid: to choose settings without looking at the test part.")
     ] = "test",
+    missing: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Beside the patterns: 0.3 hides something in 30 % of the samples (ADMC's Table 3), entries:0.3 30 % "
+            "of all modalities of all samples (GCNet), text=0.3,vision=0.5 each of these at its own rate. Repeat "
+            "for more."
+        ),
+    ] = None,
+    missing_seed: Annotated[int, typer.Option(help="Of what --missing draws.")] = 0,
     metric: Annotated[
         str | None,
         typer.Option(
@@ -266,15 +288,18 @@ def evaluate(
 
     Writes results.json, results.csv and results.md (results-valid.* for the validation part) into the run's folder.
     """
-    from modafill.evaluation.run import Asked, metric_names
+    from modafill.data import MissingRate
+    from modafill.evaluation.run import Protocol, metric_names
     from modafill.training import Run
 
     known = metric_names(Run.load(run))
     if metric not in (None, "all", *known):
         raise ValueError(f"metric: got {metric!r}, expected one of {', '.join(known)}, all")
 
-    asked = Asked(samples, _numbers("start-steps", start_steps), _numbers("sampling-steps", sampling_steps), part)
-    tables = _evaluate(run, asked, jobs, tuple(beside or []))
+    starts, evaluations = _numbers("start-steps", start_steps), _numbers("sampling-steps", sampling_steps)
+    rates = tuple(map(MissingRate.parse, missing or []))
+    protocol = Protocol(samples, starts, evaluations, part, rates, missing_seed)
+    tables = _evaluate(run, protocol, jobs, tuple(beside or []))
     if part == "valid":
         out_console.print("On the validation part:")
     printed = (*(["UA", "MAE"] if metric is None else [metric]), "NRMSE", "CRPS")
@@ -539,11 +564,11 @@ def _numbers(name: str, text: str) -> tuple[int, ...]:
         raise ValueError(f"{name}: got {text!r}, expected numbers with commas, such as 30,80") from None
 
 
-def _evaluate(folder: Path, asked: Any = None, jobs: int = 1, beside: tuple[Path, ...] = ()) -> list[Any]:
+def _evaluate(folder: Path, protocol: Any = None, jobs: int = 1, beside: tuple[Path, ...] = ()) -> list[Any]:
     from modafill.evaluation.run import evaluate_run
 
     with _bar("evaluating", None) as advance:
-        return evaluate_run(folder, asked, beside=beside, jobs=jobs, progress=advance)
+        return evaluate_run(folder, protocol, beside=beside, jobs=jobs, progress=advance)
 
 
 def _print_tables(tables: list[Any]) -> None:

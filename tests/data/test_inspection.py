@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from modafill.data import FeatureStore, StoreWriter, convert_npz, inspect_path, render_inspection
+from modafill.data import FeatureStore, StoreWriter, convert, inspect_path, render_inspection
 
 MAPPING: dict[str, Any] = {
     "modalities": {"text": "t", "audio": "a"},
@@ -64,7 +64,7 @@ def test_archive_and_store_tell_the_same(archive: Path, tmp_path: Path) -> None:
     assert report["groups"] == {"who": 215}
     assert report["unmapped"] == [{"name": "notes", "dtype": "float64", "shape": [2, 5]}]
 
-    convert_npz(archive, tmp_path / "x.h5", MAPPING)
+    convert(archive, tmp_path / "x.h5", MAPPING)
     stored = json.loads(json.dumps(inspect_path(tmp_path / "x.h5")))
     for modality in stored["modalities"]:
         assert modality.pop("dtype") == "float32"

@@ -15,7 +15,7 @@ from modafill.data import (
     FeatureStore,
     NpzMapping,
     builtin_mappings,
-    convert_npz,
+    convert,
     inspect_path,
     load_mapping,
     open_data,
@@ -201,17 +201,19 @@ def test_malformed_mapping_files(tmp_path: Path) -> None:
 def test_the_mapping_is_found_by_content(tmp_path: Path) -> None:
     n = 4
     arrays = {"fourier": np.ones((n, 2)), "karhunen": np.ones((n, 2)), "zernike": np.ones((n, 2))}
-    assert convert_npz(save(tmp_path / "a.npz", **arrays, digit=np.arange(n)), tmp_path / "a.h5").name == "digits"
+    convert(save(tmp_path / "a.npz", **arrays, digit=np.arange(n)), tmp_path / "a.h5")
+    assert FeatureStore(tmp_path / "a.h5").task["mapping"] == "digits"
     with pytest.raises(ValueError, match=r"no built-in mapping fits .*digits lacks digit; hazumi .*docs/data\.md"):
-        convert_npz(save(tmp_path / "b.npz", **arrays), tmp_path / "b.h5")
+        convert(save(tmp_path / "b.npz", **arrays), tmp_path / "b.h5")
     hazumi = {"text": np.ones((n, 2)), "audio": np.ones((n, 2)), "vision": np.ones((n, 2)), "UI_mean": np.arange(n)}
     names = {f"{name}_cols": np.array(["x", "y"]) for name in ("text", "audio", "vision")}
     both = {**arrays, "digit": np.arange(n), **hazumi, **names, "pid": np.arange(n), "turn": np.arange(n)}
     with pytest.raises(ValueError, match=r"mappings \['digits', 'hazumi'\] all fit"):
-        convert_npz(save(tmp_path / "c.npz", **both), tmp_path / "c.h5")
-    assert convert_npz(tmp_path / "c.npz", tmp_path / "c.h5", "hazumi").name == "hazumi"
+        convert(save(tmp_path / "c.npz", **both), tmp_path / "c.h5")
+    convert(tmp_path / "c.npz", tmp_path / "c.h5", "hazumi")
+    assert FeatureStore(tmp_path / "c.h5").task["mapping"] == "hazumi"
     with pytest.raises(ValueError, match=r"mapping hazumi needs the arrays \['UI_mean', 'pid', 'turn', 'text_cols'"):
-        convert_npz(tmp_path / "a.npz", tmp_path / "a.h5", "hazumi")
+        convert(tmp_path / "a.npz", tmp_path / "a.h5", "hazumi")
 
 
 # Conversion.
@@ -240,7 +242,7 @@ def test_every_part_of_a_mapping(tmp_path: Path) -> None:
         "clip": {"audio": 12},
         "window": 4,
     }
-    convert_npz(save(tmp_path / "x.npz", **arrays), tmp_path / "x.h5", given)
+    convert(save(tmp_path / "x.npz", **arrays), tmp_path / "x.h5", given)
     store = FeatureStore(tmp_path / "x.h5")
     available = arrays["seen"] & np.stack([np.ones(n, bool), arrays["a_len"] > 0], 1)
     np.testing.assert_array_equal(store.available(), available)
@@ -282,7 +284,7 @@ SPLIT_MAPPING: dict[str, Any] = {
 def test_an_array_that_one_split_lacks_is_missing_there(tmp_path: Path, modality: str) -> None:
     arrays = split_arrays()
     del arrays[f"{modality}_train"]
-    convert_npz(save(tmp_path / "x.npz", **arrays), tmp_path / "x.h5", SPLIT_MAPPING)
+    convert(save(tmp_path / "x.npz", **arrays), tmp_path / "x.h5", SPLIT_MAPPING)
     store = FeatureStore(tmp_path / "x.h5")
     m = "ta".index(modality)
     assert store.available()[:, m].tolist() == [False] * 5 + [True] * 3
@@ -311,14 +313,14 @@ def test_an_array_that_one_split_lacks_is_missing_there(tmp_path: Path, modality
 def test_arrays_that_disagree(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     arrays = {name: array for name, array in {**split_arrays(), **changes}.items() if array is not None}
     with pytest.raises(ValueError, match=rf"x\.npz: .*{message}"):
-        convert_npz(save(tmp_path / "x.npz", **arrays), tmp_path / "x.h5", SPLIT_MAPPING)
+        convert(save(tmp_path / "x.npz", **arrays), tmp_path / "x.h5", SPLIT_MAPPING)
     assert not (tmp_path / "x.h5").exists()
 
 
 def test_a_malformed_mask(tmp_path: Path) -> None:
     path = simple(tmp_path / "x.npz", seen=np.ones((10, 3), dtype=bool))
     with pytest.raises(ValueError, match=r"array 'seen' is bool \(10, 3\), expected bool \(10, 2\)"):
-        convert_npz(path, tmp_path / "x.h5", {**MAPPING, "available": "seen"})
+        convert(path, tmp_path / "x.h5", {**MAPPING, "available": "seen"})
 
 
 def test_nan_is_an_error_unless_the_mapping_says_what_it_means(tmp_path: Path) -> None:
@@ -328,13 +330,13 @@ def test_nan_is_an_error_unless_the_mapping_says_what_it_means(tmp_path: Path) -
     a[2150, 3, :] = -np.inf
     path = simple(tmp_path / "x.npz", n, t=t, a=a)
     with pytest.raises(ValueError, match=r"'t' has 2 in rows 5, 2100; 'a' has 2 in row 2150\. .*\"available\""):
-        convert_npz(path, tmp_path / "x.h5", MAPPING)
+        convert(path, tmp_path / "x.h5", MAPPING)
     assert [file.name for file in tmp_path.iterdir()] == ["x.npz"]
-    convert_npz(path, tmp_path / "x.h5", {**MAPPING, "nonfinite": "zero"})
+    convert(path, tmp_path / "x.h5", {**MAPPING, "nonfinite": "zero"})
     batch = FeatureStore(tmp_path / "x.h5").read(np.array([5, 6, 2150]))
     assert batch.features["text"].tolist() == [[1, 0, 1], [1, 1, 1], [1, 1, 1]]
     assert batch.features["audio"][2].tolist() == [[1, 1], [1, 1], [1, 1], [0, 0]]
-    convert_npz(path, tmp_path / "m.h5", {**MAPPING, "nonfinite": "missing"})
+    convert(path, tmp_path / "m.h5", {**MAPPING, "nonfinite": "missing"})
     store = FeatureStore(tmp_path / "m.h5")
     assert np.argwhere(~store.available()).tolist() == [[5, 0], [2100, 0], [2150, 1]]
     batch = store.read(np.array([5, 2150]))
@@ -348,7 +350,7 @@ def test_nan_beyond_the_length_does_not_make_a_sequence_missing(tmp_path: Path) 
     a, lengths = np.ones((10, 4, 2)), np.full(10, 4)
     a[3, 2:], lengths[3], a[7, 1] = np.nan, 2, np.nan
     path = simple(tmp_path / "x.npz", a=a, steps=lengths)
-    convert_npz(path, tmp_path / "x.h5", {**MAPPING, "lengths": {"audio": "steps"}, "nonfinite": "missing"})
+    convert(path, tmp_path / "x.h5", {**MAPPING, "lengths": {"audio": "steps"}, "nonfinite": "missing"})
     store = FeatureStore(tmp_path / "x.h5")
     assert np.argwhere(~store.available()).tolist() == [[7, 1]]
     assert store.read(np.arange(10)).lengths["audio"].tolist() == [4, 4, 4, 2, 4, 4, 4, 0, 4, 4]
@@ -358,7 +360,7 @@ def test_values_beyond_float32_count_as_infinite(tmp_path: Path) -> None:
     t = np.ones((10, 3))
     t[4, 0] = 1e60
     with pytest.raises(ValueError, match="'t' has 1 in row 4"):
-        convert_npz(simple(tmp_path / "x.npz", t=t), tmp_path / "x.h5", MAPPING)
+        convert(simple(tmp_path / "x.npz", t=t), tmp_path / "x.h5", MAPPING)
 
 
 def test_nan_where_nothing_is_observed_is_no_error(tmp_path: Path) -> None:
@@ -367,7 +369,7 @@ def test_nan_where_nothing_is_observed_is_no_error(tmp_path: Path) -> None:
     a, lengths = np.ones((10, 4, 2)), np.full(10, 4)
     a[3, 2:], lengths[3] = np.inf, 2
     path = simple(tmp_path / "x.npz", t=t, seen=seen, a=a, steps=lengths)
-    convert_npz(path, tmp_path / "x.h5", {**MAPPING, "available": "seen", "lengths": {"audio": "steps"}})
+    convert(path, tmp_path / "x.h5", {**MAPPING, "available": "seen", "lengths": {"audio": "steps"}})
     batch = FeatureStore(tmp_path / "x.h5").read(np.arange(10))
     assert all(torch.isfinite(x).all() for x in batch.features.values())
 
@@ -390,16 +392,16 @@ def test_an_archive_is_converted_once(tmp_path: Path) -> None:
 
 
 def test_a_store_is_opened_in_place(tmp_path: Path) -> None:
-    convert_npz(simple(tmp_path / "x.npz"), tmp_path / "x.h5", MAPPING)
+    convert(simple(tmp_path / "x.npz"), tmp_path / "x.h5", MAPPING)
     assert open_data(tmp_path / "x.h5", tmp_path / "cache").path == tmp_path / "x.h5"
     assert not (tmp_path / "cache").exists()
 
 
 def test_files_that_are_neither(tmp_path: Path) -> None:
     (tmp_path / "x.npz").write_text("hello")
-    with pytest.raises(ValueError, match="neither a feature store"):
+    with pytest.raises(ValueError, match="not a file that is known"):
         open_data(tmp_path / "x.npz", tmp_path)
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match="not a folder that is known"):
         open_data(tmp_path, tmp_path)
     with pytest.raises(FileNotFoundError, match="no such file"):
         open_data(tmp_path / "none.npz", tmp_path)

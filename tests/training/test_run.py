@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from modafill.data import convert_npz
+from modafill.data import convert
 from modafill.files import read_tensors
 from modafill.models.admc import ADMC, ADMCConfig
 from modafill.training import EpochDone, Run, train
@@ -235,7 +235,7 @@ def test_nothing_of_the_users_is_touched_where_a_run_cannot_begin(run, tmp_path)
         mine = bad.folder / "tiny.h5"
         if content is None:
             mine.unlink()
-            convert_npz(run.data, mine, run.mapping)
+            convert(run.data, mine, run.mapping)
         else:
             mine.write_bytes(content)
         before = mine.read_bytes()

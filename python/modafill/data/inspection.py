@@ -14,11 +14,14 @@ from rich.table import Table
 from rich.text import Text
 
 from modafill.data.batch import valid_steps
-from modafill.data.convert import MappedNpz, file_format
+from modafill.data.convert import is_store
 from modafill.data.labels import Labels
+from modafill.data.mapped import describe_arrays
 from modafill.data.mapping import MappingLike, choose_mapping, column_name
 from modafill.data.npz import NpzFile
 from modafill.data.patterns import pattern_name
+from modafill.data.readers import LAYOUTS, is_npz, open_source
+from modafill.data.source import Source
 from modafill.data.store import FeatureStore
 
 BATCH_ROWS = 1024
@@ -28,28 +31,44 @@ SHOWN_COLUMNS = 5
 
 
 def inspect_path(path: str | os.PathLike[str], mapping: MappingLike | None = None) -> dict[str, Any]:
-    """Describe a feature store or an ``.npz`` file, reading it once in blocks.
+    """Describe a feature store, or a foreign file or folder, reading it once in blocks.
 
     Args:
-        path: the file.
-        mapping: for ``.npz``, a mapping, its name or its path (default: the built-in one that fits, if any).
+        path: the file or folder, recognised by content.
+        mapping: as in :func:`~modafill.data.readers.open_source`.
 
     Returns:
         A JSON-able dict. Always ``path``, ``format``, ``bytes``; for a store or a mapped archive ``samples``,
         ``modalities`` (kind, width, dtype, lengths, counts of missing samples and of NaN and infinity in observed
         values, constant columns), ``patterns``, ``label``, ``labels`` (names and kinds of further ones), ``groups``,
-        ``splits``; for an archive ``mapping`` and ``unmapped`` arrays, and ``problem`` where no mapping fits.
+        ``splits``; for what is no store ``unmapped`` arrays and ``notes`` (flaws and what is made of them); for an
+        archive ``mapping``, and ``problem`` where no mapping fits.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: the file cannot be read, or the mapping that was asked for does not fit.
     """
-    head = {"path": str(path), "format": file_format(path), "bytes": Path(path).stat().st_size}
-    if head["format"] == "h5":
+    source = Path(path)
+    if is_store(source):
         with FeatureStore(path) as store:
-            return {**head, **_inspect_store(store)}
-    with NpzFile(path) as npz:
-        return {**head, **_inspect_npz(npz, mapping)}
+            return {"path": str(path), "format": "h5", "bytes": source.stat().st_size, **_inspect_store(store)}
+    files = [file for file in source.rglob("*") if file.is_file()] if source.is_dir() else [source]
+    size = sum(file.stat().st_size for file in files)
+    if mapping is None and is_npz(source):
+        with NpzFile(source) as npz:
+            try:
+                choose_mapping(npz)
+            except ValueError as error:
+                return {
+                    "path": str(path),
+                    "format": "npz",
+                    "bytes": size,
+                    "mapping": None,
+                    "problem": str(error).removeprefix(f"{npz.path}: "),
+                    "unmapped": describe_arrays(npz, set()),
+                }
+    with open_source(source, mapping) as samples:
+        return {"path": str(path), "format": samples.layout, "bytes": size, **_inspect_source(samples)}
 
 
 def _inspect_store(store: FeatureStore) -> dict[str, Any]:
@@ -81,60 +100,48 @@ def _inspect_store(store: FeatureStore) -> dict[str, Any]:
     }
 
 
-def _inspect_npz(npz: NpzFile, given: MappingLike | None) -> dict[str, Any]:
-    try:
-        mapping = choose_mapping(npz, given)
-    except ValueError as error:
-        if given is not None:
-            raise
-        return {"mapping": None, "problem": str(error).removeprefix(f"{npz.path}: "), "unmapped": _arrays(npz, set())}
-    data = MappedNpz(npz, mapping)
-    columns = {name: _Columns(width) for name, width in data.widths.items()}
+def _inspect_source(source: Source) -> dict[str, Any]:
+    columns = {name: _Columns(width) for name, width in source.widths.items()}
+    spec = source.task.get("label")
     available: list[np.ndarray] = []
     values: list[np.ndarray] = []
-    groups: list[np.ndarray] = []
-    parts: list[np.ndarray] = []
-    for block in data.blocks(BATCH_ROWS):
+    groups: dict[str, list[np.ndarray]] = {}
+    parts: dict[str, list[np.ndarray]] = {}
+    for block in source.blocks(BATCH_ROWS):
         available.append(block.available)
-        if mapping.label is not None:
-            values.append(block.labels[column_name(mapping.label["name"])])
-        groups.extend(block.groups.values())
-        parts.extend(block.splits.values())
+        if spec is not None:
+            values.append(block.labels[spec["name"]])
+        for name, group in block.groups.items():
+            groups.setdefault(name, []).append(group)
+        for name, part in block.splits.items():
+            parts.setdefault(name, []).append(part)
         for m, (name, x) in enumerate(block.features.items()):
             seen = block.observed(name, m)
             columns[name].add(x[seen], seen.sum(1) if x.ndim == 3 else None)
-    names = data.columns()
+    names = source.columns()
     modalities = [
         {
             "name": name,
-            "kind": data.kinds[name],
-            "width": data.widths[name],
-            "dtype": data.dtypes[name],
+            "kind": source.kinds[name],
+            "width": source.widths[name],
+            "dtype": source.dtypes[name],
             "generated": 0,
             **columns[name].summary(names.get(name)),
         }
-        for name in mapping.modalities
+        for name in source.modalities
     ]
-    spec = None if mapping.label is None else {**mapping.label, "name": column_name(mapping.label["name"])}
     return {
-        "mapping": mapping.name,
-        "samples": len(data),
-        "window": mapping.window,
-        **_availability(tuple(mapping.modalities), modalities, np.concatenate(available)),
+        "mapping": source.task.get("mapping"),
+        "samples": len(source),
+        "window": source.task.get("window"),
+        **_availability(source.modalities, modalities, np.concatenate(available)),
         "label": None if spec is None else _label(spec, np.concatenate(values)),
-        "labels": _further(mapping.labels),
-        "groups": {} if mapping.group is None else {column_name(mapping.group): len(np.unique(np.concatenate(groups)))},
-        "splits": {"split": dict(Counter(np.concatenate(parts).tolist()))} if parts else {},
-        "unmapped": _arrays(npz, mapping.arrays()),
+        "labels": _further(source.task.get("labels", {})),
+        "groups": {name: len(np.unique(np.concatenate(pieces))) for name, pieces in groups.items()},
+        "splits": {name: dict(Counter(np.concatenate(pieces).tolist())) for name, pieces in parts.items()},
+        "unmapped": source.unused,
+        "notes": source.notes,
     }
-
-
-def _arrays(npz: NpzFile, used: set[str]) -> list[dict[str, Any]]:
-    return [
-        {"name": name, "dtype": str(header.dtype), "shape": list(header.shape)}
-        for name, header in npz.headers.items()
-        if name not in used
-    ]
 
 
 def _availability(
@@ -215,7 +222,7 @@ class _Columns:
 
 def render_inspection(report: Mapping[str, Any]) -> RenderableType:
     """The dict of :func:`inspect_path` for people: print it with a rich console."""
-    kind = "feature store" if report["format"] == "h5" else ".npz archive"
+    kind = "feature store" if report["format"] == "h5" else LAYOUTS[report["format"]]
     title = f"{report['path']}: {kind}, {report['bytes'] / 1e6:.1f} MB"
     if "samples" in report:
         title += f", {report['samples']:,} samples"
@@ -245,6 +252,7 @@ def render_inspection(report: Mapping[str, Any]) -> RenderableType:
     ]
     parts += [Text(f"group {name}: {n} groups") for name, n in report.get("groups", {}).items()]
     parts += [_counts(f"parts of {name}", counts) for name, counts in report.get("splits", {}).items()]
+    parts += [Text(note, style="yellow") for note in report.get("notes", ())]
     if report.get("unmapped"):
         table = Table("array", "dtype", "shape", title="not mapped", title_justify="left")
         for array in report["unmapped"]:

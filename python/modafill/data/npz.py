@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -27,6 +28,45 @@ class ArrayHeader:
     shape: tuple[int, ...]
     dtype: np.dtype
     fortran: bool
+
+
+def load_npy(path: Path) -> np.ndarray:
+    """The array in an ``.npy`` file.
+
+    Raises:
+        ValueError: unreadable, Python objects, or a declared size that is not the file's.
+    """
+    try:
+        with open(path, "rb") as file:
+            header = _parse_header(file)
+            _check_header(header, os.fstat(file.fileno()).st_size - file.tell())
+            flat = np.frombuffer(file.read(), dtype=header.dtype)
+    except (OSError, EOFError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}") from None
+    return flat.reshape(header.shape[::-1]).T if header.fortran else flat.reshape(header.shape)
+
+
+def _parse_header(stream: IO[bytes]) -> ArrayHeader:
+    version = np.lib.format.read_magic(stream)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"header version {version}, expected 1.0 or 2.0")
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    try:
+        shape, fortran, dtype = read(stream)
+    except (SyntaxError, TypeError, RecursionError, tokenize.TokenError) as error:
+        raise ValueError(f"a malformed header ({type(error).__name__})") from None
+    return ArrayHeader(shape, dtype, fortran and len(shape) > 1)
+
+
+def _check_header(header: ArrayHeader, stored: int) -> None:
+    if header.dtype.hasobject:
+        raise ValueError("holds Python objects, which would run code to be loaded")
+    # Python integers: a product of declared sizes may exceed 64 bits.
+    declared = header.dtype.itemsize
+    for size in header.shape:
+        declared *= size
+    if declared != stored or min(header.shape, default=0) < 0:
+        raise ValueError(f"declares {header.dtype} {header.shape}, {declared} bytes, but has {stored}")
 
 
 class NpzFile:
@@ -82,28 +122,17 @@ class NpzFile:
     def _open(self, name: str) -> tuple[IO[bytes], ArrayHeader]:
         """A stream of an array's data, just behind its header."""
         stream = self._zip.open(f"{name}.npy")
-        version = np.lib.format.read_magic(stream)
-        if version not in ((1, 0), (2, 0)):
-            raise ValueError(f"header version {version}, expected 1.0 or 2.0")
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read(stream)
-        return stream, ArrayHeader(shape, dtype, fortran and len(shape) > 1)
+        return stream, _parse_header(stream)
 
     def _read_header(self, name: str) -> ArrayHeader:
         with self._errors(name):
             stream, header = self._open(name)
             with stream:
                 start = stream.tell()
-        if header.dtype.hasobject:
-            raise ValueError(f"{self.path}: array {name!r} holds Python objects, which would run code to be loaded")
-        # Python integers: a product of declared sizes may exceed 64 bits.
-        declared = header.dtype.itemsize
-        for size in header.shape:
-            declared *= size
-        stored = self._zip.getinfo(f"{name}.npy").file_size - start
-        if declared != stored or min(header.shape, default=0) < 0:
-            shape = f"{header.dtype} {header.shape}"
-            raise ValueError(f"{self.path}: array {name!r} declares {shape}, {declared} bytes, but has {stored}")
+        try:
+            _check_header(header, self._zip.getinfo(f"{name}.npy").file_size - start)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: array {name!r} {error}") from None
         return header
 
     def load(self, name: str) -> np.ndarray:

@@ -116,9 +116,8 @@ def random_available(
     else:
         check_available("available", available, (len(rows), n_modalities))
         present = available.cpu().numpy()
-    key = _mix(_mix(np.array([seed & _WORD], np.uint64)) ^ np.array([draw & _WORD], np.uint64))
-    word = _mix(key ^ rows)
-    hide = (word >> np.uint64(11)) * 2.0**-53 < drop_rate
+    word = _words(rows, seed, draw)
+    hide = _as_uniform(word) < drop_rate
     # 1 … 2^k - 2 are the non-empty proper subsets of k modalities; the remainder's bias is below 2^-47.
     n_subsets = np.maximum((1 << present.sum(1)) - 2, 1).astype(np.uint64)
     subset = (_mix(word) % n_subsets).astype(np.int64) + 1
@@ -127,7 +126,21 @@ def random_available(
     return torch.from_numpy(np.where(hide[:, None], chosen, present)).to(row_id.device)
 
 
+def uniform(row_id: np.ndarray, seed: int, draw: int) -> np.ndarray:
+    """A number in [0, 1) for each row id ``[B]``, a function of it, the seed and the number of the draw alone."""
+    return _as_uniform(_words(row_id.astype(np.uint64), seed, draw))
+
+
 _WORD = 2**64 - 1
+
+
+def _words(rows: np.ndarray, seed: int, draw: int) -> np.ndarray:
+    key = _mix(_mix(np.array([seed & _WORD], np.uint64)) ^ np.array([draw & _WORD], np.uint64))
+    return _mix(key ^ rows)
+
+
+def _as_uniform(word: np.ndarray) -> np.ndarray:
+    return (word >> np.uint64(11)) * 2.0**-53
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

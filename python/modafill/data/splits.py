@@ -34,13 +34,15 @@ def make_splits(
 ) -> list[Split]:
     """Divide a store's samples for training and testing.
 
-    A split column is used as it is (``train``, ``valid``/``val``/``dev``, ``test``), with the validation part carved
-    out of the training part if it has none. Otherwise the folds are made of whole groups where there is a group column,
+    A split column is used as it is (``train``, ``valid``/``val``/``dev``, ``test``; a sample without a part is left
+    out), with the validation part carved out of the training part if it has none. Data that come with folds have a
+    split column for each, and the first ``folds`` of them are used. Otherwise the folds are made of whole groups where
+    there is a group column,
     and stratified by class where there is none. Validation is carved out of each fold's training part the same way.
     One fold without a split column is a plain hold-out of a fifth.
 
     Args:
-        folds: number of test parts; 1 where the split is given.
+        folds: number of test parts; 1 where one split is given.
         seed: of the shuffling.
         valid_fraction: share of the training part's groups (or samples) that becomes validation, in (0, 1).
         group: group column (default: the task's, or the only one).
@@ -62,11 +64,7 @@ def make_splits(
         groups = np.unique(store.groups(group or store.task.get("group")), return_inverse=True)[1]
     divide = _Divider(groups, _strata(store) if groups is None else None, seed, valid_fraction)
     if own_split and (split is not None or store.split_names):
-        if folds != 1:
-            raise ValueError(
-                f"folds: got {folds}, expected 1: {store.name} comes with a split (ignore it to divide anew)"
-            )
-        splits = [_given(store.split(split), divide)]
+        splits = [_given(store.split(name), divide) for name in _own_columns(store, folds, split)]
     else:
         parts = divide.folds(len(store), folds)
         splits = [Split(*divide.carve(train, fold), test) for fold, (train, test) in enumerate(parts)]
@@ -121,12 +119,25 @@ class _Divider(NamedTuple):
         return rows[train], rows[valid]
 
 
+def _own_columns(store: FeatureStore, folds: int, split: str | None) -> list[str | None]:
+    """The split columns to use, one for each fold; None for the only one."""
+    own = store.task.get("folds", [])
+    others = [name for name in store.split_names if name not in own]
+    if split is None and own and (folds > 1 or not others):
+        if folds > len(own):
+            raise ValueError(f"folds: got {folds}, expected at most the {len(own)} that {store.name} comes with")
+        return own[:folds]
+    if folds != 1:
+        raise ValueError(f"folds: got {folds}, expected 1: {store.name} comes with a split (ignore it to divide anew)")
+    return [others[0] if split is None and len(others) == 1 else split]
+
+
 def _given(column: np.ndarray, divide: _Divider) -> Split:
     names = [str(name).lower() for name in column]
-    unknown = set(names) - set(PART_NAMES)
+    unknown = set(names) - {*PART_NAMES, ""}
     if unknown:
         raise ValueError(f"split: got the parts {sorted(unknown)}, expected names among {sorted(PART_NAMES)}")
-    part = np.array([PART_NAMES[name] for name in names])
+    part = np.array([PART_NAMES.get(name, "") for name in names])
     train, valid, test = (np.flatnonzero(part == name) for name in Split._fields)
     if len(train) and not len(valid):
         train, valid = divide.carve(train)

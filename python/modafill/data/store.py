@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from modafill.data.batch import Batch
+from modafill.data.hdf5 import get_inside
 from modafill.data.patterns import name_rows
 from modafill.data.writer import FORMAT, VERSION
 
@@ -137,10 +138,11 @@ class FeatureStore:
             self.close()
             self._handle = h5py.File(self.path, "r")
             self._process = os.getpid()
+            self._bytes = self._bytes_of(self._handle)
         return self._handle
 
     def _dataset(self, path: str) -> h5py.Dataset:
-        data = self._file.get(path)
+        data = get_inside(self._file, path) if path in self._file else None
         if not isinstance(data, h5py.Dataset):
             raise ValueError(f"it has no array {path!r}")
         return data
@@ -162,6 +164,13 @@ class FeatureStore:
             yield
         except (OSError, RuntimeError, UnicodeDecodeError) as error:
             raise ValueError(f"{self.name}: cannot read {what}: {_reason(error)}") from None
+        # HDF5 reads zeros behind the end of a file.
+        if self._handle is not None and self._bytes_of(self._handle) < self._bytes:
+            raise ValueError(f"{self.name}: cannot read {what}: the file was truncated while it was open")
+
+    @staticmethod
+    def _bytes_of(file: h5py.File) -> int:
+        return os.fstat(file.id.get_vfd_handle()).st_size
 
     def _column(self, kind: str, name: str | None) -> np.ndarray:
         names = self._names(kind)
@@ -288,7 +297,7 @@ class FeatureStore:
 
         Vectors are then read as sequences ``[B, length, D]``, left to right, with their true lengths (short at the
         start of a group). A sample's availability stays that of its own turn; an earlier turn that lacks the modality
-        is zeros. Sequence modalities are unchanged. Nothing is copied.
+        is left out. Sequence modalities are unchanged. Nothing is copied.
 
         Args:
             length: turns, at least 1; None for no windows.
@@ -365,18 +374,17 @@ class FeatureStore:
             return values, np.empty(0, dtype=np.int64)
         last = self._place[index]
         first = np.maximum(self._start[index], last - self.window + 1)
-        length = np.where(seen, last - first + 1, 0)
         turn = first[:, None] + np.arange(self.window)
-        valid = turn < (first + length)[:, None]
-        rows = self._turns[turn[valid]]
-        present = self._array("available")[rows, m]
+        present = (turn <= last[:, None]) & seen[:, None]
+        rows = self._turns[turn[present]]
+        there = self._array("available")[rows, m]
         if generated:
-            present = present | self.generated(rows)[:, m]
-        frames = self._fetch(name, rows)
-        frames[~present] = 0
+            there = there | self.generated(rows)[:, m]
+        present[present] = there
+        sample, _ = np.nonzero(present)
         values = np.zeros((len(index), self.window, self.widths[name]), dtype=np.float32)
-        values[valid] = frames
-        return values, length
+        values[sample, (present.cumsum(1) - 1)[present]] = self._fetch(name, rows[there])
+        return values, present.sum(1)
 
     def _read_ragged(self, name: str, index: np.ndarray, seen: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         offsets = self._array(f"modalities/{name}/offsets")

@@ -73,7 +73,8 @@ class StoreWriter:
         self._replacing = ExitStack()
         temporary = self._replacing.enter_context(replacing(self.path))
         try:
-            self._file = h5py.File(temporary, "w")
+            # The newer format has checksums for its own structures.
+            self._file = h5py.File(temporary, "w", libver=("v110", "v110"))
             self._file.attrs.update(
                 format=FORMAT,
                 version=VERSION,
@@ -199,6 +200,8 @@ class StoreWriter:
         self._grow(f"{path}/offsets", offsets[-1] + np.cumsum(np.where(kept, lengths, 0), dtype=np.int64))
 
     def _grow(self, path: str, values: np.ndarray) -> None:
+        if values.dtype.kind in "UO" and any("\0" in str(value) for value in values.reshape(-1)):
+            raise ValueError(f"{path}: got a text with a zero byte, which HDF5 cannot hold")
         if path in self._file:
             data = self._file[path]
             if data.shape[1:] != values.shape[1:]:
@@ -220,6 +223,8 @@ class StoreWriter:
             dtype=h5py.string_dtype() if text else values.dtype,
             maxshape=(None, *values.shape[1:]),
             chunks=(max(1, min(CHUNK_ROWS, CHUNK_BYTES // row_bytes)), *values.shape[1:]),
+            # A damaged chunk is an error for who reads it, not other values.
+            fletcher32=not text,
         )
 
     def close(self) -> None:

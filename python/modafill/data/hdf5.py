@@ -1,0 +1,33 @@
+"""Reading HDF5 files without trusting them: nothing outside the file, and no size that its bytes do not bear out."""
+
+from __future__ import annotations
+
+import h5py
+
+from modafill.data.npz import MAX_RATIO, RATIO_FREE_BYTES
+
+HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
+
+
+def get_inside(group: h5py.Group, path: str) -> h5py.Group | h5py.Dataset:
+    """What is at ``path`` in a file, reached through hard links alone.
+
+    Raises:
+        KeyError: there is nothing.
+        ValueError: a soft or external link on the way, a data set whose values are in other files, or one that declares
+            more than :data:`~modafill.data.npz.MAX_RATIO` times the bytes that are stored for it.
+    """
+    here = group
+    for part in path.split("/"):
+        if not isinstance(here, h5py.Group) or part not in here:
+            raise KeyError(f"{path!r} is not there")
+        if not isinstance(here.get(part, getlink=True), h5py.HardLink):
+            raise ValueError(f"{path!r} is a link to elsewhere, which is not followed")
+        here = here[part]
+    if isinstance(here, h5py.Dataset):
+        if here.external or here.is_virtual:
+            raise ValueError(f"{path!r} has its values in other files, which are not opened")
+        stored = here.id.get_storage_size()
+        if here.nbytes > max(RATIO_FREE_BYTES, MAX_RATIO * stored):
+            raise ValueError(f"{path!r} declares {here.nbytes} bytes, but {stored} are stored: refused")
+    return here

@@ -1,0 +1,137 @@
+"""GCNet's folder: a vector per utterance in an ``.npy`` file, and a pickle of dialogues with their labels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from modafill.data.npz import load_npy
+from modafill.data.readers.keyed import KeyedSource
+from modafill.data.readers.pickles import PickledArray, PickleFile, as_text
+
+# What the folders of features that are in use are made by.
+EXTRACTORS = {
+    "text": ("bert", "roberta", "text"),
+    "audio": ("wav2vec", "hubert", "opensmile", "vggish", "panns", "audio"),
+    "vision": ("manet", "emonet", "ferplus", "openface", "video", "vision", "visual"),
+}
+
+
+def is_gcnet(value: Any) -> bool:
+    """Whether a pickle's content is GCNet's: utterances, labels, speakers, sentences by dialogue, and the parts."""
+    return (
+        isinstance(value, (tuple, list))
+        and len(value) in (6, 7)
+        and all(isinstance(part, dict) for part in value[:4])
+        and all(isinstance(part, (set, list, tuple)) for part in value[4:])
+    )
+
+
+class GCNetFolder(KeyedSource):
+    """``<name>_features_raw_<n>way.pkl`` and beside it ``features/<extractor>/<utterance>.npy``, or a folder of them.
+
+    A file ``[T, D]`` and a folder of frames become their mean, as in GCNet's own loader; one without frames means that
+    the utterance lacks the modality (there: zeros). Dialogues are the groups, their turns the order. IEMOCAP's five
+    sessions become split columns too.
+
+    Args:
+        file: the pickle, which this source closes.
+        names: modality → folder in ``features``; by default the one whose name says what it was made by.
+    """
+
+    layout = "gcnet"
+
+    def __init__(self, file: PickleFile, names: Mapping[str, str] | None = None) -> None:
+        file.close()
+        utterances, labels, *_ = file.value
+        splits = dict(zip(("train", "valid", "test")[:: 1 if len(file.value) == 7 else 2], file.value[4:], strict=True))
+        part_of = {as_text(video): split for split, videos in splits.items() for video in videos}
+        keys: list[str] = []
+        videos: list[str] = []
+        values: list[Any] = []
+        order: list[int] = []
+        for video, names_of_turns in utterances.items():
+            given = labels.get(video)
+            given = given.load().tolist() if isinstance(given, PickledArray) else given
+            if not isinstance(names_of_turns, (list, tuple)) or not isinstance(given, (list, tuple)):
+                raise ValueError(f"{file.path}: {video!r} has no list of utterances, or none of labels")
+            if len(names_of_turns) != len(given):
+                raise ValueError(f"{file.path}: {video!r} has {len(names_of_turns)} utterances and {len(given)} labels")
+            if as_text(video) in part_of:
+                keys += [as_text(name) for name in names_of_turns]
+                values += given
+                videos += [as_text(video)] * len(given)
+                order += range(len(given))
+        if not all(isinstance(value, (int, float)) for value in values):
+            raise ValueError(f"{file.path}: labels are not numbers")
+        super().__init__(file.path.parent, keys)
+        self._folders = _find_folders(file.path.parent / "features", names)
+        self.groups = {"dialogue": np.array(videos)}
+        self.order = np.array(order)
+        self.splits = {"split": np.array([part_of[video] for video in videos])}
+        self.task = {"group": "dialogue"}
+        whole = all(float(value).is_integer() for value in values) and min(values) >= 0
+        if whole:
+            self.labels = {"emotion": np.array(values, dtype=np.int64)}
+            self.task["label"] = {"name": "emotion", "kind": "class"}
+        else:
+            scores = np.array(values, dtype=np.float32)
+            self.labels = {"score": scores, "positive": (scores > 0).astype(np.int64)}
+            self.task["label"] = {"name": "score", "kind": "score", "sentiment": True}
+            self.task["labels"] = {"positive": {"name": "positive", "kind": "class"}}
+        sessions = sorted({video[:5] for video in videos if video.startswith("Ses") and video[3:5].isdigit()})
+        if len(sessions) > 1 and all(video[:5] in sessions for video in videos):
+            for session in sessions:
+                self.splits[session] = np.where([video[:5] == session for video in videos], "test", "train")
+            self.task["folds"] = sessions
+        self._probe(list(self._folders))
+
+    def close(self) -> None:
+        """Its files are open while they are read only."""
+
+    def look_up(self, modality: str, key: str) -> np.ndarray | None:
+        if "/" in key or key in (".", ".."):
+            raise ValueError(f"{self.path}: the utterance {key!r} is not the name of a file")
+        at = self._folders[modality] / f"{key}.npy"
+        if at.is_file():
+            x = load_npy(at)
+        else:
+            frames = [load_npy(path) for path in sorted((self._folders[modality] / key).glob("*.npy"))]
+            if not frames:
+                return None
+            if len({frame.shape for frame in frames}) != 1:
+                raise ValueError(f"{self._folders[modality] / key}: frames of different shapes")
+            x = np.stack(frames)
+        if x.dtype.kind not in "fiu":
+            raise ValueError(f"{at}: {x.dtype}, expected numbers")
+        x = x.reshape(-1, x.shape[-1]) if x.ndim > 1 else x
+        return x.mean(0) if x.ndim == 2 and len(x) else x
+
+
+def _find_folders(features: Path, names: Mapping[str, str] | None) -> dict[str, Path]:
+    if not features.is_dir():
+        raise ValueError(f"{features}: no such folder, expected one with a folder of .npy files for each modality")
+    if names:
+        found = {modality: features / name for modality, name in names.items()}
+        absent = [str(path) for path in found.values() if not path.is_dir()]
+        if absent:
+            raise ValueError(f"modalities: {', '.join(absent)}: no such folder")
+        return found
+    there = sorted(path for path in features.iterdir() if path.is_dir())
+    found = {}
+    for modality, extractors in EXTRACTORS.items():
+        fits = [path for path in there if any(name in path.name.lower() for name in extractors)]
+        if len(fits) > 1:
+            found = {}
+            break
+        if fits:
+            found[modality] = fits[0]
+    if len(found) < 2:
+        raise ValueError(
+            f"{features}: which of {[path.name for path in there]} is what? Name them in a mapping, "
+            '{"modalities": {"text": FOLDER, "audio": FOLDER, "vision": FOLDER}}'
+        )
+    return found

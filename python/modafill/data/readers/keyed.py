@@ -1,0 +1,129 @@
+"""Samples that are looked up one by one, each modality under the sample's key."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from modafill.data.source import BLOCK_ROWS, Block, Source
+
+
+class KeyedSource(Source):
+    """A source whose modalities are found under the keys of its samples.
+
+    A subclass calls :meth:`_probe` when :meth:`look_up` can answer, and fills :attr:`labels`, :attr:`groups`,
+    :attr:`splits` and :attr:`order` with one value per sample.
+
+    Attributes:
+        keys: of the samples, in order; a key that comes twice gets ``#2`` in the store's ids.
+    """
+
+    def __init__(self, path: Path, keys: Sequence[str]) -> None:
+        super().__init__(path)
+        self.keys = list(keys)
+        if not self.keys:
+            raise ValueError(f"{path}: no samples are named")
+        self.labels: dict[str, np.ndarray] = {}
+        self.groups: dict[str, np.ndarray] = {}
+        self.splits: dict[str, np.ndarray] = {}
+        self.order: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @abstractmethod
+    def look_up(self, modality: str, key: str) -> np.ndarray | None:
+        """``[D]`` or ``[T, D]`` numbers of a sample, None or no steps where it lacks the modality."""
+
+    def _probe(self, modalities: Sequence[str]) -> None:
+        """Find each modality's kind and width in the first sample that has it."""
+        for modality in modalities:
+            found = next(
+                (x for x in (self.look_up(modality, key) for key in self.keys) if x is not None and x.size), None
+            )
+            if found is None:
+                raise ValueError(f"{self.path}: no sample has the modality {modality!r}")
+            if found.dtype.kind not in "fiu" or found.ndim not in (1, 2):
+                raise ValueError(
+                    f"{self.path}: modality {modality!r} is {found.dtype} {found.shape}, expected numbers [T, D] or [D]"
+                )
+            self.widths[modality] = found.shape[-1]
+            self.kinds[modality] = "vector" if found.ndim == 1 else "sequence"
+            self.dtypes[modality] = str(found.dtype)
+
+    def blocks(self, rows: int = BLOCK_ROWS) -> Iterator[Block]:
+        ids = np.array(number_repeats(self, self.keys))
+        lacking = dict.fromkeys(self.modalities, 0)
+        for start in range(0, len(self), rows):
+            piece = slice(start, start + rows)
+            keys = self.keys[piece]
+            available = np.ones((len(keys), len(self.modalities)), dtype=bool)
+            features, lengths = {}, {}
+            for m, name in enumerate(self.modalities):
+                found = [self._checked(name, key) for key in keys]
+                available[:, m] = [x is not None for x in found]
+                lacking[name] += int((~available[:, m]).sum())
+                steps = np.array([0 if x is None else len(x) for x in found], dtype=np.int64)
+                tail: tuple[int, ...] = (self.widths[name],)
+                if self.kinds[name] == "sequence":
+                    lengths[name] = steps
+                    tail = (max(1, int(steps.max())), *tail)
+                features[name] = np.zeros((len(keys), *tail), dtype=np.float32)
+                for i, x in enumerate(found):
+                    if x is not None:
+                        features[name][i, ...] = _padded(x, tail)
+            yield Block(
+                features,
+                available,
+                lengths,
+                ids[piece],
+                labels={name: values[piece] for name, values in self.labels.items()},
+                groups={name: values[piece] for name, values in self.groups.items()},
+                splits={name: values[piece] for name, values in self.splits.items()},
+                order=None if self.order is None else self.order[piece],
+            )
+        for name, n in lacking.items():
+            if n:
+                self.note(f"{name}: {n} samples lack it")
+
+    def _checked(self, name: str, key: str) -> np.ndarray | None:
+        x = self.look_up(name, key)
+        if x is None or not x.size:
+            return None
+        if x.dtype.kind not in "fiu" or x.ndim != (2 if self.kinds[name] == "sequence" else 1):
+            raise ValueError(f"{self.path}: {name} of {key!r} is {x.dtype} {x.shape}, expected numbers like the others")
+        if x.shape[-1] != self.widths[name]:
+            raise ValueError(f"{self.path}: {name} of {key!r} is {x.shape[-1]} wide, the first one {self.widths[name]}")
+        return x
+
+
+def _padded(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    out = np.zeros(shape, dtype=np.float32)
+    with np.errstate(over="ignore"):
+        out[: len(x)] = x
+    return out
+
+
+def number_repeats(source: Source, keys: Sequence[str]) -> list[str]:
+    """Keys, with ``#2`` behind one's second occurrence, which the source then notes."""
+    seen: Counter[str] = Counter()
+    out = []
+    for key in keys:
+        seen[key] += 1
+        out.append(key if seen[key] == 1 else f"{key}#{seen[key]}")
+    repeated = [key for key, n in seen.items() if n > 1]
+    if repeated:
+        source.note(f"{len(repeated)} ids stand for more than one sample, such as {repeated[0]!r}; they are numbered")
+    return out
+
+
+def whole_groups(groups: np.ndarray, splits: np.ndarray) -> bool:
+    """Whether no group has samples in two parts of a split."""
+    parts: dict[str, set[str]] = {}
+    for group, part in zip(groups.tolist(), splits.tolist(), strict=True):
+        parts.setdefault(group, set()).add(part)
+    return all(len(names) == 1 for names in parts.values())

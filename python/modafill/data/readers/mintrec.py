@@ -1,0 +1,112 @@
+"""MIntRec's folder: tables of clips by part, and pickles of features by clip."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from modafill.data.readers.keyed import KeyedSource
+from modafill.data.readers.pickles import PickledArray, PickleFile, as_text
+
+TABLES = {"train": "train.tsv", "valid": "dev.tsv", "test": "test.tsv"}
+COLUMNS = ["season", "episode", "clip", "text", "label"]
+PICKLES = {
+    "text": "text_data/text_feats.pkl",
+    "audio": "audio_data/audio_feats.pkl",
+    "vision": "video_data/video_feats.pkl",
+}
+# The coarse label of the paper (ACL MM 2022, §3.2): an intent expresses an emotion or pursues a goal.
+EMOTIONAL = frozenset(
+    ["Complain", "Praise", "Apologise", "Thank", "Criticize", "Agree", "Taunt", "Flaunt", "Joke", "Oppose", "Care"]
+)
+
+
+class MIntRecFolder(KeyedSource):
+    """``train.tsv``, ``dev.tsv``, ``test.tsv`` and ``audio_data/audio_feats.pkl``, ``video_data/video_feats.pkl``.
+
+    The published folder has no features of text: its code computes them from the sentences while it trains. Where
+    ``text_data/text_feats.pkl`` (id → ``[T, D]``) has been put there, text is a modality too.
+    """
+
+    layout = "mintrec"
+
+    def __init__(self, root: Path) -> None:
+        keys: list[str] = []
+        columns: dict[str, list[str]] = {"split": [], "intent": []}
+        for split, name in TABLES.items():
+            for key, intent in _read_table(root / name):
+                keys.append(key)
+                columns["split"].append(split)
+                columns["intent"].append(intent)
+        super().__init__(root, keys)
+        intents = np.array(columns["intent"])
+        self.labels = {
+            "intent": intents,
+            "coarse": np.where(np.isin(intents, list(EMOTIONAL)), "Emotion", "Goal"),
+        }
+        self.splits = {"split": np.array(columns["split"])}
+        self.task = {
+            "label": {"name": "intent", "kind": "class"},
+            "labels": {"coarse": {"name": "coarse", "kind": "class"}},
+        }
+        self._files: dict[str, PickleFile] = {}
+        try:
+            for modality, name in PICKLES.items():
+                if (root / name).is_file():
+                    self._files[modality] = file = PickleFile(root / name)
+                    if not isinstance(file.value, dict):
+                        raise ValueError(f"{file.path}: it holds {type(file.value).__name__}, expected id → features")
+            if len(self._files) < 2:
+                raise ValueError(f"{root}: expected {' and '.join(list(PICKLES.values())[1:])}")
+            if "text" not in self._files:
+                self.note(f"it has sentences, but no features of text; where {PICKLES['text']} has them they are read")
+            self._probe(list(self._files))
+        except BaseException:
+            self.close()
+            raise
+
+    def look_up(self, modality: str, key: str) -> np.ndarray | None:
+        file = self._files[modality]
+        value = file.value.get(key)
+        if value is None:
+            return None
+        frames = [_frame(file.path, key, frame) for frame in value] if isinstance(value, (list, tuple)) else None
+        if frames == []:
+            return None
+        x = _frame(file.path, key, value) if frames is None else _stack(file.path, key, frames)
+        # A frame of the published vision features is [1, 256].
+        return x.squeeze(1) if x.ndim == 3 and x.shape[1] == 1 else x
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+
+def _frame(path: Path, key: str, value: Any) -> np.ndarray:
+    if not isinstance(value, PickledArray) or value.dtype.kind not in "fiu":
+        raise ValueError(f"{path}: {key!r} has {type(value).__name__} for features, expected arrays of numbers")
+    return value.load()
+
+
+def _stack(path: Path, key: str, frames: list[np.ndarray]) -> np.ndarray:
+    if len({frame.shape for frame in frames}) != 1:
+        raise ValueError(f"{path}: {key!r} has frames of different shapes")
+    return np.stack(frames)
+
+
+def _read_table(path: Path) -> Iterable[tuple[str, str]]:
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            rows = list(csv.reader(file, delimiter="\t"))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: cannot be read as a table: {error}") from None
+    if not rows or [name.strip().lower() for name in rows[0][:5]] != COLUMNS:
+        raise ValueError(f"{path}: expected the columns {COLUMNS}, got {rows[0][:5] if rows else []}")
+    for number, row in enumerate(rows[1:], 2):
+        if len(row) < 5:
+            raise ValueError(f"{path}: line {number} has {len(row)} columns, expected {len(COLUMNS)}")
+        yield "_".join(row[:3]), as_text(row[4])

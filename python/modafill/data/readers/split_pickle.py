@@ -1,0 +1,290 @@
+"""Pickles of padded arrays by split: MMSA's (MOSI, MOSEI, SIMS) and MulT's (MOSI, MOSEI, IEMOCAP)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from modafill.data.readers.keyed import number_repeats, whole_groups
+from modafill.data.readers.pickles import PickledArray, PickleFile, as_text
+from modafill.data.source import BLOCK_ROWS, Block, Source
+
+MODALITIES = ("text", "audio", "vision")
+SPLITS = ("train", "valid", "test")
+EMOTIONS = ("neutral", "happy", "sad", "angry")
+# What the authors of MMSA published: samples of the three parts, whether aligned, and the SHA-256 of the file.
+PUBLISHED = {
+    "MOSI aligned_50": ((1284, 229, 686), True, "d3994fd25681f9c7ad6e9c6596a6fe9b4beb85ff7d478ba978b124139002e5f9"),
+    "MOSI unaligned_50": ((1284, 229, 686), False, "78e0f8b5ef8ff71558e7307848fc1fa929ecb078203f565ab22b9daab2e02524"),
+    "MOSEI aligned_50": ((16326, 1871, 4659), True, "45eccfb748a87c80ecab9bfac29582e7b1466bf6605ff29d3b338a75120bf791"),
+    "MOSEI unaligned_50": (
+        (16326, 1871, 4659), False, "ad8b23d50557045e7d47959ce6c5b955d8d983f2979c7d9b7b9226f6dd6fec1f",
+    ),
+    "SIMS unaligned_39": ((1368, 456, 457), False, "c9e20c13ec0454d98bb9c1e520e490c75146bfa2dfeeea78d84de047dbdd442f"),
+}  # fmt: skip
+
+
+def split_pickle_layout(value: Any) -> str | None:
+    """``"mmsa"`` or ``"mult"`` by what a pickle holds, or None."""
+    if not isinstance(value, dict) or not value or not set(value) <= {*SPLITS, "dev", "val"}:
+        return None
+    parts = list(value.values())
+    if not all(isinstance(part, dict) and set(MODALITIES) <= set(part) for part in parts):
+        return None
+    if all("regression_labels" in part or "classification_labels" in part for part in parts):
+        return "mmsa"
+    return "mult" if all("labels" in part for part in parts) else None
+
+
+class SplitPickle(Source):
+    """MMSA's or MulT's pickle: split → text, audio and vision ``[N, T, D]``, labels and ids.
+
+    True lengths are ``audio_lengths`` and ``vision_lengths`` where the file has them, and the attention mask of
+    ``text_bert`` for text (and for all three where the file is aligned word by word). Where it has neither, frames of
+    zeros before and after a sequence are padding: MulT's files pad in front.
+
+    Args:
+        file: the pickle, which this source closes.
+        layout: ``"mmsa"`` or ``"mult"``.
+
+    Raises:
+        ValueError: arrays that are absent, of other shapes than these, or that disagree in samples.
+    """
+
+    def __init__(self, file: PickleFile, layout: str) -> None:
+        super().__init__(file.path)
+        self.file, self.layout = file, layout
+        named = {{"dev": "valid", "val": "valid"}.get(name, name): part for name, part in file.value.items()}
+        self.parts: dict[str, dict[str, Any]] = {name: named[name] for name in SPLITS if name in named}
+        self._sizes = {name: self._check_part(name, part) for name, part in self.parts.items()}
+        if not sum(self._sizes.values()):
+            raise ValueError(f"{self.path}: it has no samples")
+        lengths = {x.shape[1] for part in self.parts.values() for x in self._features(part).values()}
+        self.aligned = len(lengths) == 1 and not any("audio_lengths" in part for part in self.parts.values())
+        self._ids = {name: self._read_ids(name, part) for name, part in self.parts.items()}
+        self._labels = self._read_labels()
+        self._choose_group()
+        used = {*MODALITIES, "id", "text_bert", "audio_lengths", "vision_lengths", "labels", *self._labels}
+        self.unused = [
+            {"name": f"{split}/{name}", "dtype": str(x.dtype), "shape": list(x.shape)}
+            for split, part in self.parts.items()
+            for name, x in part.items()
+            if isinstance(x, PickledArray) and name not in used
+        ]
+        self._check_published()
+
+    def __len__(self) -> int:
+        return sum(self._sizes.values())
+
+    def close(self) -> None:
+        self.file.close()
+
+    @staticmethod
+    def _features(part: Mapping[str, Any]) -> dict[str, PickledArray]:
+        return {name: part[name] for name in MODALITIES}
+
+    def _check_part(self, split: str, part: Mapping[str, Any]) -> int:
+        counts = {}
+        for name in MODALITIES:
+            x = part[name]
+            if not isinstance(x, PickledArray) or x.dtype.kind not in "fiu" or len(x.shape) != 3 or 0 in x.shape[1:]:
+                what = f"{x.dtype} {x.shape}" if isinstance(x, PickledArray) else type(x).__name__
+                raise ValueError(f"{self.path}: {split}/{name} is {what}, expected numbers [N, T, D]")
+            if self.widths.setdefault(name, x.shape[2]) != x.shape[2]:
+                raise ValueError(
+                    f"{self.path}: {split}/{name} is {x.shape[2]} wide, that of another part {self.widths[name]}"
+                )
+            self.kinds[name], self.dtypes[name] = "sequence", str(x.dtype)
+            counts[name] = x.shape[0]
+        for name in ("id", "labels", "regression_labels", "classification_labels", "audio_lengths", "vision_lengths"):
+            if part.get(name) is not None:
+                counts[name] = len(part[name])
+        if len(set(counts.values())) > 1:
+            raise ValueError(f"{self.path}: arrays of {split} disagree in the number of samples: {counts}")
+        return counts["text"]
+
+    def _read_ids(self, split: str, part: Mapping[str, Any]) -> list[str]:
+        ids = part.get("id")
+        if ids is None:
+            return [f"{split}_{i}" for i in range(self._sizes[split])]
+        rows = ids.load() if isinstance(ids, PickledArray) else ids
+        # MulT keeps (video, start, end) for each sample.
+        return ["_".join(map(as_text, row)) if _is_row(row) else as_text(row) for row in rows]
+
+    def _choose_group(self) -> None:
+        """The video, where ids name it and the file's own parts keep videos together."""
+        self._groups: dict[str, np.ndarray] = {}
+        marker = "$_$" if self.layout == "mmsa" else None
+        ids = [i for part in self._ids.values() for i in part]
+        if marker is None or not all(marker in i for i in ids):
+            return
+        groups = {name: np.array([i.split(marker)[0] for i in part]) for name, part in self._ids.items()}
+        splits = np.concatenate([np.full(len(part), name) for name, part in self._ids.items()])
+        if whole_groups(np.concatenate(list(groups.values())), splits):
+            self._groups = groups
+            self.task["group"] = "video"
+        else:
+            self.note(
+                "its own parts divide videos: samples of one video are trained on and tested on, as is usual here"
+            )
+
+    def _read_labels(self) -> dict[str, dict[str, np.ndarray]]:
+        """Label column → split → values; sets the task's label."""
+        if self.layout == "mult":
+            return self._read_mult_labels()
+        out: dict[str, dict[str, np.ndarray]] = {}
+        for name in next(iter(self.parts.values())):
+            if "_labels" in name and all(name in part for part in self.parts.values()):
+                out[name] = {split: _flat(self.path, f"{split}/{name}", p[name]) for split, p in self.parts.items()}
+        further: dict[str, dict[str, Any]] = {}
+        if "classification_labels" in out:
+            further["class"] = {"name": "classification_labels", "kind": "class"}
+        if "regression_labels" in out:
+            self.task["label"] = _score("regression_labels", out["regression_labels"])
+        elif further:
+            self.task["label"] = further["class"]
+        if further:
+            self.task["labels"] = further
+        return out
+
+    def _read_mult_labels(self) -> dict[str, dict[str, np.ndarray]]:
+        raw = {split: _array(self.path, f"{split}/labels", part["labels"]) for split, part in self.parts.items()}
+        if all(x.ndim == 3 and x.shape[2] == 2 for x in raw.values()):
+            # Pairs (not, is) for each emotion: MulT trains one classifier for each.
+            marked = {split: x.argmax(2) for split, x in raw.items()}
+            names = [
+                EMOTIONS[i] if i < len(EMOTIONS) else f"emotion{i}" for i in range(next(iter(raw.values())).shape[1])
+            ]
+            out = {name: {split: x[:, i] for split, x in marked.items()} for i, name in enumerate(names)}
+            self.task["labels"] = {name: {"name": name, "kind": "class"} for name in names}
+            if all((x.sum(1) == 1).all() for x in marked.values()):
+                out["emotion"] = {split: np.array(names)[x.argmax(1)] for split, x in marked.items()}
+                self.task["label"] = {"name": "emotion", "kind": "class"}
+            else:
+                self.note("some samples have no emotion or several: choose one of the labels " + ", ".join(names))
+            return out
+        out = {"score": {split: _flat(self.path, f"{split}/labels", x) for split, x in raw.items()}}
+        self.task["label"] = _score("score", out["score"])
+        return out
+
+    def _check_published(self) -> None:
+        sizes = tuple(self._sizes.get(split, 0) for split in SPLITS)
+        for name, (published, aligned, digest) in PUBLISHED.items():
+            if self.layout == "mmsa" and sizes == published and self.aligned == aligned:
+                found = hashlib.sha256()
+                with open(self.path, "rb") as file:
+                    while piece := file.read(1 << 20):
+                        found.update(piece)
+                if found.hexdigest() == digest:
+                    self.note(f"it is the file published as {name}")
+                else:
+                    self.note(
+                        f"it has the sizes of {name}, but not the published file's checksum: made anew, or damaged"
+                    )
+
+    def blocks(self, rows: int = BLOCK_ROWS) -> Iterator[Block]:
+        ids = number_repeats(self, [i for part in self._ids.values() for i in part])
+        found: dict[str, int] = {}
+        done = 0
+        for split, part in self.parts.items():
+            streams = {name: x.blocks(rows) for name, x in self._features(part).items()}
+            declared = self._declared_lengths(split, part)
+            for start in range(0, self._sizes[split], rows):
+                piece = slice(start, start + rows)
+                with np.errstate(over="ignore"):
+                    features = {name: next(stream).astype(np.float32) for name, stream in streams.items()}
+                lengths = {name: values[piece] for name, values in declared.items()}
+                self._strip_padding({name: x for name, x in features.items() if name not in lengths}, lengths, found)
+                n = len(features["text"])
+                available = np.stack([lengths[name] > 0 for name in MODALITIES], axis=1)
+                for name, values in lengths.items():
+                    found[f"{name}: # samples lack it"] = found.get(f"{name}: # samples lack it", 0) + int(
+                        (values == 0).sum()
+                    )
+                yield Block(
+                    features,
+                    available,
+                    {name: lengths[name] for name in MODALITIES},
+                    np.array(ids[done : done + n]),
+                    labels={name: values[split][piece] for name, values in self._labels.items()},
+                    groups={"video": self._groups[split][piece]} if self._groups else {},
+                    splits={"split": np.full(n, split)},
+                    order=None,
+                )
+                done += n
+        for text, n in found.items():
+            if n:
+                self.note(text.replace("#", str(n)))
+
+    def _declared_lengths(self, split: str, part: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Modality → lengths ``[N]`` that the file declares, made to fit."""
+        declared = {}
+        for name in ("audio", "vision"):
+            if part.get(f"{name}_lengths") is not None:
+                declared[name] = _flat(self.path, f"{split}/{name}_lengths", part[f"{name}_lengths"])
+        bert = part.get("text_bert")
+        if isinstance(bert, PickledArray) and len(bert.shape) == 3 and bert.shape[1] == 3:
+            mask = np.concatenate([np.asarray(block[:, 1]) for block in bert.blocks(BLOCK_ROWS)] or [np.empty((0, 0))])
+            if len(mask) == self._sizes[split] and bert.shape[2] == part["text"].shape[1]:
+                declared.update(dict.fromkeys(MODALITIES if self.aligned else ("text",), mask.astype(bool).sum(1)))
+        for name, values in declared.items():
+            if values.dtype.kind not in "iuf" or not np.isfinite(values).all():
+                raise ValueError(f"{self.path}: {split}/{name}_lengths are {values.dtype}, expected whole numbers")
+            longest = part[name].shape[1]
+            whole = values.astype(np.int64)
+            wrong = int(((whole < 0) | (whole > longest)).sum())
+            if wrong:
+                self.note(f"{name}: {wrong} lengths in {split} are not in 0…{longest}, the array's, and were cut to it")
+            declared[name] = whole.clip(0, longest)
+        return declared
+
+    def _strip_padding(
+        self, features: dict[str, np.ndarray], lengths: dict[str, np.ndarray], found: dict[str, int]
+    ) -> None:
+        """Find the frames that are not padding, move them to the front in place and fill ``lengths``."""
+        if not features:
+            return
+        filled = {name: (x != 0).any(2) for name, x in features.items()}
+        if self.aligned:
+            together = np.logical_or.reduce(list(filled.values()))
+            seen = {name: mask.any(1) for name, mask in filled.items()}
+            filled = dict.fromkeys(filled, together)
+        for name, mask in filled.items():
+            some = mask.any(1)
+            first = np.where(some, mask.argmax(1), 0)
+            length = np.where(some, mask.shape[1] - mask[:, ::-1].argmax(1) - first, 0)
+            for row in np.flatnonzero(first):
+                features[name][row] = np.roll(features[name][row], -first[row], axis=0)
+            key = f"{name}: # samples are padded in front; they were moved"
+            found[key] = found.get(key, 0) + int((first > 0).sum())
+            lengths[name] = np.where(seen[name], length, 0) if self.aligned else length
+
+
+def _is_row(value: Any) -> bool:
+    return isinstance(value, (list, tuple, np.ndarray))
+
+
+def _array(path: Path, name: str, values: Any) -> np.ndarray:
+    if isinstance(values, PickledArray):
+        return values.load()
+    if isinstance(values, (list, tuple)) and all(isinstance(v, (int, float, str, bytes)) for v in values):
+        return np.array([as_text(v) if isinstance(v, bytes) else v for v in values])
+    raise ValueError(f"{path}: {name} is {type(values).__name__}, expected an array or a list of numbers")
+
+
+def _flat(path: Path, name: str, values: Any) -> np.ndarray:
+    """One number or text per sample."""
+    array = values if isinstance(values, np.ndarray) else _array(path, name, values)
+    if array.size != len(array):
+        raise ValueError(f"{path}: {name} has the shape {array.shape}, expected one value per sample")
+    return array.reshape(-1)
+
+
+def _score(name: str, values: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Intensities beyond ±1 are CMU's −3…3; SIMS has −1…1."""
+    largest = max((np.abs(x).max() for x in values.values() if len(x) and x.dtype.kind in "fiu"), default=0)
+    return {"name": name, "kind": "score", **({"sentiment": True} if 1 < largest <= 3 else {})}

@@ -1,0 +1,182 @@
+"""What every reader of a foreign layout gives: samples in blocks, and how a feature store is made of them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from modafill.data.patterns import name_rows
+from modafill.data.writer import StoreWriter
+
+BLOCK_ROWS = 1024
+
+
+@dataclass
+class Block:
+    """Some neighbouring samples of an archive, as :meth:`StoreWriter.append` takes them.
+
+    Attributes:
+        features: modality → float32 ``[n, D]`` or ``[n, T, D]``, as in the file; zeros where an array is absent.
+        available: bool ``[n, M]``.
+        lengths: modality → int64 ``[n]`` for modalities that have them.
+        ids: ``[n]`` strings.
+        labels, groups, splits: column name → ``[n]``.
+        order: ``[n]`` or None.
+    """
+
+    features: dict[str, np.ndarray]
+    available: np.ndarray
+    lengths: dict[str, np.ndarray]
+    ids: np.ndarray
+    labels: dict[str, np.ndarray]
+    groups: dict[str, np.ndarray]
+    splits: dict[str, np.ndarray]
+    order: np.ndarray | None
+
+    def observed(self, name: str, m: int) -> np.ndarray:
+        """bool ``[n]`` or ``[n, T]``: where a modality has valid values."""
+        seen = self.available[:, m]
+        x = self.features[name]
+        if x.ndim == 2:
+            return seen
+        lengths = self.lengths.get(name, np.full(len(x), x.shape[1]))
+        return seen[:, None] & (np.arange(x.shape[1]) < lengths[:, None])
+
+    def nonfinite(self, name: str, m: int) -> np.ndarray:
+        """bool like the features: where a valid value is NaN or infinity."""
+        return ~np.isfinite(self.features[name]) & self.observed(name, m)[..., None]
+
+    def hide(self, name: str, m: int, rows: np.ndarray) -> None:
+        """Make a modality missing in ``rows``, bool ``[n]``."""
+        self.available[rows, m] = False
+        self.features[name][rows] = 0
+        if name in self.lengths:
+            self.lengths[name][rows] = 0
+
+
+class Source(ABC):
+    """Samples of a foreign file or folder, read in blocks.
+
+    Attributes:
+        path: the file or folder.
+        layout: the name of its layout, such as ``"npz"`` or ``"mmsa"``.
+        widths: modality → D, in the order of the columns of availability.
+        kinds: modality → ``"vector"`` or ``"sequence"``.
+        steps: modality → T of sequences without lengths.
+        dtypes: modality → dtype in the file.
+        task: label, further labels, group and window, as a store keeps them.
+        nonfinite: what NaN or infinity in an observed feature means: ``"error"``, ``"missing"`` or ``"zero"``.
+        clip: modality → bound of its values.
+        unused: what the file has beside: name, dtype and shape.
+        notes: flaws of the file and what was made of them; complete after a pass over :meth:`blocks`.
+    """
+
+    layout: str
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.widths: dict[str, int] = {}
+        self.kinds: dict[str, str] = {}
+        self.steps: dict[str, int] = {}
+        self.dtypes: dict[str, str] = {}
+        self.task: dict[str, Any] = {}
+        self.nonfinite = "zero"
+        self.clip: Mapping[str, float] = {}
+        self.unused: list[dict[str, Any]] = []
+        self.notes: list[str] = []
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """Names in the order of the columns of availability."""
+        return tuple(self.widths)
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Samples."""
+
+    @abstractmethod
+    def blocks(self, rows: int = BLOCK_ROWS) -> Iterator[Block]:
+        """All samples, at most ``rows`` at a time."""
+
+    def columns(self) -> dict[str, list[str]]:
+        """Modality → D column names, where there are some."""
+        return {}
+
+    def array_name(self, modality: str) -> str:
+        """What the file calls a modality."""
+        return modality
+
+    def note(self, text: str) -> None:
+        """Add to the notes what is not among them."""
+        if text not in self.notes:
+            self.notes.append(text)
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close what is open."""
+
+    def __enter__(self) -> Source:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def write_store(source: Source, out: Path, task: Mapping[str, Any]) -> list[str]:
+    """Write all samples as a feature store, whole or not at all.
+
+    Args:
+        source: the samples.
+        out: the store to create or replace.
+        task: goes into the store's task beside that of the source.
+
+    Returns:
+        Flaws of the file and what was made of them.
+
+    Raises:
+        ValueError: NaN or infinity in observed features where ``source.nonfinite`` is ``"error"``, or a damaged file.
+    """
+    bad_rows: dict[str, list[int]] = {}
+    bad_values: dict[str, int] = {}
+    start = 0
+    with StoreWriter(
+        out,
+        modalities=list(source.modalities),
+        widths=source.widths,
+        kinds=source.kinds,
+        steps=source.steps,
+        task={**source.task, **task},
+        columns=source.columns(),
+    ) as writer:
+        for block in source.blocks():
+            for m, (name, x) in enumerate(block.features.items()):
+                bad = block.nonfinite(name, m)
+                if bad.any():
+                    bad_values[name] = bad_values.get(name, 0) + int(bad.sum())
+                    rows = np.flatnonzero(bad.reshape(len(bad), -1).any(1)) + start
+                    bad_rows.setdefault(name, []).extend(rows.tolist())
+                    x[bad] = 0
+                if name in source.clip:
+                    np.clip(x, -source.clip[name], source.clip[name], out=x)
+            start += len(block.available)
+            try:
+                writer.append(**vars(block))
+            except ValueError as error:
+                raise ValueError(f"{source.path}: {error}") from None
+        if bad_rows and source.nonfinite == "error":
+            what = "; ".join(
+                f"{source.array_name(name)!r} has {bad_values[name]} in {name_rows(rows)}"
+                for name, rows in bad_rows.items()
+            )
+            raise ValueError(
+                f"{source.path}: NaN or infinity in observed features: array {what}. Where that means a missing "
+                'modality, name a bool array [N, M] as "available" in the mapping, or say "nonfinite": "missing"; '
+                '"zero" takes the values for 0'
+            )
+    zeroed = [f"{name}: {n} values that are NaN or infinite are taken for 0" for name, n in bad_values.items()]
+    return [*source.notes, *zeroed]

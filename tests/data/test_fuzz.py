@@ -1,0 +1,35 @@
+"""Mutated inputs: an error that names the file, or a correct result; never a crash, a hang or other values."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.fuzz import LAYOUTS
+
+TESTS = Path(__file__).resolve().parents[1]
+COUNT = 60
+
+
+def fuzz(layout: str, count: int) -> None:
+    command = [sys.executable, "-m", "support.fuzz", "--layout", layout, "--count", str(count)]
+    done = subprocess.run(command, cwd=TESTS, capture_output=True, text=True, timeout=1200)
+    assert done.returncode == 0, f"it crashed: {done.stderr[-2000:]}"
+    report = json.loads(done.stdout)
+    assert report["wrong"] == [], "\n".join(f"input {number}: {what}" for number, what in report["wrong"][:3])
+    assert report["tried"] == count == report["refused"] + report["read"]
+    assert report["refused"] > 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_mutated(layout: str) -> None:
+    fuzz(layout, COUNT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_mutated_more(layout: str) -> None:
+    fuzz(layout, 10 * COUNT)

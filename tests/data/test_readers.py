@@ -1,0 +1,386 @@
+"""The community's layouts: written as they are published, recognised, and every value found again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+from support import foreign
+
+from modafill.data import FeatureStore, Labels, convert, inspect_path, make_splits, open_data
+from modafill.data.readers import open_source, split_pickle
+
+
+def dump(path: Path, value: Any, protocol: int = 4) -> Path:
+    path.write_bytes(pickle.dumps(value, protocol))
+    return path
+
+
+def values(store: FeatureStore, row: int) -> dict[str, np.ndarray]:
+    """Modality → valid steps of a sample; absent ones are left out."""
+    batch = store.read(np.array([row]))
+    return {
+        name: x[0].numpy() if x.ndim == 2 else x[0, : batch.lengths[name][0]].numpy()
+        for m, (name, x) in enumerate(batch.features.items())
+        if batch.available[0, m]
+    }
+
+
+def assert_samples(store: FeatureStore, truth: dict[str, dict[str, Any]]) -> None:
+    assert sorted(store.ids()) == sorted(truth)
+    for row, key in enumerate(store.ids()):
+        got = values(store, row)
+        expected = {name: x for name, x in truth[key].items() if name in store.modalities}
+        assert got.keys() == expected.keys()
+        for name in got:
+            np.testing.assert_allclose(got[name], expected[name], rtol=1e-6, atol=1e-6)
+
+
+def by_split(store: FeatureStore) -> dict[str, int]:
+    names, counts = np.unique(store.split("split"), return_counts=True)
+    return dict(zip(names.tolist(), counts.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_mmsa(tmp_path: Path, aligned: bool, protocol: int) -> None:
+    value = foreign.mmsa(aligned=aligned)
+    path = dump(tmp_path / "unaligned_50.pkl", value, protocol)
+    notes = convert(path, tmp_path / "x.h5")
+    assert notes == []
+    store = FeatureStore(tmp_path / "x.h5")
+    assert store.widths == foreign.WIDTHS
+    assert by_split(store) == foreign.SIZES
+    assert store.task["label"] == {"name": "regression_labels", "kind": "score", "sentiment": True}
+    truth = {}
+    for part in value.values():
+        for i, key in enumerate(part["id"]):
+            n = int(part["text_bert"][i, 1].sum())
+            steps = (
+                {"text": n, "audio": n, "vision": n}
+                if aligned
+                else {"text": n, "audio": part["audio_lengths"][i], "vision": part["vision_lengths"][i]}
+            )
+            truth[key] = {name: part[name][i, :length] for name, length in steps.items()}
+    assert_samples(store, truth)
+    scores = np.concatenate([part["regression_labels"] for part in value.values()])
+    np.testing.assert_array_equal(store.labels("regression_labels"), scores)
+    classes = Labels.fit(store.task["labels"]["class"], store.labels("classification_labels"), np.arange(20))
+    assert classes.class_names == ("0", "2")
+    assert len(np.unique(store.groups("video"))) == sum(-(-n // 3) for n in foreign.SIZES.values())
+    (split,) = make_splits(store, folds=1, seed=0)
+    assert [len(part) for part in split] == list(foreign.SIZES.values())
+    report = inspect_path(path)
+    assert (report["format"], report["samples"], report["splits"]["split"]) == ("mmsa", 42, foreign.SIZES)
+    assert report["unmapped"] == [
+        {"name": f"{split}/raw_text", "dtype": "object", "shape": [n]} for split, n in foreign.SIZES.items()
+    ]
+
+
+def test_mmsa_with_its_flaws(tmp_path: Path) -> None:
+    value = foreign.mmsa()
+    train, valid = value["train"], value["valid"]
+    train["audio"][3, 0, 2] = -np.inf
+    train["vision"][4, 0, 1] = np.nan
+    train["vision"][:, :, 3] = valid["vision"][:, :, 3] = value["test"]["vision"][:, :, 3] = 7
+    train["audio_lengths"][5] = 99
+    train["vision_lengths"][6] = 0
+    train["id"][8] = train["id"][7]
+    valid["id"][0] = train["id"][0]
+    train["audio"][9, 0, 0] = 1e300
+    train["audio"] = train["audio"].astype(np.float64)
+    train["audio"][9, 0, 0] = 1e300
+    path = dump(tmp_path / "x.pkl", value)
+    notes = convert(path, tmp_path / "x.h5")
+    assert notes == [
+        "its own parts divide videos: samples of one video are trained on and tested on, as is usual here",
+        "2 ids stand for more than one sample, such as 'train0$_$0'; they are numbered",
+        "audio: 1 lengths in train are not in 0…12, the array's, and were cut to it",
+        "vision: 1 samples lack it",
+        "audio: 2 values that are NaN or infinite are taken for 0",
+        "vision: 1 values that are NaN or infinite are taken for 0",
+    ]
+    store = FeatureStore(tmp_path / "x.h5")
+    assert store.group_names == ()
+    assert values(store, 3)["audio"][0, 2] == 0
+    assert len(values(store, 5)["audio"]) == 12
+    assert values(store, 6).keys() == {"text", "audio"}
+    assert store.ids()[8] == f"{train['id'][7]}#2"
+    report = inspect_path(path)
+    vision = report["modalities"][2]
+    assert (vision["constant"], vision["nan"], vision["missing"]) == ({"count": 1, "first": [3]}, 1, 1)
+    assert set(report["notes"]) == set(notes[:4])
+
+
+def test_published_files_are_known_by_their_checksum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = dump(tmp_path / "x.pkl", foreign.mmsa())
+    sizes, digest = tuple(foreign.SIZES.values()), hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setattr(split_pickle, "PUBLISHED", {"Toy": (sizes, False, digest)})
+    assert convert(path, tmp_path / "x.h5") == ["it is the file published as Toy"]
+    dump(path, foreign.mmsa(seed=1))
+    (note,) = convert(path, tmp_path / "y.h5")
+    assert note == "it has the sizes of Toy, but not the published file's checksum: made anew, or damaged"
+
+
+@pytest.mark.parametrize("protocol", [0, 2])
+def test_mult_from_python_2(tmp_path: Path, protocol: int) -> None:
+    value = foreign.mult()
+    path = tmp_path / "mosi_data.pkl"
+    path.write_bytes(foreign.python2_pickle(value, protocol))
+    notes = convert(path, tmp_path / "x.h5")
+    assert len(notes) == 3
+    assert all("samples are padded in front; they were moved" in note for note in notes)
+    store = FeatureStore(tmp_path / "x.h5")
+    truth = {}
+    for part in value.values():
+        for i, key in enumerate(part["id"]):
+            x = {name: part[name][i] for name in foreign.WIDTHS}
+            truth["_".join(text.decode() for text in key)] = {n: v[(v != 0).any(1)] for n, v in x.items()}
+    assert_samples(store, truth)
+    assert store.task["label"] == {"name": "score", "kind": "score", "sentiment": True}
+    assert inspect_path(path)["format"] == "mult"
+
+
+def test_mults_emotions(tmp_path: Path) -> None:
+    value = foreign.mult(emotions=True)
+    store = open_data(dump(tmp_path / "iemocap_data.pkl", value), tmp_path)
+    assert store.task["label"] == {"name": "emotion", "kind": "class"}
+    assert store.labels("emotion")[:5].tolist() == ["neutral", "happy", "sad", "angry", "neutral"]
+    assert store.labels("sad")[:4].tolist() == [0, 0, 1, 0]
+    value["train"]["labels"][0] = np.eye(2)[[1, 1, 0, 0]]
+    assert convert(dump(tmp_path / "y.pkl", value), tmp_path / "y.h5")[0].startswith("some samples have no emotion")
+    assert "label" not in FeatureStore(tmp_path / "y.h5").task
+
+
+def test_padding_of_aligned_files_is_stripped_from_all_alike(tmp_path: Path) -> None:
+    """Word by word: a modality that is zero for a word keeps its place; one that is zero for all words is missing."""
+    value = foreign.mult(sizes={"train": 4, "valid": 2, "test": 2})
+    for part in value.values():
+        for name, width in foreign.WIDTHS.items():
+            part[name] = np.zeros((len(part["labels"]), 6, width), dtype=np.float32)
+            part[name][:, 2:] = 1
+    value["train"]["audio"][0, 2] = 0
+    value["train"]["vision"][1] = 0
+    convert(dump(tmp_path / "x.pkl", value), tmp_path / "x.h5")
+    store = FeatureStore(tmp_path / "x.h5")
+    assert values(store, 0)["audio"].tolist() == [[0] * 5, *[[1] * 5] * 3]
+    assert values(store, 1).keys() == {"text", "audio"}
+    assert len(values(store, 1)["text"]) == 4
+
+
+def test_mmin(tmp_path: Path) -> None:
+    for name, one_hot in (("iemocap", True), ("msp", False)):
+        truth = foreign.write_mmin(tmp_path / name, one_hot=one_hot)
+        store = open_data(tmp_path / name, tmp_path / "cache")
+        assert_samples(store, truth)
+        assert store.split_names == ("cv1", "cv2", "cv3")
+        splits = make_splits(store, folds=3, seed=0)
+        for fold, split in enumerate(splits, 1):
+            part = (np.arange(36) // 4 + fold) % 3
+            for number, rows in enumerate(split):
+                keys = {key for key, p in zip(truth, part, strict=True) if p == number}
+                assert {store.ids()[row] for row in rows} == keys
+        (first,) = make_splits(store, folds=1, seed=0)
+        np.testing.assert_array_equal(first.test, splits[0].test)
+        with pytest.raises(ValueError, match=r"folds: got 4, expected at most the 3 that .* comes with"):
+            make_splits(store, folds=4, seed=0)
+        assert inspect_path(tmp_path / name)["format"] == "mmin"
+        by_key = dict(zip(store.ids(), store.labels().tolist(), strict=True))
+        assert [by_key[key] for key in truth] == [i % 4 for i in range(36)]
+
+
+def test_mmin_with_its_flaws(tmp_path: Path) -> None:
+    truth = foreign.write_mmin(tmp_path / "x")
+    at = tmp_path / "x" / "features" / "A"
+    first = next(iter(truth))
+    with h5py.File(at / "comparE.h5", "a") as h5:
+        del h5[first]
+    with h5py.File(at / "other.h5", "w"):
+        pass
+    with pytest.raises(ValueError, match=r"expected one \.h5 file of features, got \['comparE.h5', 'other.h5'\]"):
+        open_source(tmp_path / "x")
+    mapping = {"modalities": {"audio": "features/A/comparE.h5", "text": "features/L/bert_large.h5"}}
+    assert convert(tmp_path / "x", tmp_path / "x.h5", mapping) == ["audio: 1 samples lack it"]
+    with h5py.File(at / "comparE.h5", "a") as h5:
+        h5[first] = h5py.ExternalLink("/etc/passwd", "x")
+    with pytest.raises(ValueError, match="is a link to elsewhere, which is not followed"):
+        convert(tmp_path / "x", tmp_path / "y.h5", mapping)
+    with h5py.File(at / "comparE.h5", "a") as h5:
+        del h5[first]
+        h5[first] = np.zeros((3, 4), dtype=np.float32)
+    with pytest.raises(ValueError, match=f"audio of '{first}' is 4 wide, the first one 5|audio of .* is 5 wide"):
+        convert(tmp_path / "x", tmp_path / "y.h5", mapping)
+    fold = tmp_path / "x" / "target" / "1"
+    np.save(fold / "trn_label.npy", np.eye(4)[:2])
+    with pytest.raises(ValueError, match=r"trn has \d+ names and labels \(2, 4\)"):
+        open_source(tmp_path / "x", mapping)
+    np.save(fold / "trn_label.npy", np.array([print], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match="holds Python objects, which would run code to be loaded"):
+        open_source(tmp_path / "x", mapping)
+    assert not (tmp_path / "y.h5").exists()
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_mintrec(tmp_path: Path, text: bool) -> None:
+    truth = foreign.write_mintrec(tmp_path / "x", text=text)
+    source = tmp_path / "x"
+    notes = convert(source, tmp_path / "x.h5")
+    assert len(notes) == (0 if text else 1)
+    store = FeatureStore(tmp_path / "x.h5")
+    assert store.modalities == (("text",) if text else ()) + ("audio", "vision")
+    assert_samples(store, truth)
+    assert by_split(store) == {"train": 24, "valid": 12, "test": 12}
+    assert store.labels().tolist() == [truth[key]["intent"] for key in store.ids()]
+    assert store.labels("coarse")[:4].tolist() == ["Emotion", "Goal", "Emotion", "Goal"]
+    assert inspect_path(source)["format"] == "mintrec"
+    (source / "dev.tsv").write_text("season\tepisode\n")
+    with pytest.raises(ValueError, match=r"dev\.tsv: expected the columns"):
+        open_source(source)
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+def test_csd(tmp_path: Path, aligned: bool) -> None:
+    truth = foreign.write_csd(tmp_path / "x", aligned=aligned)
+    store = open_data(tmp_path / "x", tmp_path / "cache")
+    assert_samples(store, truth)
+    expected = [truth[key]["sentiment"] for key in store.ids()]
+    np.testing.assert_array_equal(store.labels(), np.array(expected, dtype=np.float32))
+    assert store.groups("video")[:5].tolist() == ["vid0"] * 4 + ["vid1"]
+    report = inspect_path(tmp_path / "x")
+    assert report["format"] == "csd"
+    assert [array["name"] for array in report["unmapped"]] == ["CMU_MOSI_TimestampedWords.csd"]
+
+
+def test_csd_asks_where_names_do_not_tell(tmp_path: Path) -> None:
+    truth = foreign.write_csd(tmp_path / "x")
+    (tmp_path / "x" / "openSMILE.csd").write_bytes((tmp_path / "x" / "CMU_MOSI_COVAREP.csd").read_bytes())
+    with pytest.raises(ValueError, match="could all be audio; name one in a mapping"):
+        open_source(tmp_path / "x")
+    with pytest.raises(ValueError, match="one computational sequence; expected the folder"):
+        open_source(tmp_path / "x" / "openSMILE.csd")
+    mapping = {
+        "modalities": {"sound": "openSMILE.csd", "face": "CMU_MOSI_Visual_Facet_42.csd"},
+        "label": {"name": "CMU_MOSI_Opinion_Labels.csd", "kind": "score"},
+    }
+    convert(tmp_path / "x", tmp_path / "x.h5", mapping)
+    store = FeatureStore(tmp_path / "x.h5")
+    renamed = {key: {"sound": row["audio"], "face": row["vision"]} for key, row in truth.items()}
+    assert_samples(store, renamed)
+
+
+def test_csd_frames_without_order_and_videos_that_one_file_lacks(tmp_path: Path) -> None:
+    truth = foreign.write_csd(tmp_path / "x")
+    with h5py.File(tmp_path / "x" / "CMU_MOSI_COVAREP.csd", "a") as h5:
+        entry = h5["COVAREP/data/vid0"]
+        turned = {name: entry[name][()][::-1] for name in ("features", "intervals")}
+        for name, value in turned.items():
+            entry[name][...] = value
+        del h5["COVAREP/data/vid1"]
+    notes = convert(tmp_path / "x", tmp_path / "x.h5")
+    assert notes == ["audio: 4 samples lack it"]
+    for k in range(4):
+        del truth[f"vid1[{k}]"]["audio"]
+    assert_samples(FeatureStore(tmp_path / "x.h5"), truth)
+
+
+@pytest.mark.parametrize("sessions", [False, True])
+def test_gcnet(tmp_path: Path, sessions: bool) -> None:
+    truth = foreign.write_gcnet(tmp_path / "x", sessions=sessions)
+    store = open_data(tmp_path / "x", tmp_path / "cache")
+    assert_samples(store, truth)
+    assert by_split(store) == ({"train": 48, "test": 12} if sessions else {"train": 36, "valid": 12, "test": 12})
+    expected = np.array([truth[key]["label"] for key in store.ids()])
+    np.testing.assert_allclose(store.labels(), expected, rtol=1e-6)
+    if sessions:
+        splits = make_splits(store, folds=5, seed=0)
+        for k, split in enumerate(splits, 1):
+            assert {store.ids()[row][:5] for row in split.test} == {f"Ses0{k}"}
+    else:
+        assert store.labels("positive").tolist() == (expected > 0).astype(int).tolist()
+    assert store.windowed(3).read(np.array([0, 1, 2, 3])).lengths["text"].tolist() == [1, 2, 3, 3]
+    pickled = next((tmp_path / "x").glob("*.pkl"))
+    assert inspect_path(pickled)["samples"] == inspect_path(tmp_path / "x")["samples"] == 60
+
+
+def test_gcnet_with_its_flaws(tmp_path: Path) -> None:
+    foreign.write_gcnet(tmp_path / "x")
+    features = tmp_path / "x" / "features"
+    (features / "manet_UTT" / "vid0_000.npy").unlink()
+    (features / "hubert_UTT").mkdir()
+    with pytest.raises(ValueError, match=r"which of .* is what\? Name them in a mapping"):
+        open_source(tmp_path / "x")
+    mapping = {"modalities": {"audio": "wav2vec-large-c-UTT", "vision": "manet_UTT"}}
+    assert convert(tmp_path / "x", tmp_path / "x.h5", mapping) == ["vision: 1 samples lack it"]
+    with pytest.raises(ValueError, match=r"modalities: .*none: no such folder"):
+        open_source(tmp_path / "x", {"modalities": {"audio": "none", "vision": "manet_UTT"}})
+
+
+def test_names_that_lead_out_of_the_folder_are_refused(tmp_path: Path) -> None:
+    foreign.write_gcnet(tmp_path / "x")
+    path = next((tmp_path / "x").glob("*.pkl"))
+    value = pickle.loads(path.read_bytes())
+    value[0]["vid0"][0] = "../../secret"
+    with pytest.raises(ValueError, match="is not the name of a file"):
+        open_source(dump(path, value))
+
+
+def test_folders_are_converted_again_when_a_file_changes(tmp_path: Path) -> None:
+    foreign.write_gcnet(tmp_path / "x")
+    cache = tmp_path / "cache"
+    made = open_data(tmp_path / "x", cache).path.stat().st_mtime_ns
+    assert open_data(tmp_path / "x", cache).path.stat().st_mtime_ns == made
+    np.save(tmp_path / "x" / "features" / "deberta-large-4-UTT" / "vid0_000.npy", np.full(8, 5, dtype=np.float32))
+    store = open_data(tmp_path / "x", cache)
+    assert store.path.stat().st_mtime_ns != made
+    assert values(store, 0)["text"].tolist() == [5] * 8
+
+
+WRONG: list[tuple[Callable[[dict[str, Any]], object], str]] = [
+    (
+        lambda v: v["train"].update(audio=np.zeros((24, 5))),
+        "train/audio is float64 (24, 5), expected numbers [N, T, D]",
+    ),
+    (lambda v: v["train"].update(audio=[1, 2]), "train/audio is list, expected numbers [N, T, D]"),
+    (lambda v: v["valid"].update(vision=np.zeros((9, 10, 5))), "valid/vision is 5 wide, that of another part 6"),
+    (lambda v: v["test"].update(text=np.zeros((8, 7, 8))), "arrays of test disagree in the number of samples"),
+    (lambda v: v["test"].update(id=v["test"]["id"][:-1]), "arrays of test disagree in the number of samples"),
+    (lambda v: v["test"].update(regression_labels=np.zeros((9, 2))), "expected one value per sample"),
+    (lambda v: v["test"].update(audio_lengths=[np.nan] * 9), "lengths are float64, expected whole numbers"),
+    (lambda v: v.update(extra={}), "which is the layout of neither MMSA, MulT nor GCNet"),
+    (lambda v: v["train"].pop("text"), "which is the layout of neither MMSA, MulT nor GCNet"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "reason"), WRONG, ids=[reason[:30] for _, reason in WRONG])
+def test_wrong_contents_are_named(tmp_path: Path, spoil: Callable[[dict[str, Any]], object], reason: str) -> None:
+    value = foreign.mmsa()
+    spoil(value)
+    with pytest.raises(ValueError, match=re.escape(reason)) as raised:
+        convert(dump(tmp_path / "x.pkl", value), tmp_path / "x.h5")
+    assert str(tmp_path / "x.pkl") in str(raised.value)
+    assert not (tmp_path / "x.h5").exists()
+
+
+def test_what_is_no_layout(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(
+        ValueError, match=r"notes\.txt: not a file that is known; expected a feature store \(\.h5\), \.npz"
+    ):
+        open_source(tmp_path / "notes.txt")
+    with pytest.raises(ValueError, match="not a folder that is known"):
+        open_source(tmp_path)
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        open_source(tmp_path / "none")
+    with pytest.raises(ValueError, match="got the mapping given, but MMSA's pickle says itself what is what"):
+        convert(dump(tmp_path / "x.pkl", foreign.mmsa()), tmp_path / "x.h5", {"modalities": {"a": "a", "b": "b"}})
+    foreign.write_csd(tmp_path / "csd")
+    report = json.dumps(inspect_path(tmp_path / "csd"))
+    assert "csd" in report
