@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,11 +12,11 @@ import torch
 from accelerate import Accelerator
 from torch.nn import functional as F
 
-from modafill.data import Standardizer, convert_npz
+from modafill.data import Standardizer, convert
 from modafill.files import read_tensors
 from modafill.models.admc import ADMCConfig
 from modafill.models.cdtp import CDTP, VARIANTS, CDTPConfig
-from modafill.training import Run, TrainingError, train
+from modafill.training import Run, TrainingError, train, train_stage
 
 
 def ignore(*_):
@@ -138,7 +139,7 @@ def test_joint_training_moves_projections_and_denoisers(tiny_cdtp, tmp_path):
 def test_scores_train_with_one_output(tiny_cdtp, tmp_path):
     mapping = json.loads(tiny_cdtp.mapping.read_text())
     mapping["labels"] = {"faces": {"name": "clip", "kind": "score"}}
-    convert_npz(tiny_cdtp.archive, tmp_path / "scores.h5", mapping)
+    convert(tiny_cdtp.archive, tmp_path / "scores.h5", mapping)
     run = Run.load(tiny_cdtp.run)
     run = replace(
         run, folder=tmp_path / "run", data=str(tmp_path / "scores.h5"), mapping=None, label="faces",
@@ -236,13 +237,30 @@ def test_validation_of_joint_training_is_generated_anew(tiny_cdtp, tmp_path, mon
         assert all(torch.equal(made[0][pair], made[1][pair]) for pair in made[0]) == same
 
 
-@pytest.mark.parametrize("weight", [0.0, 1.0])
-def test_the_diffusion_loss_counts_by_its_weight(tiny_cdtp, tmp_path, monkeypatch, weight):
-    """With none of it nothing trains the denoisers, whose samples are constants to the task."""
-    trainer, _ = spied(tiny_cdtp, monkeypatch, tmp_path / "run", training="joint", diffusion_weight=weight)
+def test_the_diffusion_loss_counts_by_its_weight(tiny_cdtp, tmp_path, monkeypatch):
+    """The loss of weights that stand still is linear in it; with none of it nothing trains the denoisers."""
+    losses = {}
+    for weight in (0.0, 0.5, 1.0):
+        monkeypatch.setattr("modafill.training.part.train_stage", partial(kept_losses, losses.setdefault(weight, {})))
+        folder = tmp_path / str(weight)
+        changes = {"training": "joint", "diffusion_weight": weight, "learning_rate": 1e-9, "epochs": 1}
+        spied(tiny_cdtp, monkeypatch, folder, **changes)
+    none, half, whole = (losses[weight]["variant-full"] for weight in (0.0, 0.5, 1.0))
+    assert whole - none > 0.5
+    assert half == pytest.approx((none + whole) / 2, rel=1e-5)
+    monkeypatch.undo()
+    trainer, _ = spied(tiny_cdtp, monkeypatch, tmp_path / "run", training="joint", diffusion_weight=0.0)
     fresh = replace(Run.load(tiny_cdtp.run), config=trainer.config).trainer(0, 0, Accelerator(cpu=True), ignore)
     before, after = (t.models["full"].diffusion.unet.state_dict() for t in (fresh, trainer))
-    assert all(torch.equal(before[name], after[name]) for name in before) == (weight == 0.0)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def kept_losses(losses, stage, *args, report, **options):
+    def keep(done):
+        losses[done.stage] = done.scalars["loss"]
+        report(done)
+
+    train_stage(stage, *args, report=keep, **options)
 
 
 def test_unknown_variant_and_model(tiny_cdtp):
@@ -261,7 +279,7 @@ def test_a_loss_that_is_not_finite_stops(tiny_cdtp, tmp_path):
     trainer = run.trainer(0, 0, Accelerator(cpu=True), ignore)
     trainer.target = trainer.target.float() * torch.nan
     trainer.labels = replace(trainer.labels, kind="score")
-    with pytest.raises(TrainingError, match="backbone: the loss of epoch 1 is nan"):
+    with pytest.raises(TrainingError, match="backbone: the loss of batch 1 of 4 in epoch 1 is nan"):
         trainer.run()
 
 

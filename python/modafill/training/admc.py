@@ -116,9 +116,7 @@ class ADMCTrainer(PartTrainer):
         check_rows(name, train, valid)
 
         def batches(epoch: int, rank: int, processes: int) -> Iterator[Batch]:
-            for batch in self.store_batches(train, self.config.batch_size, name, epoch):
-                if len(batch) >= processes:
-                    yield batch if processes == 1 else batch.select(slice(rank, None, processes))
+            yield from self.store_batches(train, self.config.batch_size, name, epoch, rank, processes)
 
         def loss(wrapped: nn.Module, batch: Batch, epoch: int) -> Tensor:
             return F.cross_entropy(wrapped(*inputs(batch)), self.target[batch.row_id])
@@ -133,7 +131,9 @@ class ADMCTrainer(PartTrainer):
     def embed(self) -> None:
         """Tokens of all rows, ``[N, M, D]``, by the frozen encoders; kept beside the stages."""
         path = self.stages / "tokens.safetensors"
-        if path.is_file():
+        found = path.is_file()
+        self.accelerator.wait_for_everyone()  # all have looked before one writes
+        if found:
             tensors, about = read_tensors(path)
             check_key(path, about["key"], self.key)
             self.model.scaler.load_state_dict({"mean": tensors["mean"], "std": tensors["std"]})
@@ -168,10 +168,13 @@ class ADMCTrainer(PartTrainer):
                 self.device,
             )
 
-        ema = self.config.ema_decay if conditioning == "clean" else 0.0
-        self._train(
-            Stage(name, adn, batches, schedule, self.config.adn_epochs, self.config.learning_rate, ema_decay=ema)
-        )
+        def weight(rows: Tensor, epoch: int) -> float:
+            hidden = ~random_available(rows, len(self.specs), seed=derive_seed(self.seed, name), draw=epoch)
+            return float(hidden.sum() if conditioning == "clean" else len(rows))
+
+        stage = Stage(name, adn, batches, schedule, self.config.adn_epochs, self.config.learning_rate, weight=weight)
+        stage.ema_decay = self.config.ema_decay if conditioning == "clean" else 0.0
+        self._train(stage)
 
     def fill(self, method: str) -> ZeroFill | MeanFill | RidgeFill | ADN:
         """The rival or the diffusion network by that name."""
@@ -328,5 +331,4 @@ def _index_batches(
     """Shuffled batches of ``rows``; each process gets every ``processes``-th row of each batch."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).to(device)
     for batch in order.split(batch_size):
-        if len(batch) >= processes:
-            yield rows[batch[rank::processes]]
+        yield rows[batch[rank::processes]]

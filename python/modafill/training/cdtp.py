@@ -106,7 +106,13 @@ class CDTPTrainer(PartTrainer):
             return self._diffusion_loss(diffusion, given, steps, "diffusion", epoch)
 
         epochs, rate, decay = self.config.diffusion_epochs, self.config.diffusion_learning_rate, self.config.ema_decay
-        self._train("diffusion", diffusion, loss, epochs, learning_rate=rate, ema_decay=decay)
+
+        def weight(batch: Batch, epoch: int) -> float:
+            lengths = [batch.lengths.get(name, torch.ones_like(batch.row_id)) for name in self.names]
+            there = [batch.available[:, t] & batch.available[:, s] for t, s in diffusion.pairs]
+            return float(sum((lengths[t] * seen).sum() for (t, _), seen in zip(diffusion.pairs, there, strict=True)))
+
+        self._train("diffusion", diffusion, loss, epochs, learning_rate=rate, ema_decay=decay, weight=weight)
         for model in self.diffusing:
             cast(ConditionalDiffusion, model.diffusion).load_state_dict(diffusion.state_dict())
 
@@ -145,7 +151,7 @@ class CDTPTrainer(PartTrainer):
             noise = self._diffusion_loss(diffusion, whole, steps, "variants", epoch)
             return task + self.config.diffusion_weight * noise
 
-        # Of all patterns each as likely: what the tables average over.
+        # Of all patterns, the complete one too, each as likely.
         rate = 1.0 - 1.0 / (2 ** len(self.names) - 1)
         kept: dict[int, tuple[Sequences, Pairs]] = {}
 
@@ -192,17 +198,19 @@ class CDTPTrainer(PartTrainer):
         ema_decay: float = 0.0,
         begin: Callable[[int], None] = lambda _: None,
         order: str | None = None,
+        weight: Callable[[Any, int], float] | None = None,
     ) -> None:
         """``order`` names what stages of equal rows and dropout have in common; None = the stage's own."""
         check_rows(name, self.split.train, self.split.valid)
 
         def batches(epoch: int, rank: int, processes: int) -> Iterator[Batch]:
             begin(epoch)
-            return self.store_batches(self.split.train, self.config.batch_size, order or name, epoch)
+            return self.store_batches(self.split.train, self.config.batch_size, order or name, epoch, rank, processes)
 
         patience = self.config.patience if validate is not None else None
         rate = self.config.learning_rate if learning_rate is None else learning_rate
         stage = Stage(name, model, batches, loss, epochs, rate, validate, patience, ema_decay, draws=order)
+        stage.weight = weight or stage.weight
         self.train_stage(stage)
 
     def _validation_loss(self, predict: Callable[[Batch], Tensor]) -> float:

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from modafill.files import derive_seed, read_tensors, write_tensors
 
@@ -61,8 +61,10 @@ class Stage:
     Attributes:
         name: file name of the result and prefix of its scalars.
         model: the network; holds the result after :func:`train_stage`.
-        batches: ``(epoch, rank, processes)`` → this process's share of each batch, a function of these alone.
-        loss: ``(model, batch, epoch)`` → scalar loss; the model it gets may be wrapped for several processes.
+        batches: ``(epoch, rank, processes)`` → this process's share of each batch, a function of these alone; a share
+            may be empty, and every process gets as many.
+        loss: ``(model, batch, epoch)`` → scalar loss, a mean over the share.
+        weight: ``(batch, epoch)`` → of how many terms that mean is; only asked of several processes.
         validate: loss of the current weights on validation; None keeps the last (or averaged) weights.
         epochs: at most so many.
         learning_rate: Adam's.
@@ -85,6 +87,7 @@ class Stage:
     patience: int | None = None
     ema_decay: float = 0.0
     grad_clip: float = 1.0
+    weight: Callable[[Any, int], float] = lambda batch, epoch: len(batch)
     key: dict[str, Any] = field(default_factory=dict)
     draws: str | None = None
     precision: str = "float32"
@@ -114,13 +117,14 @@ def train_stage(
 
     A run that was killed goes on from its last checkpoint (``<name>.resume.safetensors``) and, on the same CPU with the
     same number of threads, ends with the same bits as one that was not: data order, dropout and noise of an epoch
-    depend on (seed, stage, epoch) alone.
+    depend on (seed, stage, epoch) alone. Several processes share each batch and average their gradients by the terms of
+    their shares: what one process does, but for the order of sums, and for dropout, of which each process has its own.
 
     Args:
         checkpoint_seconds: at least so long between two checkpoints; no influence on the result.
 
     Raises:
-        TrainingError: the loss of an epoch is not finite. The last checkpoint stays.
+        TrainingError: the loss of a batch is not finite. The last checkpoint stays.
     """
     result, resume = folder / f"{stage.name}.safetensors", folder / f"{stage.name}.resume.safetensors"
     key = {"stage": stage.name, "seed": seed, "format": FORMAT, **stage.key}
@@ -134,7 +138,7 @@ def train_stage(
         return
     optimizer = adam(stage.model.parameters(), stage.learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, linear_decay(stage.epochs))
-    ema = AveragedModel(stage.model, avg_fn=_warmed_up(stage.ema_decay)) if stage.ema_decay > 0 else None
+    ema = _Average(stage.model, stage.ema_decay) if stage.ema_decay > 0 else None
     best: dict[str, Tensor] = {}
     state: dict[str, Any] = {"epoch": 0, "lowest": math.inf, "stale": 0}
     if resume.is_file():
@@ -145,43 +149,53 @@ def train_stage(
         best = _take(tensors, "best.")
         stage.model.load_state_dict(_take(tensors, "model."))
         if ema is not None:
-            ema.load_state_dict(_take(tensors, "ema."))
+            ema.load(_take(tensors, "ema."))
         moments = _take(tensors, "adam.")
         parameters: dict[int, dict[str, Tensor]] = {}
         for name, tensor in moments.items():
             index, moment = name.split(".", 1)
             parameters.setdefault(int(index), {})[moment] = tensor
         optimizer.load_state_dict({"state": parameters, "param_groups": about["param_groups"]})
-    model, optimizer = accelerator.prepare(stage.model, optimizer)
+    model, weights = stage.model, list(stage.model.parameters())
+    processes = accelerator.num_processes
     saved = time.monotonic()
     while state["epoch"] < stage.epochs and (stage.patience is None or state["stale"] < stage.patience):
         epoch = state["epoch"]
         model.train()
         torch.manual_seed(derive_seed(seed, stage.draws or stage.name, epoch, accelerator.process_index))
-        total, count = torch.zeros((), device=accelerator.device), 0
-        for batch in stage.batches(epoch, accelerator.process_index, accelerator.num_processes):
-            half = torch.autocast(accelerator.device.type, torch.bfloat16)
-            with half if stage.precision == "bfloat16" else nullcontext():
-                loss = stage.loss(model, batch, epoch)
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(model.parameters(), stage.grad_clip)
+        losses: list[Tensor] = []
+        for batch in stage.batches(epoch, accelerator.process_index, processes):
+            loss = torch.zeros((), device=accelerator.device)
+            if len(batch):
+                half = torch.autocast(accelerator.device.type, torch.bfloat16)
+                with half if stage.precision == "bfloat16" else nullcontext():
+                    loss = stage.loss(model, batch, epoch)
+                loss.backward()
+            losses.append(loss.detach())
+            if processes > 1:
+                losses[-1] = _share(weights, loss.detach(), stage.weight(batch, epoch) if len(batch) else 0.0)
+            nn.utils.clip_grad_norm_(weights, stage.grad_clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if ema is not None:
-                ema.update_parameters(stage.model)
-            total += loss.detach()
-            count += 1
-        mean_loss = float(total) / max(count, 1)
-        if not math.isfinite(mean_loss):
+                ema.update()
+        found = torch.stack(losses) if losses else torch.zeros(1)
+        wrong = (~found.isfinite()).nonzero().flatten().tolist()
+        if wrong:
             raise TrainingError(
-                f"{stage.name}: the loss of epoch {epoch + 1} is {mean_loss}; the last checkpoint is kept"
+                f"{stage.name}: the loss of batch {wrong[0] + 1} of {len(losses)} in epoch {epoch + 1} is "
+                f"{float(found[wrong[0]])}; the last checkpoint is kept"
             )
-        scalars = {"loss": mean_loss, "learning_rate": float(schedule.get_last_lr()[0])}
+        scalars = {"loss": float(found.sum()) / len(found), "learning_rate": float(schedule.get_last_lr()[0])}
         schedule.step()
         if stage.validate is not None:
             model.eval()
             with torch.no_grad():
                 validation_loss = stage.validate()
+            if processes > 1:
+                # One process decides, so that rounding cannot part them.
+                decided = torch.tensor(validation_loss, dtype=torch.float64, device=accelerator.device)
+                validation_loss = float(broadcast(decided))
             scalars["validation_loss"] = validation_loss
             if not math.isfinite(validation_loss):
                 raise TrainingError(f"{stage.name}: the validation loss of epoch {epoch + 1} is {validation_loss}")
@@ -203,12 +217,12 @@ def train_stage(
             }
             tensors = {f"model.{n}": t for n, t in stage.model.state_dict().items()}
             tensors |= {f"best.{n}": t for n, t in best.items()}
-            tensors |= {f"ema.{n}": t for n, t in (ema.state_dict() if ema is not None else {}).items()}
+            tensors |= {f"ema.{n}": t for n, t in (ema.state() if ema is not None else {}).items()}
             tensors |= {f"adam.{i}.{n}": t for i, p in optimizer.state_dict()["state"].items() for n, t in p.items()}
             write_tensors(resume, tensors, about)
             saved = time.monotonic()
     if ema is not None:
-        stage.model.load_state_dict(ema.module.state_dict())
+        stage.model.load_state_dict(ema.averaged, strict=False)
     elif best:
         stage.model.load_state_dict(best)
     stage.model.eval()
@@ -218,14 +232,49 @@ def train_stage(
     accelerator.wait_for_everyone()
 
 
-def _warmed_up(decay: float) -> Callable[[Tensor, Tensor, Tensor | int], Tensor]:
-    """Averaging whose decay grows as (1 + n) / (10 + n) to ``decay``, so that short trainings forget their start."""
+def _share(parameters: list[nn.Parameter], loss: Tensor, weight: float) -> Tensor:
+    """Average gradients over the processes by their weights, in place; answers the loss, averaged alike.
 
-    def average(averaged: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
-        n = int(count)
-        return torch.lerp(averaged, current, 1.0 - min(decay, (1 + n) / (10 + n)))
+    A parameter without a gradient in every process keeps none.
+    """
+    device = loss.device
+    there = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32, device=device)
+    given = [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters]
+    head = torch.stack([loss.to(torch.float32) * weight, torch.tensor(weight, device=device)])
+    flat = torch.cat([head, there, *(g.to(torch.float32) * weight for g in given)])
+    torch.distributed.all_reduce(flat)
+    total = flat[1].clamp(min=torch.finfo(torch.float32).tiny)
+    used = flat[2 : 2 + len(parameters)].tolist()
+    averaged = (flat[2 + len(parameters) :] / total).split([p.numel() for p in parameters])
+    for p, seen, gradient in zip(parameters, used, averaged, strict=True):
+        p.grad = gradient.view_as(p).to(p.dtype) if seen else None
+    return flat[0] / total
 
-    return average
+
+class _Average:
+    """Averaged parameters, whose decay grows as (1 + n) / (10 + n), so that short trainings forget their start.
+
+    As torch's AveragedModel, which would read a counter back from the device for each parameter.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay, self.count = decay, 0
+        self._current = [p.detach() for p in model.parameters()]
+        self.averaged = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def update(self) -> None:
+        averaged, n = list(self.averaged.values()), self.count
+        decay = min(self.decay, (1 + n) / (10 + n)) if n else 0.0
+        torch._foreach_lerp_(averaged, self._current, 1.0 - decay)
+        self.count += 1
+
+    def state(self) -> dict[str, Tensor]:
+        return {"n_averaged": torch.tensor(self.count)} | {f"module.{n}": t for n, t in self.averaged.items()}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        self.count = int(state["n_averaged"])
+        for name, tensor in self.averaged.items():
+            tensor.copy_(state[f"module.{name}"])
 
 
 def _take(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

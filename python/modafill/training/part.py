@@ -37,6 +37,8 @@ class PartTrainer(ABC):
         variants: what is trained beside each other; the first one goes into ``model/``.
         seed: of weights, order, dropout and noise.
         report: called after each epoch.
+
+    Set ``load_only`` before :meth:`run` to refuse to train what is not finished.
     """
 
     CONFIG: ClassVar[type[ModelConfig]]
@@ -63,6 +65,7 @@ class PartTrainer(ABC):
         self.available = torch.from_numpy(store.available())
         self.names = list(store.modalities)
         self.config = config
+        self.load_only = False
         self._number = 0
         self._build()
 
@@ -109,14 +112,22 @@ class PartTrainer(ABC):
         check_rows("complete rows" if pattern is None else pattern_name(pattern, self.names), train, valid)
         return train.to(self.device), valid.to(self.device)
 
-    def store_batches(self, rows: np.ndarray, batch_size: int, what: str, epoch: int) -> Iterator[Batch]:
-        """Shuffled batches of the store on the device, in an order of their own for each ``what`` and epoch."""
+    def store_batches(
+        self, rows: np.ndarray, batch_size: int, what: str, epoch: int, rank: int, processes: int
+    ) -> Iterator[Batch]:
+        """Shuffled batches of the store on the device, in an order of their own for each ``what`` and epoch.
+
+        Of several processes each gets every ``processes``-th row of each batch.
+        """
         shuffle = derive_seed(self.seed, what, "order", epoch)
         for batch in self.store.iter_batches(rows, batch_size, shuffle_seed=shuffle):
-            yield batch.to(self.device)
+            yield (batch if processes == 1 else batch.select(slice(rank, None, processes))).to(self.device)
 
     def train_stage(self, stage: Stage) -> None:
         """:func:`modafill.training.train_stage` under the part's key, reported as one of its ``n_stages``."""
+        if self.load_only and not (self.stages / f"{stage.name}.safetensors").is_file():
+            gone = f"stages/{stage.name}.safetensors"
+            raise ValueError(f"{self.folder}: {gone} is gone; remove {self.folder.name}/model and train again")
         stage.key, stage.precision = self.key, self.config.precision
         self._number += 1
 

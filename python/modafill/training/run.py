@@ -9,14 +9,14 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 
 from modafill.data import FeatureStore, Labels, Split, make_splits, open_data
 from modafill.files import write_json
@@ -246,7 +246,9 @@ def train_part(run: Run, fold: int, seed: int, report: Report) -> None:
     try:
         run.trainer(fold, seed, accelerator, lambda done: report(replace(done, part=folder.name))).run()
     finally:
-        accelerator.end_training()
+        # Not end_training, after which processes that train together no longer know each other.
+        for tracker in accelerator.trackers:
+            tracker.finish()
         accelerator.free_memory()  # here and not after each stage, because it collects garbage for half a second
 
 
@@ -258,9 +260,12 @@ def train(run: Run, report: Report, jobs: int = 1, announce: Callable[[str], Non
         jobs: processes that train different parts at a time; torch's threads are divided among them.
         announce: called once with a line that says how the data are divided.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("WORLD_SIZE: training over several processes is not supported; use --jobs")
     check_jobs(jobs)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if jobs > 1:
+            raise ValueError(f"jobs: got {jobs}, expected 1 where several processes train together (WORLD_SIZE)")
+        _train_together(run, report, announce)
+        return
     context = multiprocessing.get_context("spawn")
     progress, stop = context.SimpleQueue(), context.Event()
 
@@ -300,6 +305,30 @@ def train(run: Run, report: Report, jobs: int = 1, announce: Callable[[str], Non
                 while futures.wait(waiting, timeout=0.2).not_done:
                     show_progress()
                 raise
+
+
+def _train_together(run: Run, report: Report, announce: Callable[[str], None]) -> None:
+    """Every part in turn, by all processes that torchrun, ``accelerate launch`` or SLURM began; the first writes."""
+    # Asked for by name: without a GPU accelerate takes each process for the only one otherwise.
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    with _only_one(run.folder) if state.is_main_process else nullcontext():
+        if state.is_main_process:
+            _begin(run, announce)
+        state.wait_for_everyone()
+        finished = run.finished
+        state.wait_for_everyone()
+        for part in run.parts:
+            if part in finished:
+                continue
+
+            def report_epoch(done: EpochDone) -> None:
+                if state.is_main_process:
+                    report(replace(done, parts_done=len(run.finished), parts=len(run.parts)))
+
+            train_part(run, *part, report_epoch)
+            state.wait_for_everyone()
+            report_epoch(EpochDone("", 0, 0, {}, part=run.part_folder(*part).name, part_done=True))
+    state.destroy_process_group()
 
 
 def check_jobs(jobs: int) -> None:
