@@ -15,11 +15,11 @@ from accelerate import Accelerator
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score, log_loss, recall_score
 
-from modafill.data import missing_patterns
+from modafill.data import MissingRate, missing_patterns
 from modafill.evaluation.admc import RECOGNITION, draw_embeddings, evaluate_part
 from modafill.evaluation.metrics import nrmse
 from modafill.evaluation.parts import CALIBRATION, ERROR, FROZEN
-from modafill.evaluation.run import Asked, evaluate_run
+from modafill.evaluation.run import Protocol, evaluate_run
 from modafill.evaluation.tables import Table
 from modafill.files import read_tensors
 from modafill.models.admc import Fusion
@@ -32,7 +32,7 @@ RIVALS = ["zero fill", "mean fill", "ridge"]
 
 
 def evaluate(folder: Path) -> dict[tuple[str, str], Table]:
-    tables = evaluate_run(folder, Asked(n_samples=3, start_steps=(2,)))
+    tables = evaluate_run(folder, Protocol(n_samples=3, start_steps=(2,)))
     return {(table.question, table.metric): table for table in tables}
 
 
@@ -66,9 +66,39 @@ def test_questions_rows_and_columns(tables):
             assert all(math.isfinite(mean) and mean >= 0 and std == 0 for mean, std in cells.values())
 
 
+def test_missing_rates(tables, tiny, tmp_path):
+    """Where a rate leaves one set for every sample, its column is that set's; where nothing is hidden, the whole."""
+    folder = shutil.copytree(tiny.run, tmp_path / "run")
+    texts = ("0", "text=1,audio=1", "vision=1", "0.5")
+    protocol = Protocol(n_samples=3, missing=tuple(map(MissingRate.parse, texts)), missing_seed=4)
+    found = {(table.question, table.metric): table for table in evaluate_run(folder, protocol)}
+    for question in (RECOGNITION, FROZEN):
+        for metric in METRICS:
+            sets, rates = tables[question, metric], found[f"{question}, by missing rate", metric]
+            assert rates.columns == (*texts, "average")
+            assert set(rates.cells) == set(sets.cells) - {
+                "complete data",
+                "ADMC replace n=2",
+                "ADMC replace n=2, probabilities averaged",
+            }
+            for method, cells in rates.cells.items():
+                assert cells["text=1,audio=1"] == sets.cells[method]["{v}"]
+                assert cells["vision=1"] == sets.cells[method]["{at}"]
+                whole = "complete data" if question == FROZEN else method.removesuffix(", probabilities averaged")
+                assert cells["0"] == sets.cells[whole]["full"]
+                assert all(math.isfinite(mean) for mean, _ in cells.values())
+    content = json.loads((folder / "results.json").read_text())
+    assert content["protocol"]["missing"] == list(texts)
+    assert "missing 0; text=1,audio=1; vision=1; 0.5 drawn with seed 4" in (folder / "results.md").read_text()
+    with pytest.raises(ValueError, match=r"missing: got the modalities \['smell'\]"):
+        evaluate_run(folder, Protocol(missing=(MissingRate.parse("smell=0.5"),)))
+
+
 def test_files(tables, tiny):
     content = json.loads((tiny.run / "results.json").read_text())
-    assert content["about"].startswith("tiny.npz: 1 fold(s) × 1 seed(s), test part, K = 3 samples, modafill ")
+    assert content["about"].startswith(
+        "tiny.npz: 1 fold(s) × 1 seed(s), test part, K = 3 samples, split seed 0, modafill "
+    )
     with open(tiny.run / "results.csv", newline="") as file:
         assert len(list(csv.DictReader(file))) == len(content["records"])
     text = (tiny.run / "results.md").read_text()
@@ -114,7 +144,7 @@ def test_recognition_by_hand(tiny, tmp_path, part):
     """Zero fill before the frozen classifier, from the written tensors, and logistic regression, by scikit-learn."""
     folder = tmp_path / "run"
     shutil.copytree(tiny.run, folder)
-    found = {(t.question, t.metric): t for t in evaluate_run(folder, Asked(n_samples=2, part=part))}
+    found = {(t.question, t.metric): t for t in evaluate_run(folder, Protocol(n_samples=2, part=part))}
     assert (folder / ("results.md" if part == "test" else "results-valid.md")).is_file()
     run = Run.load(tiny.run)
     store = run.open_store()
@@ -170,7 +200,7 @@ def test_hidden_tokens_change_nothing(tiny, method):
 
 def test_unknown_part(tiny):
     with pytest.raises(ValueError, match="part: got 'train', expected test or valid"):
-        evaluate_run(tiny.run, Asked(part="train"))
+        evaluate_run(tiny.run, Protocol(part="train"))
 
 
 def test_unfinished_run_is_refused(tiny, tmp_path):

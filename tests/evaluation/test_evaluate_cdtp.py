@@ -14,11 +14,11 @@ from accelerate import Accelerator
 from sklearn.linear_model import Ridge
 from sklearn.metrics import accuracy_score
 
-from modafill.data import FeatureStore, Labels, convert_npz, missing_patterns
+from modafill.data import FeatureStore, Labels, convert, missing_patterns
 from modafill.evaluation.cdtp import DIFFUSION, RECOGNITION, RIDGE_PENALTIES, _filled, _Space, evaluate_part
 from modafill.evaluation.metrics import figures_of, nrmse, recognition, regression, sentiment
 from modafill.evaluation.parts import CALIBRATION, ERROR, FROZEN
-from modafill.evaluation.run import Asked, evaluate_run, metric_names
+from modafill.evaluation.run import Protocol, evaluate_run, metric_names
 from modafill.evaluation.tables import FULL
 from modafill.models.baselines import RidgeFill
 from modafill.models.cdtp import Sequences
@@ -34,7 +34,7 @@ def ignore(*_):
 
 
 def tables_of(folder, asked=None, **options):
-    asked = asked or Asked(n_samples=3, sampling_steps=(2,))
+    asked = asked or Protocol(n_samples=3, sampling_steps=(2,))
     return {(t.question, t.metric): t for t in evaluate_run(folder, asked, **options)}
 
 
@@ -212,15 +212,15 @@ def test_admc_beside_it(tiny, tiny_cdtp, tmp_path):
     (tmp_path / "admc" / "results.json").unlink(missing_ok=True)
     with pytest.raises(ValueError, match=r"results\.json is not there; run `modafill evaluate"):
         tables_of(tmp_path / "cdtp", beside=(tmp_path / "admc",))
-    theirs = tables_of(tmp_path / "admc", Asked(n_samples=2))
+    theirs = tables_of(tmp_path / "admc", Protocol(n_samples=2))
     results = tmp_path / "admc" / "results.json"
-    without = {k: v for k, v in json.loads(results.read_text()).items() if k != "samples"}
+    without = {k: v for k, v in json.loads(results.read_text()).items() if k != "protocol"}
     whole = results.read_text()
     results.write_text(json.dumps(without))
-    with pytest.raises(ValueError, match=r"results\.json does not say its K; run `modafill evaluate"):
+    with pytest.raises(ValueError, match=r"results\.json does not say its protocol; run `modafill evaluate"):
         tables_of(tmp_path / "cdtp", beside=(tmp_path / "admc",))
     results.write_text(whole)
-    found = tables_of(tmp_path / "cdtp", Asked(n_samples=1), beside=(tmp_path / "admc",))[RECOGNITION, "UA"]
+    found = tables_of(tmp_path / "cdtp", Protocol(n_samples=1), beside=(tmp_path / "admc",))[RECOGNITION, "UA"]
     (question,) = {question for question, _ in theirs if "fusion network" in question}
     expected = theirs[question, "UA"].cells
     assert found.cells["ADMC clean"] == expected["ADMC clean"]
@@ -232,8 +232,8 @@ def test_admc_beside_it(tiny, tiny_cdtp, tmp_path):
 @pytest.mark.parametrize(
     ("model", "asked", "message"),
     [
-        ("tiny", Asked(sampling_steps=(3,)), "expected cdtp"),
-        ("tiny_cdtp", Asked(start_steps=(3,)), r"start-steps: got \[3\], but .* holds cdtp, expected admc"),
+        ("tiny", Protocol(sampling_steps=(3,)), "expected cdtp"),
+        ("tiny_cdtp", Protocol(start_steps=(3,)), r"start-steps: got \[3\], but .* holds cdtp, expected admc"),
     ],
 )
 def test_options_of_the_other_model(model, asked, message, request):
@@ -247,14 +247,14 @@ def test_scores(tiny_cdtp, tmp_path):
     """A run that predicts numbers has MAE and correlation, with ridge regression beside it."""
     mapping = json.loads(tiny_cdtp.mapping.read_text())
     mapping["labels"] = {"clip": {"name": "clip", "kind": "score"}}
-    convert_npz(tiny_cdtp.archive, tmp_path / "scores.h5", mapping)
+    convert(tiny_cdtp.archive, tmp_path / "scores.h5", mapping)
     run = Run.load(tiny_cdtp.run)
     run = replace(
         run, folder=tmp_path / "run", data=str(tmp_path / "scores.h5"), mapping=None, label="clip",
         variants=("full", "plain"), config=replace(run.config, epochs=1, diffusion_epochs=1),
     )  # fmt: skip
     train(run, ignore)
-    tables = tables_of(run.folder, Asked(n_samples=2))
+    tables = tables_of(run.folder, Protocol(n_samples=2))
     assert {metric for question, metric in tables if question == RECOGNITION} == {"MAE", "Corr"}
     rows = {"CDTP", "CDTP, scores averaged", "MulT, missing ones empty", "ridge regression"}
     assert set(tables[RECOGNITION, "MAE"].cells) == rows
@@ -301,13 +301,13 @@ def test_further_sampling_steps_want_a_variant_that_diffuses(tiny_cdtp, tmp_path
     run = replace(run, config=replace(run.config, epochs=1))
     train(run, ignore)
     with pytest.raises(ValueError, match=r"sampling-steps: got \[2\], but the run trained no variant that diffuses"):
-        evaluate_run(run.folder, Asked(sampling_steps=(2,)))
+        evaluate_run(run.folder, Protocol(sampling_steps=(2,)))
 
 
 @pytest.mark.parametrize("steps", [0, 2000])
 def test_further_sampling_steps_that_there_are_not(tiny_cdtp, steps):
     with pytest.raises(ValueError, match=rf"sampling-steps: got \[{steps}\], expected 1…\d+, the steps in use"):
-        evaluate_run(tiny_cdtp.run, Asked(sampling_steps=(steps,)))
+        evaluate_run(tiny_cdtp.run, Protocol(sampling_steps=(steps,)))
 
 
 def test_the_window_of_what_stands_beside_is_named(tiny, tiny_cdtp, tmp_path):
@@ -315,8 +315,8 @@ def test_the_window_of_what_stands_beside_is_named(tiny, tiny_cdtp, tmp_path):
     shutil.copytree(tiny.run, tmp_path / "admc")
     ours = json.loads((tmp_path / "cdtp" / "run.json").read_text())
     theirs = json.loads((tmp_path / "admc" / "run.json").read_text())
-    tables_of(tmp_path / "admc", Asked(n_samples=1))
+    tables_of(tmp_path / "admc", Protocol(n_samples=1))
     changed = {**theirs, "data": ours["data"], "mapping": ours["mapping"], "window": 0}
     (tmp_path / "admc" / "run.json").write_text(json.dumps(changed))
-    found = tables_of(tmp_path / "cdtp", Asked(n_samples=1), beside=(tmp_path / "admc",))[RECOGNITION, "UA"]
+    found = tables_of(tmp_path / "cdtp", Protocol(n_samples=1), beside=(tmp_path / "admc",))[RECOGNITION, "UA"]
     assert "ADMC clean, without windows" in found.cells

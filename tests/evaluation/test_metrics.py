@@ -82,6 +82,22 @@ def test_crps_does_not_favour_many_samples():
     assert crps(draws[:2], truth, 1.0) == pytest.approx(crps(draws, truth, 1.0), abs=0.01)
 
 
+@pytest.mark.parametrize("k", [4, 5, 16])
+def test_crps_of_draws_that_take_their_sources_in_turn(k):
+    """As of independent draws of the mixture, whose share of pairs within a source does not depend on K."""
+    random = np.random.default_rng(2)
+    n = 100_000
+    first, second = (torch.from_numpy(random.normal(mean, 0.3, (16, n))) for mean in (-1.0, 2.0))
+    turns = torch.stack([(first, second)[i % 2][i] for i in range(k)])
+    mixture = torch.where(torch.from_numpy(random.random((16, n)) < 0.5), first, second)
+    truth = torch.zeros(n, dtype=torch.float64)
+    # With an odd K the sources have unequal shares of the first term.
+    weighted = (1 / k) * (k % 2) * float((turns[0] - truth).abs().mean() - (turns[1] - truth).abs().mean()) / 2
+    expected = crps(mixture, truth, 1.0) + weighted
+    assert crps(turns, truth, 1.0, strata=2) == pytest.approx(expected, abs=0.01)
+    assert abs(crps(turns, truth, 1.0) - expected) > 0.02
+
+
 @pytest.mark.parametrize("samples", [torch.tensor([[1.0, -2.0]]), torch.tensor([[1.0, -2.0]]).expand(4, 2)])
 def test_crps_of_a_point_forecast(samples):
     assert crps(samples, torch.tensor([0.0, 1.0]), 2.0) == pytest.approx((1 + 3) / 2 / 2)

@@ -117,7 +117,7 @@ def test_one_trial_has_no_spread(records):
 
 
 def test_files(records, tmp_path):
-    save_tables(tmp_path / "results", records, make_tables(records), "about it", 4)
+    save_tables(tmp_path / "results", records, make_tables(records), "about it", {"n_samples": 4})
     assert sorted(file.name for file in tmp_path.iterdir()) == ["results.csv", "results.json", "results.md"]
     content = json.loads((tmp_path / "results.json").read_text())
     assert content["about"] == "about it"

@@ -8,13 +8,23 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from modafill.data import all_patterns, missing_patterns, pattern_name
+from modafill.data import MissingRate, all_patterns, missing_patterns, pattern_name
 from modafill.diffusion import Sampling
 from modafill.evaluation.figures import embedding_figure
 from modafill.evaluation.linear import LinearModel
-from modafill.evaluation.metrics import crps, nrmse, recognition
-from modafill.evaluation.parts import AVERAGED, CALIBRATION, ERROR, FROZEN, complete_rows, shown_patterns, trained
-from modafill.evaluation.tables import FULL, Record
+from modafill.evaluation.metrics import crps, nrmse
+from modafill.evaluation.parts import (
+    AVERAGED,
+    CALIBRATION,
+    COMPLETE,
+    ERROR,
+    FROZEN,
+    Answers,
+    complete_rows,
+    shown_patterns,
+    trained,
+)
+from modafill.evaluation.tables import Record
 from modafill.files import derive_seed
 from modafill.models.baselines import RidgeFill
 from modafill.training import Run
@@ -33,7 +43,14 @@ METHOD_NAMES = {
 
 @torch.no_grad()
 def evaluate_part(
-    trainer: ADMCTrainer, fold: int, *, n_samples: int = 16, start_steps: tuple[int, ...] = (), part: str = "test"
+    trainer: ADMCTrainer,
+    fold: int,
+    *,
+    n_samples: int = 16,
+    start_steps: tuple[int, ...] = (),
+    part: str = "test",
+    missing: tuple[MissingRate, ...] = (),
+    missing_seed: int = 0,
 ) -> list[Record]:
     """Every figure of a trained fold, on the samples that have every modality, hiding one set after the other.
 
@@ -47,12 +64,9 @@ def evaluate_part(
         start_steps: further starts n of ``"replace"``, shown beside the configured one.
         part: ``"test"``, or ``"valid"`` to choose settings by; early stopping and the penalties of ridge and logistic
             regression have seen the latter.
+        missing, missing_seed: as in :class:`modafill.evaluation.run.Protocol`.
     """
-    records: list[Record] = []
-
-    def add(question: str, method: str, available: str, figures: dict[str, float]) -> None:
-        for metric, value in figures.items():
-            records.append(Record(question, metric, method, available, fold, trainer.seed, value))
+    errors: list[Record] = []
 
     if start_steps and "replace" not in trainer.variants:
         raise ValueError(f"start-steps: got {list(start_steps)}, but the run trained no 'replace' network")
@@ -65,49 +79,48 @@ def evaluate_part(
         methods.append((conditioning, METHOD_NAMES[conditioning], None))
         if conditioning == "replace":
             methods += [("replace", f"ADMC replace n={n}", Sampling(steps=n)) for n in start_steps]
+    answers, everything = Answers(trainer, fold, complete), all_patterns(len(names))[-1]
     linear = LinearModel(trainer)
     scale = trainer.config.latent_scale
     for method, label, sampling in methods:
         for index in shown:
             pattern, column = patterns[index], pattern_name(patterns[index], names)
             rows = complete
-            truth, target = trainer.tokens[rows], trainer.target[rows]
+            truth = trainer.tokens[rows]
             seed = derive_seed(trainer.seed, "evaluate")
             completed = trainer.complete(method, rows, pattern, n_samples, seed, sampling or Sampling())
             if sampling is None:
                 fusion = trainer.fusion_for(method, index)
-                add(RECOGNITION, label, column, recognition(_probabilities(fusion, completed[:1]), target))
+                answers.add(RECOGNITION, label, pattern, _probabilities(fusion, completed[:1]))
             hidden = ~pattern
             estimate = completed.mean(0)
             frozen = trainer.complete_fusion
-            add(FROZEN, label, column, recognition(_probabilities(frozen, estimate[None]), target))
-            add(ERROR, label, column, {"NRMSE": nrmse(estimate[:, hidden], truth[:, hidden], scale)})
+            answers.add(FROZEN, label, pattern, _probabilities(frozen, estimate[None]), whole=COMPLETE)
+            error = nrmse(estimate[:, hidden], truth[:, hidden], scale)
+            errors.append(Record(ERROR, "NRMSE", label, column, fold, trainer.seed, error))
             fill = trainer.fill(method)
             if isinstance(fill, RidgeFill):
                 available = pattern.to(trainer.device).expand(len(rows), -1)
                 completed = fill.sample(truth, available, n_samples, seed, rows)
             elif sampling is None and len(completed) > 1:
-                figures = recognition(_probabilities(fusion, completed), target)
-                add(RECOGNITION, f"{label}, {AVERAGED}", column, figures)
+                averaged = _probabilities(fusion, completed)
+                answers.add(RECOGNITION, f"{label}, {AVERAGED}", pattern, averaged, whole=label)
             if len(completed) > 1:
-                figures = recognition(_probabilities(frozen, completed), target)
-                add(FROZEN, f"{label}, {AVERAGED}", column, figures)
-            add(CALIBRATION, label, column, {"CRPS": crps(completed[:, :, hidden], truth[:, hidden], scale)})
+                averaged = _probabilities(frozen, completed)
+                answers.add(FROZEN, f"{label}, {AVERAGED}", pattern, averaged, whole=COMPLETE)
+            spread = crps(completed[:, :, hidden], truth[:, hidden], scale)
+            errors.append(Record(CALIBRATION, "CRPS", label, column, fold, trainer.seed, spread))
         if sampling is None:
             tokens, full_fusion = trainer.tokens[complete], trainer.complete_fusion
             if method in trainer.variants:
                 trainer.model.adn = trainer.adns[method]
                 tokens = trainer.model.enhance(tokens, seed=trainer.seed, row_id=complete)
                 full_fusion = trainer.enhanced_for(method)
-            figures = recognition(full_fusion(tokens).softmax(-1), trainer.target[complete])
-            add(RECOGNITION, label, FULL, figures)
-    for pattern in [patterns[i] for i in shown] + [all_patterns(len(names))[-1]]:
-        column = FULL if pattern.all() else pattern_name(pattern, names)
-        figures = linear.figures(pattern, complete)
-        add(RECOGNITION, linear.name, column, figures)
-    figures = recognition(trainer.complete_fusion(trainer.tokens[complete]).softmax(-1), trainer.target[complete])
-    add(FROZEN, "complete data", FULL, figures)
-    return records
+            answers.add(RECOGNITION, label, everything, full_fusion(tokens).softmax(-1))
+    for pattern in [*(patterns[i] for i in shown), everything]:
+        answers.add(RECOGNITION, linear.name, pattern, linear.answer(pattern, complete))
+    answers.add(FROZEN, COMPLETE, everything, trainer.complete_fusion(trainer.tokens[complete]).softmax(-1))
+    return answers.records(missing, missing_seed) + errors
 
 
 def _probabilities(fusion: torch.nn.Module, completed: Tensor) -> Tensor:

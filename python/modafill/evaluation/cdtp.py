@@ -10,12 +10,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from modafill.data import Batch, all_patterns, missing_patterns, pattern_name
+from modafill.data import Batch, MissingRate, all_patterns, missing_patterns, pattern_name
 from modafill.diffusion import Sampling
 from modafill.evaluation.linear import LinearModel
-from modafill.evaluation.metrics import crps, figures_of
-from modafill.evaluation.parts import AVERAGED, CALIBRATION, ERROR, FROZEN, complete_rows, shown_patterns
-from modafill.evaluation.tables import FULL, Record
+from modafill.evaluation.metrics import crps
+from modafill.evaluation.parts import (
+    AVERAGED,
+    CALIBRATION,
+    COMPLETE,
+    ERROR,
+    FROZEN,
+    Answers,
+    complete_rows,
+    shown_patterns,
+)
+from modafill.evaluation.tables import Record
 from modafill.files import derive_seed
 from modafill.models.baselines import MeanFill, RidgeFill, ZeroFill
 from modafill.models.cdtp import CDTP, Sequences
@@ -40,7 +49,14 @@ RIDGE_PENALTIES = (1.0, 10.0, 100.0, 1e3, 1e4, 1e5, 1e6, 1e7)
 
 @torch.no_grad()
 def evaluate_part(
-    trainer: CDTPTrainer, fold: int, *, n_samples: int = 16, sampling_steps: tuple[int, ...] = (), part: str = "test"
+    trainer: CDTPTrainer,
+    fold: int,
+    *,
+    n_samples: int = 16,
+    sampling_steps: tuple[int, ...] = (),
+    part: str = "test",
+    missing: tuple[MissingRate, ...] = (),
+    missing_seed: int = 0,
 ) -> list[Record]:
     """Every figure of a trained fold, on the samples that have every modality, hiding one set after the other.
 
@@ -54,7 +70,7 @@ def evaluate_part(
     Args:
         trainer: has run; its networks are loaded.
         fold: its number, for the records.
-        n_samples, sampling_steps, part: as in :class:`modafill.evaluation.run.Asked`.
+        n_samples, sampling_steps, part, missing, missing_seed: as in :class:`modafill.evaluation.run.Protocol`.
     """
     if sampling_steps and not trainer.diffusing:
         raise ValueError(f"sampling-steps: got {list(sampling_steps)}, but the run trained no variant that diffuses")
@@ -64,14 +80,8 @@ def evaluate_part(
         if any(not 1 <= steps <= last for steps in sampling_steps):
             raise ValueError(f"sampling-steps: got {list(sampling_steps)}, expected 1…{last}, the steps in use")
     records: list[Record] = []
-    metrics = figures_of(trainer.labels)
-
-    def add(question: str, method: str, column: str, figures: dict[str, float]) -> None:
-        for metric, value in figures.items():
-            records.append(Record(question, metric, method, column, fold, trainer.seed, value))
-
     rows = complete_rows(trainer, fold, part)
-    target = trainer.target[rows]
+    found, everything = Answers(trainer, fold, rows), all_patterns(len(trainer.names))[-1]
     names, patterns = trainer.names, missing_patterns(len(trainer.names))
     linear, space, seed = LinearModel(trainer), _Space(trainer), derive_seed(trainer.seed, "evaluate")
     fills = space.fills()
@@ -92,21 +102,25 @@ def evaluate_part(
                     answers[FROZEN, f"{name}, {_averaged(trainer)}"].append(torch.stack(each).mean(0))
                 guess = space.hidden(point, whole, pattern)
                 drawn = torch.stack([space.hidden(sample, whole, pattern) for sample in samples])
-                errors[name].add(guess, drawn, truth)
+                # CDTP's draws take the sources in turn.
+                errors[name].add(guess, drawn, truth, int(pattern.sum()) if name == DIFFUSION else 1)
         for (question, name), parts in answers.items():
-            add(question, name, column, metrics(torch.cat(parts), target))
+            # An average over samples, or another number of steps, is the variant itself where nothing is missing.
+            variants = [v for v in VARIANT_NAMES.values() if name == v or name.startswith(f"{v}, ")]
+            stand_in = COMPLETE if question == FROZEN else max(variants, key=len)
+            found.add(question, name, pattern, torch.cat(parts), whole=stand_in)
         for name, error in errors.items():
-            add(ERROR, name, column, {"NRMSE": error.nrmse})
-            add(CALIBRATION, name, column, {"CRPS": error.crps})
-        add(RECOGNITION, linear.name, column, linear.figures(pattern, rows))
+            for question, metric, value in ((ERROR, "NRMSE", error.nrmse), (CALIBRATION, "CRPS", error.crps)):
+                records.append(Record(question, metric, name, column, fold, trainer.seed, value))
+        found.add(RECOGNITION, linear.name, pattern, linear.answer(pattern, rows))
     for question, name, model in (
         *((RECOGNITION, VARIANT_NAMES[variant], model) for variant, model in trainer.models.items()),
-        (FROZEN, "complete data", trainer.plain),
+        (FROZEN, COMPLETE, trainer.plain),
     ):
         whole_answers = [_answer(trainer, model(batch)) for batch in _batches(trainer, rows)]
-        add(question, name, FULL, metrics(torch.cat(whole_answers), target))
-    add(RECOGNITION, linear.name, FULL, linear.figures(all_patterns(len(names))[-1], rows))
-    return records
+        found.add(question, name, everything, torch.cat(whole_answers))
+    found.add(RECOGNITION, linear.name, everything, linear.answer(everything, rows))
+    return found.records(missing, missing_seed) + records
 
 
 @dataclass
@@ -117,9 +131,9 @@ class _Errors:
     scores: float = 0.0
     count: int = 0
 
-    def add(self, guess: Tensor, samples: Tensor, truth: Tensor) -> None:
+    def add(self, guess: Tensor, samples: Tensor, truth: Tensor, strata: int) -> None:
         self.squares += float((guess - truth).square().sum())
-        self.scores += crps(samples, truth, 1.0) * len(truth)
+        self.scores += crps(samples, truth, 1.0, strata) * len(truth)
         self.count += len(truth)
 
     @property

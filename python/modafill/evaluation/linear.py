@@ -13,7 +13,6 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from modafill.data import FeatureStore, Standardizer, valid_steps
-from modafill.evaluation.metrics import figures_of
 from modafill.training.part import PartTrainer
 
 # From strong to weak.
@@ -38,8 +37,8 @@ class LinearModel:
         """What the tables call it."""
         return "ridge regression" if self.trainer.labels.regression else "logistic regression"
 
-    def figures(self, pattern: Tensor, rows: Tensor) -> dict[str, float]:
-        """Metrics on ``rows`` of the model that reads ``pattern [M]``."""
+    def answer(self, pattern: Tensor, rows: Tensor) -> Tensor:
+        """Class probabilities or scores of ``rows`` by the model that reads ``pattern [M]``."""
         t = self.trainer
         x = torch.cat([self.features[name] for name, seen in zip(t.names, pattern, strict=True) if seen], 1).numpy()
         y = t.target.cpu().numpy()
@@ -72,8 +71,7 @@ class LinearModel:
             if loss > 1.01 * min(models, key=itemgetter(0))[0]:
                 break
         best = min(models, key=itemgetter(0))[1]
-        found = torch.from_numpy(predict(best, rows.cpu().numpy())).to(t.device)
-        return figures_of(t.labels)(found, t.target[rows])
+        return torch.from_numpy(predict(best, rows.cpu().numpy())).to(t.device)
 
 
 def _summaries(store: FeatureStore, statistics: Standardizer) -> dict[str, Tensor]:

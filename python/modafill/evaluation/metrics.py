@@ -39,21 +39,36 @@ def nrmse(estimate: Tensor, truth: Tensor, scale: float) -> float:
     return float((estimate - truth).square().mean().sqrt()) / scale
 
 
-def crps(samples: Tensor, truth: Tensor, scale: float) -> float:
+def crps(samples: Tensor, truth: Tensor, scale: float, strata: int = 1) -> float:
     """Continuous ranked probability score of K samples ``[K, …]``, mean over ``truth […]``, in units of ``scale``.
 
     E|X − y| − ½ E|X − X'| with the unbiased estimate of the second term (Gneiting & Raftery 2007; "fair" CRPS), so that
     different K compare. One sample, or equal samples, are a point forecast: the mean absolute error.
+
+    With ``strata`` S, sample k is of the (k mod S)-th of S equally weighted sources: pairs of one source then count for
+    1 / S of the second term, as they do in the mixture, whichever their share among the pairs. Fewer than two samples
+    of every source leave that part unknown: all pairs count alike.
     """
     k = len(samples)
     error = (samples - truth).abs().mean()
     if k == 1:
         return float(error) / scale
-    ordered = samples.sort(0).values
-    weight = torch.arange(1 - k, k, 2, dtype=samples.dtype, device=samples.device)
-    weight = weight.reshape(-1, *[1] * truth.ndim)
-    spread = 2 * (weight * ordered).sum(0).mean() / (k * (k - 1))
+    everything = _sum_of_distances(samples)
+    spread = everything / (k * (k - 1))
+    sizes = [len(samples[s::strata]) for s in range(strata)]
+    if strata > 1 and min(sizes) > 1:
+        within = [_sum_of_distances(samples[s::strata]) for s in range(strata)]
+        between = (everything - sum(within)) / (k * k - sum(n * n for n in sizes))
+        same = sum(w / (n * (n - 1)) for w, n in zip(within, sizes, strict=True)) / strata
+        spread = same / strata + (1 - 1 / strata) * between
     return float(error - spread / 2) / scale
+
+
+def _sum_of_distances(samples: Tensor) -> Tensor:
+    """Σ |X_i − X_j| over ordered pairs of ``[K, …]``, mean over the rest."""
+    k = len(samples)
+    weight = torch.arange(1 - k, k, 2, dtype=samples.dtype, device=samples.device)
+    return 2 * (weight.reshape(-1, *[1] * (samples.ndim - 1)) * samples.sort(0).values).sum(0).mean()
 
 
 def figures_of(labels: Labels) -> Callable[[Tensor, Tensor], dict[str, float]]:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from modafill import __version__
+from modafill.data import MissingRate
 from modafill.evaluation import admc, cdtp
 from modafill.evaluation.metrics import figures_of
-from modafill.evaluation.parts import AVERAGED, PARTS, trained
+from modafill.evaluation.parts import AVERAGED, BY_RATE, PARTS, trained
 from modafill.evaluation.tables import Record, Table, make_tables, save_tables
 from modafill.training import Run
 from modafill.training.admc import ADMCTrainer
@@ -21,8 +23,10 @@ from modafill.training.run import worker_pool
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What to evaluate.
+class Protocol:
+    """What a table measures: of which samples, with what hidden; saved with it and printed on it.
+
+    Which data, parts, folds and seeds is the run's.
 
     Attributes:
         n_samples: K samples per row of the diffusion networks; class probabilities are averaged over them.
@@ -30,12 +34,16 @@ class Asked:
         sampling_steps: further numbers of DDIM steps of CDTP, shown beside the configured one.
         part: ``"test"``, or ``"valid"`` to choose settings by; early stopping and the penalties of the linear models
             have seen the latter.
+        missing: rates beside the missing patterns, each sample then lacking what is drawn for it.
+        missing_seed: of those draws.
     """
 
     n_samples: int = 16
     start_steps: tuple[int, ...] = ()
     sampling_steps: tuple[int, ...] = ()
     part: str = "test"
+    missing: tuple[MissingRate, ...] = ()
+    missing_seed: int = 0
 
     def __post_init__(self) -> None:
         if self.part not in PARTS:
@@ -43,10 +51,26 @@ class Asked:
         if self.n_samples < 1:
             raise ValueError(f"samples: got {self.n_samples}, expected at least 1")
 
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return {**asdict(self), "missing": [str(rate) for rate in self.missing]}
+
+    def describe(self, run: Run) -> str:
+        """One line for the head of the tables of ``run``."""
+        with run.open_store() as store:
+            divided = "their own split" if run.own_split and store.split_names else f"split seed {run.split_seed}"
+        line = (
+            f"{Path(run.data).name}: {run.folds} fold(s) × {len(run.seeds)} seed(s), {self.part} part, "
+            f"K = {self.n_samples} samples, {divided}"
+        )
+        if self.missing:
+            line += f", missing {'; '.join(map(str, self.missing))} drawn with seed {self.missing_seed}"
+        return f"{line}, modafill {__version__}, torch {torch.__version__}."
+
 
 def evaluate_run(
     folder: Path,
-    asked: Asked | None = None,
+    protocol: Protocol | None = None,
     *,
     beside: tuple[Path, ...] = (),
     jobs: int = 1,
@@ -66,32 +90,33 @@ def evaluate_run(
         ValueError: the folder is no run, a part of it is not trained yet, an option is of another model, or a run
             beside it is not evaluated or has other data, folds or seeds.
     """
-    asked = asked or Asked()
+    protocol = protocol or Protocol()
     run = Run.load(folder)
-    if asked.start_steps and run.model != "admc":
-        raise ValueError(f"start-steps: got {list(asked.start_steps)}, but {folder} holds {run.model}, expected admc")
-    if (asked.sampling_steps or beside) and run.model != "cdtp":
+    if protocol.start_steps and run.model != "admc":
+        raise ValueError(
+            f"start-steps: got {list(protocol.start_steps)}, but {folder} holds {run.model}, expected admc"
+        )
+    if (protocol.sampling_steps or beside) and run.model != "cdtp":
         raise ValueError(f"sampling-steps, beside: got one, but {folder} holds {run.model}, expected cdtp")
     finished = run.finished
     unfinished = [run.part_folder(*key).name for key in run.parts if key not in finished]
     if unfinished:
         raise ValueError(f"{folder}: {', '.join(unfinished)} not trained yet; run the same `modafill train` again")
-    stem = "results" if asked.part == "test" else f"results-{asked.part}"
+    for rate in protocol.missing:
+        with run.open_store() as store:
+            rate.check(store.modalities)
+    stem = "results" if protocol.part == "test" else f"results-{protocol.part}"
     records: list[Record] = []
-    others = [record for other in beside for record in _records_beside(run, other, stem, asked.n_samples)]
+    others = [record for other in beside for record in _records_beside(run, other, stem, protocol)]
     progress(0, len(run.parts))
     with worker_pool(jobs) as pool:
-        results = (map if pool is None else pool.map)(partial(_evaluate_part, run, asked), run.parts)
+        results = (map if pool is None else pool.map)(partial(_evaluate_part, run, protocol), run.parts)
         for done, found in enumerate(results, 1):
             records += found
             progress(done, len(run.parts))
     records += others
     tables = make_tables(records)
-    about = (
-        f"{Path(run.data).name}: {run.folds} fold(s) × {len(run.seeds)} seed(s), {asked.part} part, "
-        f"K = {asked.n_samples} samples, modafill {__version__}, torch {torch.__version__}."
-    )
-    save_tables(folder / stem, records, tables, about, asked.n_samples)
+    save_tables(folder / stem, records, tables, protocol.describe(run), protocol.to_dict())
     return tables
 
 
@@ -105,18 +130,20 @@ def metric_names(run: Run) -> tuple[str, ...]:
     return tuple(figures_of(labels)(answers, targets))
 
 
-def _evaluate_part(run: Run, asked: Asked, fold_and_seed: tuple[int, int]) -> list[Record]:
+def _evaluate_part(run: Run, protocol: Protocol, fold_and_seed: tuple[int, int]) -> list[Record]:
     trainer, fold = trained(run, *fold_and_seed), fold_and_seed[0]
+    shared: dict[str, Any] = {
+        "n_samples": protocol.n_samples,
+        "part": protocol.part,
+        "missing": protocol.missing,
+        "missing_seed": protocol.missing_seed,
+    }
     if isinstance(trainer, ADMCTrainer):
-        return admc.evaluate_part(
-            trainer, fold, n_samples=asked.n_samples, start_steps=asked.start_steps, part=asked.part
-        )
-    return cdtp.evaluate_part(
-        trainer, fold, n_samples=asked.n_samples, sampling_steps=asked.sampling_steps, part=asked.part
-    )
+        return admc.evaluate_part(trainer, fold, start_steps=protocol.start_steps, **shared)
+    return cdtp.evaluate_part(trainer, fold, sampling_steps=protocol.sampling_steps, **shared)
 
 
-def _records_beside(run: Run, folder: Path, stem: str, n_samples: int) -> list[Record]:
+def _records_beside(run: Run, folder: Path, stem: str, protocol: Protocol) -> list[Record]:
     """ADMC's recognition, and that of its fusion networks on simple fills, in the words of CDTP's tables.
 
     Where it was made with other windows or another K, the row says so.
@@ -131,18 +158,26 @@ def _records_beside(run: Run, folder: Path, stem: str, n_samples: int) -> list[R
     if not file.is_file():
         raise ValueError(f"beside: {file} is not there; run `modafill evaluate {folder}` first")
     content = json.loads(file.read_text(encoding="utf-8"))
-    if "samples" not in content:
-        raise ValueError(f"beside: {file} does not say its K; run `modafill evaluate {folder}` again")
+    theirs = content.get("protocol")
+    if theirs is None:
+        raise ValueError(f"beside: {file} does not say its protocol; run `modafill evaluate {folder}` again")
+    for name in ("missing", "missing_seed") if protocol.missing else ():
+        if theirs[name] != protocol.to_dict()[name]:
+            raise ValueError(f"beside: {folder} has {name} {theirs[name]!r}, expected {protocol.to_dict()[name]!r}")
+    by_rate = f", {BY_RATE}"
+    wanted = {admc.RECOGNITION: cdtp.RECOGNITION}
+    if protocol.missing:
+        wanted[admc.RECOGNITION + by_rate] = cdtp.RECOGNITION + by_rate
     found = [Record(**record) for record in content["records"]]
-    chosen = [r for r in found if r.question == admc.RECOGNITION and "regression" not in r.method]
+    chosen = [r for r in found if r.question in wanted and "regression" not in r.method]
     read = "" if run.window == other.window else f", {_window_name(other)}"
-    drawn = "" if content["samples"] == n_samples else f", K = {content['samples']}"
+    drawn = "" if theirs["n_samples"] == protocol.n_samples else f", K = {theirs['n_samples']}"
 
     def title(method: str) -> str:
         whose = "" if method.startswith("ADMC") else ", a fusion network per pattern"
         return f"{method}{drawn if method.endswith(AVERAGED) else ''}{whose}{read}"
 
-    return [replace(r, question=cdtp.RECOGNITION, method=title(r.method)) for r in chosen]
+    return [replace(r, question=wanted[r.question], method=title(r.method)) for r in chosen]
 
 
 def _window_name(run: Run) -> str:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import csv
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -136,9 +137,11 @@ def make_tables(records: Sequence[Record]) -> list[Table]:
     return tables
 
 
-def save_tables(stem: Path, records: Sequence[Record], tables: Sequence[Table], about: str, n_samples: int) -> None:
+def save_tables(
+    stem: Path, records: Sequence[Record], tables: Sequence[Table], about: str, protocol: Mapping[str, Any]
+) -> None:
     """Write ``stem`` + ``.json`` (every figure), ``.csv`` (the same, flat) and ``.md`` (the tables)."""
-    content = {"about": about, "samples": n_samples, "records": [asdict(r) for r in records]}
+    content = {"about": about, "protocol": dict(protocol), "records": [asdict(r) for r in records]}
     write_json(stem.with_suffix(".json"), content)
     with replacing(stem.with_suffix(".csv")) as beside, open(beside, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(Record.__dataclass_fields__))
