@@ -456,12 +456,16 @@ def test_fit_trains_and_what_it_is_asked_for_is_checked_before(tiny, tmp_path: P
     for wrong, message in (
         ({"solver": "euler"}, "solver: got 'euler'"),
         ({"steps": 0}, "steps: got 0"),
+        ({"steps": 5000}, "evaluations: got 5000"),
+        ({"conditioning": "replace", "solver": "ddim"}, "solver: got 'ddim', expected None with conditioning"),
+        ({"dtype": torch.float64}, "dtype: got torch.float64, expected bfloat16, float16 or None"),
         ({"model": "gan"}, "model: got 'gan', expected one of admc, cdtp"),
         ({"model": "cdtp", "config": config}, "config: got ADMCConfig, expected CDTPConfig"),
         ({"model": "cdtp", "conditioning": "clean"}, "conditioning: got 'clean', expected None with model 'cdtp'"),
     ):
         with pytest.raises(ValueError, match=message):
             ModalityImputer.fit(tiny.archive, mapping=str(tiny.mapping), out=tmp_path / "run", **wrong)
+    assert not (tmp_path / "run").exists()
     for name in ("stepps", "eta"):
         with pytest.raises(TypeError, match=f"fit: got an unexpected option '{name}'"):
             ModalityImputer.fit(tiny.archive, mapping=str(tiny.mapping), out=tmp_path / "run", **{name: 3})

@@ -474,7 +474,8 @@ void token_denoiser_of(const TokenDenoiserArgs &args, int threads) {
     return;
   const int64_t weights = args.channels * (4 * args.channels + 2 * args.hidden) * args.layers;
   const int64_t useful = std::clamp<int64_t>(count * args.tokens * weights / kWorkPerThread, 1, threads);
-  bool whole_vectors = std::is_same_v<C, W> && !args.packed;
+  // Packed or not: a network gives the same bits before and after a larger call packs it.
+  bool whole_vectors = std::is_same_v<C, W>;
   for (const int64_t size : {args.channels, args.hidden, args.width})
     whole_vectors &= size % kWidth<C> == 0;
   const bool few = count * args.tokens <= kFewTokens, as_they_come = few && whole_vectors;

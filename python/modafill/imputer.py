@@ -82,6 +82,7 @@ class ModalityImputer(nn.Module):
         super().__init__()
         self.model = model.eval().requires_grad_(False)
         self.sampling = Sampling(steps=steps, solver=solver, dtype=dtype, chunk_size=chunk_size)
+        model.config.check_sampling(self.sampling)
 
     def train(self, mode: bool = True) -> ModalityImputer:
         """As :meth:`torch.nn.Module.train`, but the model's dropout stays off."""
@@ -142,14 +143,14 @@ class ModalityImputer(nn.Module):
             raise ValueError(f"config: got {type(config).__name__}, expected {TRAINERS[model].CONFIG.__name__}")
         if conditioning is not None and model != "admc":
             raise ValueError(f"conditioning: got {conditioning!r}, expected None with model {model!r}")
-        # What they are is found out before minutes of training.
         unknown = sorted(set(options) - {"device", "steps", "solver", "dtype", "chunk_size"})
         if unknown:
             raise TypeError(f"fit: got an unexpected option {unknown[0]!r}")
-        Sampling(**{name: value for name, value in options.items() if name != "device"})
         numbers: Any = config or TRAINERS[model].CONFIG.preset(preset)
         if model == "admc":
             numbers = replace(numbers, conditioning=conditioning or (config and numbers.conditioning) or "clean")
+        # Before minutes of training.
+        numbers.check_sampling(Sampling(**{name: value for name, value in options.items() if name != "device"}))
         window = data.window if isinstance(data, FeatureStore) else None
         path = Path(data.path if isinstance(data, FeatureStore) else data)
         with tempfile.TemporaryDirectory() as scratch:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator, TransformerMixin
-from sklearn.utils.validation import check_is_fitted
+from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from modafill.data import StoreWriter
@@ -60,7 +60,7 @@ class ModalityTransformer(TransformerMixin, BaseEstimator):
             expected = {name: spec.width for name, spec in self.imputer.model.modalities.items()}
             if list(self.widths.items()) != list(expected.items()):
                 raise ValueError(f"widths: got {dict(self.widths)}, expected {expected}, in the imputer's order")
-        features, available = self._modalities(X)
+        features, available = self._modalities(X, reset=True)
         if self.imputer is not None:
             self.imputer_ = self.imputer
             return self
@@ -86,7 +86,7 @@ class ModalityTransformer(TransformerMixin, BaseEstimator):
     def transform(self, X: Any) -> np.ndarray:
         """Embeddings float32 ``[N, M · width]`` of ``X [N, ΣD]``."""
         check_is_fitted(self, "imputer_")
-        features, available = self._modalities(X)
+        features, available = self._modalities(X, reset=False)
         device, rows = next(self.imputer_.parameters()).device, torch.arange(len(available))
         parts = []
         for part in rows.split(_ROWS_AT_A_TIME):
@@ -106,8 +106,8 @@ class ModalityTransformer(TransformerMixin, BaseEstimator):
         width = self.imputer_.model.config.width
         return np.array([f"{name}_{i}" for name in self.widths for i in range(width)], dtype=object)
 
-    def _modalities(self, X: Any) -> tuple[dict[str, Tensor], Tensor]:
-        rows = np.asarray(X, dtype=np.float32)
+    def _modalities(self, X: Any, *, reset: bool) -> tuple[dict[str, Tensor], Tensor]:
+        rows = validate_data(self, X, reset=reset, dtype=np.float32, ensure_all_finite=False, ensure_min_samples=0)
         total = sum(self.widths.values())
         if rows.ndim != 2 or rows.shape[1] != total or not len(rows):
             raise ValueError(f"X: got shape {list(rows.shape)}, expected [N, {total}] with at least one row")

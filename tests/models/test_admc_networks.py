@@ -373,6 +373,7 @@ def test_the_fast_path_is_the_network(conditioning: str, adn_width: int | None) 
             expected = sample_replace(adn, observed, AVAILABLE, start_step=9, **options)
         else:
             steps = angular_steps(adn.schedule, adn.last_step, 9)
+            options["solver"] = adn.config.solver
             expected = sample_clean(partial(adn, available=AVAILABLE), observed, AVAILABLE, steps=steps, **options)
     torch.testing.assert_close(adn.sample(tokens, AVAILABLE, seed=4)[0], expected, rtol=0, atol=1e-4)
     half = adn.sample(tokens, AVAILABLE, seed=4, sampling=Sampling(dtype=torch.bfloat16))[0]

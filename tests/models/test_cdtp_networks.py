@@ -242,6 +242,70 @@ def test_the_denoisers_are_those_of_a_loop_over_pairs(length: int) -> None:
             assert not together[at][:, :, end:].any()
 
 
+def _plain_unet(net: StackedUNet, n: int, x: Tensor, step: int, beside: Tensor, source: Tensor) -> Tensor:
+    """U-Net number ``n`` on one sample without padding, ``[L, width]``, with PyTorch's own layers."""
+    f = nn.functional
+
+    def linear(layer: StackedLinear, t: Tensor) -> Tensor:
+        return f.linear(t, layer.weight[n].mT, layer.bias[n, 0])
+
+    def norm(layer: StackedNorm, t: Tensor) -> Tensor:
+        return f.layer_norm(t, t.shape[-1:], layer.weight[n], layer.bias[n])
+
+    def conv(layer: StackedConv, t: Tensor) -> Tensor:
+        weight = layer.linear.weight[n].view(layer.taps, t.shape[-1], -1).permute(2, 1, 0)
+        return f.conv1d(t.mT[None], weight, layer.linear.bias[n, 0], layer.stride, layer.taps // 2)[0].mT
+
+    def block(layer: nn.Module, t: Tensor) -> Tensor:
+        scale, shift = linear(layer.film, told).chunk(2)
+        h = conv(layer.conv_in, f.silu(norm(layer.norm_in, t)))
+        h = conv(layer.conv_out, f.silu(norm(layer.norm_out, h) * (1 + scale) + shift))
+        return (t if layer.skip is None else linear(layer.skip, t)) + h
+
+    frequency = 10_000.0 ** (-torch.arange(net.step_width // 2, dtype=x.dtype) / (net.step_width // 2))
+    sinusoids = torch.cat([(step * frequency).sin(), (step * frequency).cos()])
+    told = linear(net.step_out, f.silu(linear(net.step_in, sinusoids))) + linear(net.summary, source.mean(0))
+    told = f.silu(told)
+    h, skips = conv(net.conv_in, torch.cat([x, beside], -1)), []
+    for level, blocks in enumerate(net.down):
+        for layer in blocks:
+            h = block(layer, h)
+        skips.append(h)
+        if level < len(net.shrink):
+            h = conv(net.shrink[level], h)
+    h = block(net.before, h)
+    q, (k, v) = (
+        linear(net.attention.query, norm(net.attention.norm, h)),
+        linear(net.attention.key_value, source).chunk(2, -1),
+    )
+    heads = (t.unflatten(-1, (net.attention.heads, -1)).transpose(0, 1)[None] for t in (q, k, v))
+    read = f.scaled_dot_product_attention(*heads)[0].transpose(0, 1).flatten(1)
+    h = block(net.after, h + linear(net.attention.out, read))
+    for level in reversed(range(len(net.up))):
+        if level < len(net.grow):
+            h = conv(net.grow[level], f.interpolate(h.mT[None], scale_factor=2)[0].mT[: len(skips[level])])
+        h = torch.cat([h, skips[level]], -1)
+        for layer in net.up[level]:
+            h = block(layer, h)
+    return conv(net.conv_out, f.silu(norm(net.norm, h)))
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 8])
+def test_a_denoiser_by_pytorchs_layers(length: int) -> None:
+    torch.manual_seed(0)
+    net = StackedUNet(3, 6, 8, (8, 16, 24), 2, 2).double()
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    x, beside, source = (torch.randn(3, 2, n, c, dtype=torch.float64) for n, c in ((length, 6), (length, 8), (4, 8)))
+    step, ends = torch.randint(1, 100, (3, 2)), torch.full((3, 2), length)
+    found = net(x, step, net.condition(beside, source, torch.full((3, 2), 4)), ends)
+    for n in range(3):
+        for b in range(2):
+            expected = _plain_unet(net, n, x[n, b], int(step[n, b]), beside[n, b], source[n, b])
+            # Sinusoids of the step are made in float32.
+            torch.testing.assert_close(found[n, b], expected, rtol=1e-4, atol=1e-5)
+
+
 OPTIONS: list[dict[str, object]] = [
     {},
     {"type_prompt": "append"},
@@ -273,6 +337,16 @@ def test_every_parameter_gets_a_gradient(options: dict[str, object]) -> None:
             unused |= {f"prompts.signal.{m}" for m in range(3)}
     for name, parameter in model.named_parameters():
         assert (name in unused) == (parameter.grad is None or not parameter.grad.any()), name
+    stacked = {
+        f"{name}.{own}"
+        for name, module in model.named_modules()
+        if isinstance(module, StackedLinear | StackedNorm)
+        for own, _ in module.named_parameters()
+    }
+    for name, parameter in model.named_parameters():
+        if (name in stacked or name.startswith("prompts.")) and name not in unused:
+            assert parameter.grad is not None
+            assert parameter.grad.flatten(1).any(1).all(), f"{name}: a network or a prompt is left out"
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -359,8 +433,14 @@ def test_the_backbone_alone_reads_only_what_is_there() -> None:
 
 
 def test_prompts_do_not_start_at_a_saddle() -> None:
-    model = make()
-    types = model.prompts.types()
+    torch.manual_seed(0)
+    model = CDTP(SPECS, 4, small())
+    types = model.prompts.types().detach()
     assert types.shape == (7, 3, 3, 3)
-    assert 0.005 < float(types.std()) < 0.08
+    assert 0.01 < float(types.std()) < 0.04
     assert not torch.equal(types[0], types[1])
+    model(mixed(14), seed=1).logsumexp(1).sum().backward()
+    for name, parameter in model.prompts.named_parameters():
+        assert parameter.detach().flatten(1).any(1).all()
+        assert parameter.grad is not None
+        assert parameter.grad.flatten(1).any(1).all(), name

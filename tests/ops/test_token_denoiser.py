@@ -86,6 +86,10 @@ def test_a_sample_has_the_same_bits_in_any_batch_and_on_any_threads() -> None:
     few = [token_denoiser(network("projected"), x[:4], available[:4], added, backend="cpu") for _ in range(2)]
     assert torch.equal(*few)
     torch.testing.assert_close(few[0], whole[:4], rtol=1e-5, atol=1e-5)
+    used = network("projected")
+    before = token_denoiser(used, x[:4], available[:4], added, backend="cpu")
+    token_denoiser(used, x, available, added, backend="cpu")
+    assert torch.equal(token_denoiser(used, x[:4], available[:4], added, backend="cpu"), before)
 
 
 def test_a_complete_sample_is_not_read_and_no_sample_another() -> None:
@@ -167,7 +171,7 @@ def test_what_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
         said = str(ops.explain("token_denoiser", dtype=torch.bfloat16))
         assert ("torch for bfloat16" in said) == (takes == "torch")
     ops.backends._choose.cache_clear()
-    # Where something watches, PyTorch's own layers run: a compiled function has no break.
+    # Where something watches, PyTorch's own layers run.
     model = network("odd")
     compiled = torch.compile(lambda x, added: token_denoiser(model, x, given[1], added), backend="eager")
     torch.testing.assert_close(compiled(given[0], given[2]), token_denoiser(model, *given), rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Stores in, completed stores or tables out; what was finished when a process died is not done again."""
+"""Stores in, completed stores or tables out; finished shards of a large store are not made again."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def _identity(imputer: ModalityImputer, store: FeatureStore) -> dict[str, Any]:
     for name, tensor in imputer.model.state_dict().items():
         weights.update(name.encode())
         weights.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    stat = store.path.stat()
+    stat, device = store.path.stat(), next(imputer.parameters()).device
     # A conversion of the same archive is the same store, wherever it lies.
     source = store.task.get("source") or [str(store.path.resolve()), stat.st_size, stat.st_mtime_ns]
     return {
@@ -152,7 +152,8 @@ def _identity(imputer: ModalityImputer, store: FeatureStore) -> dict[str, Any]:
         "sampling": {name: str(value) for name, value in asdict(imputer.sampling).items()},
         "store": [source, store.window],
         "machine": [
-            next(imputer.parameters()).device.type, backends.native_build()["cpu_isa"], backends.requested("auto"),
+            device.type, torch.cuda.get_device_name(device) if device.type == "cuda" else torch.get_num_threads(),
+            torch.get_float32_matmul_precision(), backends.native_build()["cpu_isa"], backends.requested("auto"),
             __version__, torch.__version__,
         ],
     }  # fmt: skip
@@ -178,10 +179,11 @@ def _claim(folder: Path, call: dict[str, Any]) -> None:
 def _merge(imputer: ModalityImputer, store: FeatureStore, shards: list[Path], out: Path) -> None:
     with _writer(imputer, store, out) as writer:
         columns, done = _columns(store), 0
+        at_a_time = _rows_at_a_time(imputer, 1, _MERGED_ROWS)
         for shard in shards:
             with FeatureStore(shard) as part:
-                for start in range(0, len(part), _MERGED_ROWS):
-                    rows = np.arange(start, min(start + _MERGED_ROWS, len(part)))
+                for start in range(0, len(part), at_a_time):
+                    rows = np.arange(start, min(start + at_a_time, len(part)))
                     batch, generated = part.read(rows, generated=True), part.generated(rows)
                     writer.append(
                         {name: x.numpy() for name, x in batch.features.items()},
@@ -240,15 +242,20 @@ def check_store(imputer: ModalityImputer, store: FeatureStore) -> None:
         raise ValueError(f"{store.name}: nothing is observed in {where}, expected at least one modality")
 
 
+def _rows_at_a_time(imputer: ModalityImputer, n_samples: int, most: int) -> int:
+    """So many that K completions of each stay within half a gigabyte."""
+    model = imputer.model
+    steps = sum(model.lengths) if isinstance(model, CDTP) else len(imputer.modalities)
+    return max(1, min(most, _COMPLETIONS_BYTES // (4 * max(1, n_samples) * steps * model.config.width)))
+
+
 def _batches(
     imputer: ModalityImputer, store: FeatureStore, n_samples: int, batch_size: int | None, first: int, stop: int
 ) -> Iterator[tuple[np.ndarray, Batch]]:
     """Row numbers and the model's modalities of rows ``first`` to ``stop``, on the model's device."""
     device, names, model = next(imputer.parameters()).device, imputer.modalities, imputer.model
     if batch_size is None:
-        steps = sum(model.lengths) if isinstance(model, CDTP) else len(names)
-        completions = 4 * max(1, n_samples) * steps * model.config.width
-        batch_size = max(1, min(_MOST_ROWS, _COMPLETIONS_BYTES // completions))
+        batch_size = _rows_at_a_time(imputer, n_samples, _MOST_ROWS)
     for start in range(first, stop, batch_size):
         rows = np.arange(start, min(start + batch_size, stop))
         read = store.read(rows).to(device)

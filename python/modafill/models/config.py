@@ -6,7 +6,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, ClassVar, TypeVar
 
-from modafill.diffusion import Schedule
+import torch
+
+from modafill.diffusion import Sampling, Schedule, solver_steps
 
 _Config = TypeVar("_Config", bound="ModelConfig")
 
@@ -64,6 +66,22 @@ class ModelConfig:
         """The linear noise schedule of ``diffusion_steps``, ``beta_start`` and ``beta_end``."""
         numbers: Any = self
         return Schedule.linear(numbers.diffusion_steps, numbers.beta_start, numbers.beta_end)
+
+    def check_sampling(self, sampling: Sampling) -> None:
+        """Raise ValueError, naming the argument, unless a model of this configuration can sample so."""
+        numbers: Any = self
+        if sampling.dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"dtype: got {sampling.dtype}, expected bfloat16, float16 or None")
+        schedule = self.schedule()
+        if getattr(self, "conditioning", None) == "replace":
+            for name in ("solver", "eta"):
+                given = getattr(sampling, name)
+                if given is not None:
+                    raise ValueError(f"{name}: got {given!r}, expected None with conditioning 'replace'")
+            schedule.check_step("start_step", sampling.steps or numbers.start_step)
+            return
+        last = schedule.last_step(numbers.min_alpha_bar)
+        solver_steps(schedule, last, sampling.steps or numbers.sampling_steps, sampling.solver or numbers.solver)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able fields."""

@@ -182,10 +182,7 @@ class ADN(nn.Module):
         check_samples(n_samples)
         if row_id is not None and row_id.shape != (len(tokens),):
             raise ValueError(f"row_id: got shape {list(row_id.shape)}, expected [{len(tokens)}]")
-        replace = self.config.conditioning == "replace"
-        for name in ("solver", "eta") if replace else ():
-            if getattr(sampling, name) is not None:
-                raise ValueError(f"{name}: got {getattr(sampling, name)!r}, expected None with conditioning 'replace'")
+        self.config.check_sampling(sampling)
         bad = (~available.any(1)).nonzero().flatten().tolist()
         if bad:
             raise ValueError(
@@ -198,12 +195,14 @@ class ADN(nn.Module):
         sample_ids = sample_row_ids(rows[todo], n_samples)
         index = todo.repeat(n_samples)
         chunk_size = sampling.chunk_size or 4096
-        complete = self._reverse_process(sampling, tokens)
         parts = []
-        for at in range(0, len(index), chunk_size):
-            part = slice(at, at + chunk_size)
-            parts.append(complete(tokens[index[part]], available[index[part]], seed=seed, row_id=sample_ids[part]))
-            progress(min(at + chunk_size, len(index)), len(index))
+        # ``sampling.dtype`` decides what is rounded, not a caller's autocast, which would round a part of it.
+        with torch.autocast(tokens.device.type, enabled=False):
+            complete = self._reverse_process(sampling, tokens)
+            for at in range(0, len(index), chunk_size):
+                part = slice(at, at + chunk_size)
+                parts.append(complete(tokens[index[part]], available[index[part]], seed=seed, row_id=sample_ids[part]))
+                progress(min(at + chunk_size, len(index)), len(index))
         if parts:
             out[:, todo] = torch.cat(parts).reshape(n_samples, len(todo), *tokens.shape[1:])
         return out

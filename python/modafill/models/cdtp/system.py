@@ -140,8 +140,7 @@ class CDTP(nn.Module):
         """
         if self.diffusion is None or not bool((~given.available).any()):
             return {}
-        if sampling.dtype not in (None, torch.float32, *_HALVES):
-            raise ValueError(f"dtype: got {sampling.dtype}, expected bfloat16, float16 or None")
+        self.config.check_sampling(sampling)
         device = given.available.device.type
         with torch.autocast(device, sampling.dtype) if sampling.dtype in _HALVES else nullcontext():
             return self.diffusion.generate(
