@@ -152,15 +152,20 @@ def provider(rows: Sequence[Row], name: str) -> Row | None:
 
 
 def fastest_rival(rows: Sequence[Row], ours: Row | None) -> Row | None:
-    """The fastest correct rival of a case that multiplies in the precision of ``ours``."""
-    precision = _precision(ours)
-    rivals = (row for row in rows if is_rival(row) and row["correct"] and _precision(row) == precision)
+    """The fastest correct rival of a case that does the same work as ``ours`` in its precision or a higher one."""
+    rivals = (row for row in rows if is_rival(row) and row["correct"] and comparable(ours, row))
     return min(rivals, key=lambda row: row["p50_ms"], default=None)
 
 
-def _precision(row: Row | None) -> str:
-    """What products are rounded to, where a provider chooses that itself."""
-    return "" if row is None else row.get("precision", row["dtype"])
+def comparable(ours: Row | None, rival: Row) -> bool:
+    """Whether a ratio of their times says which is faster: as exact a rival, and the same network."""
+    return ours is not None and not ours.get("another_network") and _digits(rival) >= _digits(ours)
+
+
+def _digits(row: Row) -> float:
+    """Of what products are rounded to, where a provider chooses that itself."""
+    dtype = getattr(torch, row.get("precision", row["dtype"]))
+    return -torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
 
 
 def columns(rows: Sequence[Row]) -> dict[str, Callable[[Row, Sequence[Row]], str]]:
@@ -177,6 +182,8 @@ def columns(rows: Sequence[Row]) -> dict[str, Callable[[Row, Sequence[Row]], str
         "roofline": lambda row, case: ratio(row.get("roofline_fraction") if row["correct"] else None),
         "× rival": lambda row, case: ratio(speed_up(row, fastest_rival(case, row))) if is_ours(row) else "",
     }
+    if any(row.get("another_network") for row in rows):
+        shown["evaluations"] = lambda row, case: str(row.get("network_evaluations", ""))
     if any(row["provider"] == "eager-paper" and row["correct"] for row in rows):
         shown["× paper"] = lambda row, case: (
             "" if row["provider"] in ROOFLINES else ratio(speed_up(row, provider(case, "eager-paper")))

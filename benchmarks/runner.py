@@ -124,6 +124,13 @@ def run_case(case: Case, *, seconds: float, notice: Callable[[str], None] = lamb
     rate = {name: contenders[name].flops / (quantiles[name][1] * 1e6) for name in contenders}
     bound = rate if any(rate.values()) else speed
     roofline = max((bound[name] for name in ROOFLINES if name in bound), default=None)
+
+    def of_the_roofline(name: str) -> float | None:
+        """None where the product that bounds it is of another precision."""
+        same = contenders[name].about.get("precision", own) == own
+        return bound[name] / roofline if roofline and same else None
+
+    own = str(case.dtype).removeprefix("torch.")
     return [
         {
             "op": case.op,
@@ -140,7 +147,7 @@ def run_case(case: Case, *, seconds: float, notice: Callable[[str], None] = lamb
             "samples": len(samples[name]),
             "gb_per_s": speed[name],
             "gflop_per_s": rate[name] or None,
-            "roofline_fraction": None if roofline is None else bound[name] / roofline,
+            "roofline_fraction": of_the_roofline(name),
             "peak_memory_bytes": peaks[name],
             "correct": checks[name].correct,
             "max_error": checks[name].max_error,
