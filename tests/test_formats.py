@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +13,10 @@ import numpy as np
 import pytest
 from support import foreign
 
+from modafill import cli
 from modafill.data import FeatureStore
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 def _pickled(value: Any, name: str) -> Callable[[Path], Path]:
@@ -57,15 +57,20 @@ ONE_EPOCH = {
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_inspect_convert_train_impute(tmp_path: Path, name: str) -> None:
+def test_inspect_convert_train_impute(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     write, options = LAYOUTS[name]
     source, layout = write(tmp_path), name.split(",")[0]
+    monkeypatch.chdir(tmp_path)
 
     def modafill(*arguments: object) -> str:
-        command = [sys.executable, "-m", "modafill", *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        monkeypatch.setattr(sys, "argv", ["modafill", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        out, err = capfd.readouterr()
+        assert not end.value.code, err
+        return out
 
     report = json.loads(modafill("inspect", source, "--json"))
     assert report["format"] == layout
