@@ -30,8 +30,8 @@ class Cdtp:
     A training step is that of joint training: the task's and the diffusion's loss, with what is missing generated,
     forward and backward. "eager" has the ops in plain PyTorch, its attention too (``scaled_dot_product_attention`` with
     a mask), "eager-per-sample" one sample after the other, as public code does. "modafill-bfloat16" is ours under
-    :class:`torch.autocast`. All are held to what a further run of "eager" gives, each gradient and each completed
-    modality by itself, in the norm.
+    :class:`torch.autocast`. All are held to what a further run of "eager" gives, without dropout, each gradient and
+    each completed modality by itself, in the norm; in bfloat16 30 % of it are allowed.
 
     Args:
         preset: of the model.

@@ -25,7 +25,7 @@ from modafill.models.cdtp import CDTP
 from modafill.ops import backends
 
 _MOST_ROWS, _COMPLETIONS_BYTES = 1024, 2**29
-_MERGED_ROWS = 8192
+_MERGED_ROWS = 2048
 SHARD_ROWS = 65536
 
 

@@ -91,9 +91,9 @@ class ConditionalDiffusion(nn.Module):
         table = self._schedule.table.to(x[0].device)
         wanted = torch.stack([available[:, t] & available[:, s] for t, s in self.pairs], dim=1)
         total, count = x[0].new_zeros(()), available.new_zeros((), dtype=torch.int64)
-        codes = self._encode(x, lengths, wanted)
+        codes, clean = self._encode(x, lengths, wanted), self._standardise(x)
         for work in self._batched(wanted):
-            target = self._pick(self._standardise(x), work, 0)
+            target = self._pick(clean, work, 0)
             lengths_of_target = self._pick(lengths, work, 0)
             steps = torch.stack([step[rows, p] for p, rows in zip(work.pairs, work.rows, strict=True)])
             flat, ids = target.flatten(0, 1), self._row_ids(work, row_id)
