@@ -387,7 +387,8 @@ def impute(
     with FeatureStore(out) as completed:
         counts = dict(zip(completed.modalities, completed.generated().sum(0).tolist(), strict=True))
     generated = ", ".join(f"{name} {count:,}" for name, count in counts.items())
-    _say(f"wrote {out}; generated of {len(completed):,}: {generated}")
+    nothing = "" if any(counts.values()) else " (nothing was missing: these are the embeddings of what is there)"
+    _say(f"wrote {out}; generated of {len(completed):,}: {generated}{nothing}")
 
 
 @app.command()

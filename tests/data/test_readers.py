@@ -104,7 +104,7 @@ def test_mmsa_with_its_flaws(tmp_path: Path) -> None:
         "its own parts divide videos: samples of one video are trained on and tested on, as is usual here",
         "2 ids stand for more than one sample, such as 'train0$_$0'; they are numbered",
         "audio: 1 lengths in train are not in 0…12, the array's, and were cut to it",
-        "vision: 1 samples lack it",
+        "vision: 1 samples without it",
         "audio: 2 values that are NaN or infinite are taken for 0",
         "vision: 1 values that are NaN or infinite are taken for 0",
     ]
@@ -208,7 +208,7 @@ def test_mmin_with_its_flaws(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"expected one \.h5 file of features, got \['comparE.h5', 'other.h5'\]"):
         open_source(tmp_path / "x")
     mapping = {"modalities": {"audio": "features/A/comparE.h5", "text": "features/L/bert_large.h5"}}
-    assert convert(tmp_path / "x", tmp_path / "x.h5", mapping) == ["audio: 1 samples lack it"]
+    assert convert(tmp_path / "x", tmp_path / "x.h5", mapping) == ["audio: 1 samples without it"]
     with h5py.File(at / "comparE.h5", "a") as h5:
         h5[first] = h5py.ExternalLink("/etc/passwd", "x")
     with pytest.raises(ValueError, match="is a link to elsewhere, which is not followed"):
@@ -285,7 +285,7 @@ def test_csd_frames_without_order_and_videos_that_one_file_lacks(tmp_path: Path)
             entry[name][...] = value
         del h5["COVAREP/data/vid1"]
     notes = convert(tmp_path / "x", tmp_path / "x.h5")
-    assert notes == ["audio: 4 samples lack it"]
+    assert notes == ["audio: 4 samples without it"]
     for k in range(4):
         del truth[f"vid1[{k}]"]["audio"]
     assert_samples(FeatureStore(tmp_path / "x.h5"), truth)
@@ -318,7 +318,7 @@ def test_gcnet_with_its_flaws(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"which of .* is what\? Name them in a mapping"):
         open_source(tmp_path / "x")
     mapping = {"modalities": {"audio": "wav2vec-large-c-UTT", "vision": "manet_UTT"}}
-    assert convert(tmp_path / "x", tmp_path / "x.h5", mapping) == ["vision: 1 samples lack it"]
+    assert convert(tmp_path / "x", tmp_path / "x.h5", mapping) == ["vision: 1 samples without it"]
     with pytest.raises(ValueError, match=r"modalities: .*none: no such folder"):
         open_source(tmp_path / "x", {"modalities": {"audio": "none", "vision": "manet_UTT"}})
 
@@ -355,7 +355,8 @@ WRONG: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda v: v["test"].update(regression_labels=np.zeros((9, 2))), "expected one value per sample"),
     (lambda v: v["test"].update(audio_lengths=[np.nan] * 9), "lengths are float64, expected whole numbers"),
     (lambda v: v.update(extra={}), "which is the layout of neither MMSA, MulT nor GCNet"),
-    (lambda v: v["train"].pop("text"), "which is the layout of neither MMSA, MulT nor GCNet"),
+    (lambda v: v["train"].pop("text"), "train has no text, which a pickle of MMSA or MulT has in every part"),
+    (lambda v: [v["valid"].pop(f"{n}_labels") for n in ("regression", "classification")], "valid has no labels, which"),
 ]
 
 

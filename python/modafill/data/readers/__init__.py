@@ -13,7 +13,7 @@ from modafill.data.readers.gcnet import GCNetFolder, is_gcnet
 from modafill.data.readers.mintrec import TABLES, MIntRecFolder
 from modafill.data.readers.mmin import MminFolder, mmin_folders
 from modafill.data.readers.pickles import PickleFile, looks_like_pickle
-from modafill.data.readers.split_pickle import SplitPickle, split_pickle_layout
+from modafill.data.readers.split_pickle import SplitPickle, missing_keys, split_pickle_layout
 from modafill.data.source import Source
 
 LAYOUTS = {
@@ -73,6 +73,9 @@ def _open_pickle(file: PickleFile, mapping: NpzMapping | None) -> Source:
         if is_gcnet(file.value):
             return GCNetFolder(file, _names(mapping))
         layout = split_pickle_layout(file.value)
+        lacking = missing_keys(file.value)
+        if layout is None and lacking:
+            raise ValueError(f"{file.path}: {lacking}, which a pickle of MMSA or MulT has in every part")
         if layout is None:
             inside = file.value
             what = (

@@ -88,7 +88,7 @@ class KeyedSource(Source):
             )
         for name, n in lacking.items():
             if n:
-                self.note(f"{name}: {n} samples lack it")
+                self.note(f"{name}: {n} samples without it")
 
     def _checked(self, name: str, key: str) -> np.ndarray | None:
         x = self.look_up(name, key)

@@ -40,6 +40,20 @@ def split_pickle_layout(value: Any) -> str | None:
     return "mult" if all("labels" in part for part in parts) else None
 
 
+def missing_keys(value: Any) -> str:
+    """What the parts of a pickle lack to be MMSA's or MulT's, in words; "" where it has no such parts."""
+    if not isinstance(value, dict) or not value or not set(value) <= {*SPLITS, "dev", "val"}:
+        return ""
+    lacking = []
+    for split, part in value.items():
+        absent = [name for name in MODALITIES if isinstance(part, dict) and name not in part]
+        if isinstance(part, dict) and not any(name == "labels" or name.endswith("_labels") for name in part):
+            absent.append("labels")
+        if absent:
+            lacking.append(f"{split} has no {', '.join(absent)}")
+    return "; ".join(lacking)
+
+
 class SplitPickle(Source):
     """MMSA's or MulT's pickle: split → text, audio and vision ``[N, T, D]``, labels and ids.
 
@@ -202,7 +216,7 @@ class SplitPickle(Source):
                 n = len(features["text"])
                 available = np.stack([lengths[name] > 0 for name in MODALITIES], axis=1)
                 for name, values in lengths.items():
-                    found[f"{name}: # samples lack it"] = found.get(f"{name}: # samples lack it", 0) + int(
+                    found[f"{name}: # samples without it"] = found.get(f"{name}: # samples without it", 0) + int(
                         (values == 0).sum()
                     )
                 yield Block(
