@@ -526,6 +526,37 @@ def largest(errors: Iterable[Tensor]) -> float:
     return float(torch.stack(found).max()) if found else math.inf
 
 
+def relative_errors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:
+    """‖found − expected‖ / ‖expected‖ by name, NaN if it is; infinity for a name that only one side has."""
+    errors = dict.fromkeys(found.keys() | expected.keys(), math.inf)
+    for name in found.keys() & expected.keys():
+        errors[name] = float((found[name].double() - expected[name].double()).norm() / expected[name].double().norm())
+    return errors
+
+
+def check_each(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], precision: str, eager: Mapping[str, float]
+) -> tuple[Check, dict[str, Any]]:
+    """Every tensor by itself, in the norm: 0.1 % of it, or in bfloat16 what ``eager`` is wrong by twice, at least 2 %.
+
+    Args:
+        found, expected: by name.
+        precision: ``"float32"`` or ``"bfloat16"``.
+        eager: the relative errors of eager in that precision; read for bfloat16 alone.
+
+    Returns:
+        The verdict, and the fields ``precision`` and ``largest_relative_error`` of the row.
+    """
+    errors = relative_errors(found, expected)
+    allowed = (lambda name: 1e-3) if precision == "float32" else (lambda name: max(0.02, 2 * eager[name]))
+    verdict = Check(
+        all(name in expected and error <= allowed(name) for name, error in errors.items()),
+        largest((found[name] - expected[name]).abs() for name in found.keys() & expected.keys()),
+    )
+    relative = float(torch.tensor(list(errors.values())).max())
+    return verdict, {"precision": precision, "largest_relative_error": relative}
+
+
 def captured(eager: Run, device: torch.device) -> Run:
     """``eager`` on buffer set 0 as a CUDA graph: each call replays it."""
     stream = torch.cuda.Stream(device)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modafill import ops
-from modafill.benchmarks.rivals import SEED, Builders, largest
+from modafill.benchmarks.rivals import SEED, Builders, check_each, relative_errors
 from modafill.benchmarks.runner import Case, Check, Contender
 from modafill.data import Batch, random_available
 from modafill.models.cdtp import CDTP, CDTPConfig, SequenceSpec
@@ -31,7 +31,7 @@ class Cdtp:
     forward and backward. "eager" has the ops in plain PyTorch, its attention too (``scaled_dot_product_attention`` with
     a mask), "eager-per-sample" one sample after the other, as public code does. "modafill-bfloat16" is ours under
     :class:`torch.autocast`. All are held to what a further run of "eager" gives, without dropout, each gradient and
-    each completed modality by itself, in the norm; in bfloat16 30 % of it are allowed.
+    each completed modality by itself (:func:`~modafill.benchmarks.rivals.check_each`).
 
     Args:
         preset: of the model.
@@ -76,14 +76,14 @@ class Cdtp:
     def builders(self) -> Builders:
         return {
             "modafill": partial(self._contender, nullcontext),
-            "modafill-bfloat16": partial(
-                self._contender, partial(torch.autocast, self.case.device.type, torch.bfloat16), tolerance=0.3
-            ),
+            "modafill-bfloat16": partial(self._contender, self._in_bfloat16, precision="bfloat16"),
             "eager": partial(self._contender, plain_ops),
             "eager-per-sample": partial(self._contender, plain_ops, one_by_one=True),
         }
 
-    def _contender(self, context: Callable[[], Any], *, one_by_one: bool = False, tolerance: float = 1e-3) -> Contender:
+    def _contender(
+        self, context: Callable[[], Any], *, one_by_one: bool = False, precision: str = "float32"
+    ) -> Contender:
         training, batch = self.case.mode == "train", len(self.whole)
         work = self._train if training else self._impute
         size = 1 if one_by_one else (self.micro_batch if training else None) or batch
@@ -100,6 +100,11 @@ class Cdtp:
                 return {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
             return {name: torch.cat([part[name] for part in parts]) for name in self.model.modalities}
 
+        @contextmanager
+        def eager_in_bfloat16() -> Iterator[None]:
+            with plain_ops(), self._in_bfloat16():
+                yield
+
         evaluations = 0
 
         def count(*_: Any) -> None:
@@ -110,20 +115,21 @@ class Cdtp:
             assert self.model.diffusion is not None
             if self._expected is None:
                 self._expected = outcome(plain_ops)
+            eager = {} if precision == "float32" else relative_errors(outcome(eager_in_bfloat16), self._expected)
             handle = self.model.diffusion.unet.register_forward_hook(count)
             found = outcome(context)
             handle.remove()
-            about["network_evaluations"] = evaluations
-            errors = {name: found[name] - right for name, right in self._expected.items() if name in found}
-            relative = largest(error.norm() / self._expected[name].norm() for name, error in errors.items())
-            about["largest_relative_error"] = relative
-            same = found.keys() == self._expected.keys()
-            return Check(same and relative <= tolerance, largest(error.abs() for error in errors.values()))
+            verdict, fields = check_each(found, self._expected, precision, eager)
+            about.update(fields, network_evaluations=evaluations)
+            return verdict
 
-        about: dict[str, Any] = {"samples_at_a_time": size, "precision": "float32" if tolerance < 0.1 else "bfloat16"}
+        about: dict[str, Any] = {"samples_at_a_time": size}
         return Contender(run, check, self.traffic, about)
 
     _expected: dict[str, Tensor] | None = None
+
+    def _in_bfloat16(self) -> Any:
+        return torch.autocast(self.case.device.type, torch.bfloat16)
 
     def _train(self, part: slice) -> Tensor:
         model, batch = self.model, self.whole.select(part)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modafill.benchmarks.rivals import SEED, Builders, _compile, _compile_now, largest, matmul
+from modafill.benchmarks.rivals import SEED, Builders, _compile, _compile_now, check_each, matmul, relative_errors
 from modafill.benchmarks.runner import Case, Check, Contender
 from modafill.benchmarks.samplers import by_the_references
 from modafill.benchmarks.systems import Cdtp, plain_ops
@@ -30,8 +30,8 @@ class Training(ABC):
 
     "modafill" is what the training loop does. Rivals write the loss in PyTorch's own ops (but for the noise of the
     U-Net, which is ours in both), with the same Adam in one kernel. In bfloat16 both make their losses under
-    :class:`torch.autocast`. Each is held to the gradients in float64 with equal noise, each parameter by itself, in the
-    norm.
+    :class:`torch.autocast`. Each is held to the gradients in float64 with equal noise
+    (:func:`~modafill.benchmarks.rivals.check_each`).
     """
 
     sets = 1
@@ -52,37 +52,27 @@ class Training(ABC):
         network = copy.deepcopy(self.network)
         parameters = list(network.parameters())
         optimizer = adam(parameters, 1e-4)
-        half, tolerance = precision == "bfloat16", {"float32": 1e-3, "bfloat16": 0.3}[precision]
-
-        def gradients(loss: Loss) -> Tensor:
-            with torch.enable_grad():
-                with context(), torch.autocast(self.case.device.type, torch.bfloat16, enabled=half):
-                    value = loss(network)
-                value.backward()
-            return value.detach()
+        about: dict[str, Any] = {}
 
         def run(_: int) -> Tensor:
-            value = gradients(loss)
+            value = _backward(network, loss, context, precision)
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             return value
 
         def check() -> Check:
-            gradients(checked or loss)
-            found = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+            _backward(network, checked or loss, context, precision)
+            found = _gradients(network)
             optimizer.zero_grad(set_to_none=True)
-            expected = self.expected
-            errors = {name: found[name] - right for name, right in expected.items() if name in found}
-            relative = largest(error.norm() / expected[name].norm() for name, error in errors.items())
-            about["largest_relative_error"] = relative
-            same = found.keys() == expected.keys()
-            return Check(same and relative <= tolerance, largest(error.abs() for error in errors.values()))
+            eager = {} if precision == "float32" else self.eager_errors
+            verdict, fields = check_each(found, self.expected, precision, eager)
+            about.update(fields)
+            return verdict
 
         if compiled:
-            _compile_now(lambda: gradients(loss))
+            _compile_now(lambda: _backward(network, loss, context, precision))
             optimizer.zero_grad(set_to_none=True)
-        about: dict[str, Any] = {"precision": precision}
         return Contender(run, check, self.traffic, about, self.flops)
 
     @property
@@ -90,16 +80,44 @@ class Training(ABC):
         """Gradients of the reference."""
         if self._expected is None:
             exact = copy.deepcopy(self.network).double()
-            with by_the_references(), torch.enable_grad():
-                self._exact_loss(exact).backward()
-            self._expected = {name: p.grad for name, p in exact.named_parameters() if p.grad is not None}
+            _backward(exact, self._exact_loss, by_the_references)
+            self._expected = _gradients(exact)
         return self._expected
 
+    @property
+    def eager_errors(self) -> dict[str, float]:
+        """Relative errors of eager's gradients in bfloat16, with the reference's noise."""
+        if self._eager_errors is None:
+            network = copy.deepcopy(self.network)
+            _backward(network, self._known_loss, plain_ops, "bfloat16")
+            self._eager_errors = relative_errors(_gradients(network), self.expected)
+        return self._eager_errors
+
     _expected: dict[str, Tensor] | None = None
+    _eager_errors: dict[str, float] | None = None
 
     @abstractmethod
     def _exact_loss(self, exact: nn.Module) -> Tensor:
         """The loss of the network in float64, by the references."""
+
+    @abstractmethod
+    def _known_loss(self, network: nn.Module) -> Tensor:
+        """The loss of the network in PyTorch's own ops, with the reference's noise."""
+
+
+def _backward(
+    network: nn.Module, loss: Loss, context: Callable[[], Any] = nullcontext, precision: str = "float32"
+) -> Tensor:
+    device = next(network.parameters()).device.type
+    with torch.enable_grad():
+        with context(), torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16"):
+            value = loss(network)
+        value.backward()
+    return value.detach()
+
+
+def _gradients(network: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
 
 
 class AdnTraining(Training):
@@ -113,6 +131,7 @@ class AdnTraining(Training):
         self.tokens = torch.randn(case.shape, device=case.device)
         self.rows = torch.arange(batch, device=case.device)
         self.adn = ADN(tokens, self.config).to(case.device)
+        self.alpha_bar = self.config.schedule().alpha_bar.float().to(case.device)
         layer = 4 * width**2 + 2 * width * self.config.adn_feedforward
         # Each product once forward and twice backward.
         flops = 6 * batch * tokens * (self.config.adn_layers * layer + width**2)
@@ -138,33 +157,41 @@ class AdnTraining(Training):
         assert isinstance(exact, ADN)
         return diffusion_loss(exact, self.tokens.double(), SEED)(exact, self.rows, 0)
 
+    def _known_loss(self, network: nn.Module) -> Tensor:
+        return self._paper_loss(network, *self._known_noise())
+
     def _eager(self, prepare: Callable[[Any], Any], precision: str = "float32") -> Contender:
-        bar = self.config.schedule().alpha_bar.float().to(self.case.device)
-
-        def noised(network: nn.Module, n: Tensor, noise: Tensor) -> Tensor:
-            signal, sigma = torch.sqrt(bar[n])[:, None, None], torch.sqrt(1 - bar[n])[:, None, None]
-            return F.mse_loss(network(signal * self.tokens + sigma * noise, n), noise)
-
-        step = prepare(noised)
+        step = prepare(self._paper_loss)
 
         def loss(network: nn.Module) -> Tensor:
-            n = torch.randint(1, len(bar), (len(self.tokens),), device=self.case.device)
+            n = torch.randint(1, len(self.alpha_bar), (len(self.tokens),), device=self.case.device)
             return step(network, n, torch.randn_like(self.tokens))
 
         def checked(network: nn.Module) -> Tensor:
-            known = diffusion_loss(self.adn, self.tokens, SEED)
-            found: list[Tensor] = []
+            return step(network, *self._known_noise())
 
-            def listen(noisy: Tensor, n: Tensor) -> Tensor:
-                found.extend((noisy, n))
-                return noisy
+        return self._contender(loss, checked, precision=precision, compiled=step != self._paper_loss)
 
-            known(listen, self.rows, 0)  # type: ignore[arg-type]
-            noisy, n = found
-            signal, sigma = torch.sqrt(bar[n])[:, None, None], torch.sqrt(1 - bar[n])[:, None, None]
-            return step(network, n, (noisy - signal * self.tokens) / sigma)
+    def _paper_loss(self, network: nn.Module, n: Tensor, noise: Tensor) -> Tensor:
+        signal, sigma = self._levels(n)
+        return F.mse_loss(network(signal * self.tokens + sigma * noise, n), noise)
 
-        return self._contender(loss, checked, precision=precision, compiled=step is not noised)
+    def _known_noise(self) -> tuple[Tensor, Tensor]:
+        """Steps and noise that our loss draws."""
+        found: list[Tensor] = []
+
+        def listen(noisy: Tensor, n: Tensor) -> Tensor:
+            found.extend((noisy, n))
+            return noisy
+
+        diffusion_loss(self.adn, self.tokens, SEED)(listen, self.rows, 0)  # type: ignore[arg-type]
+        noisy, n = found
+        signal, sigma = self._levels(n)
+        return n, (noisy - signal * self.tokens) / sigma
+
+    def _levels(self, n: Tensor) -> tuple[Tensor, Tensor]:
+        bar = self.alpha_bar[n][:, None, None]
+        return torch.sqrt(bar), torch.sqrt(1 - bar)
 
 
 class UnetTraining(Training):
@@ -196,3 +223,6 @@ class UnetTraining(Training):
 
     def _exact_loss(self, exact: nn.Module) -> Tensor:
         return self._loss(exact, torch.float64)
+
+    def _known_loss(self, network: nn.Module) -> Tensor:
+        return self._loss(network)

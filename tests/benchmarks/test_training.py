@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from modafill import ops
-from modafill.benchmarks import cases, training
+from modafill.benchmarks import cases, rivals, training
 from modafill.benchmarks.runner import run_case
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -50,6 +50,25 @@ def test_a_gradient_that_is_not_a_number_is_seen(op: str) -> None:
         assert not contender.check().correct
         problem.expected[name].copy_(right)
         assert contender.check().correct
+
+
+def test_what_bfloat16_may_be_wrong_by() -> None:
+    """Twice what eager is, for each parameter by itself; nothing that is missing, too much, or not a number."""
+    expected = {"a": torch.ones(4), "b": torch.full((4,), 2.0)}
+    eager = {"a": 0.1, "b": 0.001}
+
+    def correct(found: dict[str, torch.Tensor], precision: str = "bfloat16") -> bool:
+        return rivals.check_each(found, expected, precision, eager)[0].correct
+
+    b = expected["b"]
+    assert correct({"a": torch.full((4,), 1.19), "b": b * 1.019})
+    assert not correct({"a": torch.full((4,), 1.21), "b": b})
+    assert not correct({"a": torch.ones(4), "b": b * 1.021})
+    assert not correct({"a": torch.full((4,), torch.nan), "b": b})
+    assert not correct({"a": torch.ones(4)})
+    assert not correct({**expected, "c": torch.ones(4)})
+    assert correct({"a": torch.full((4,), 1.0009), "b": b}, "float32")
+    assert not correct({"a": torch.full((4,), 1.0011), "b": b}, "float32")
 
 
 @pytest.mark.parametrize("op, wrong", [("adn", "add_noise"), ("unet", "conv_gelu_conv")])

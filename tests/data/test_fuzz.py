@@ -11,7 +11,7 @@ import pytest
 from support.fuzz import LAYOUTS
 
 TESTS = Path(__file__).resolve().parents[1]
-COUNT = 60
+COUNT = 40
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
