@@ -19,7 +19,8 @@ import torch
 from modafill import cli
 from modafill.data import FeatureStore, convert
 from modafill.imputer import ModalityImputer
-from modafill.models.admc import ADMC
+from modafill.models.admc import ADMC, ADMCConfig
+from modafill.models.cdtp import CDTPConfig
 
 COMMANDS = (
     "info",
@@ -405,6 +406,15 @@ def test_data_that_cannot_be_trained_on_leave_nothing_behind(mistake, tiny, tmp_
     line = mistake("train", "admc", *arguments)
     assert "parts.npz: fold 0: none of the 16 training samples has text, expected at least one" in line
     assert sorted(path.name for path in tmp_path.iterdir()) == ["parts.json", "parts.npz"]
+
+
+@pytest.mark.parametrize("model, config", [("admc", ADMCConfig), ("cdtp", CDTPConfig)])
+def test_the_numbers_that_set_changes_are_listed(modafill, model, config):
+    status, out, err = modafill("train", model, "--set", "help")
+    assert (status, err) == (0, "")
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines()[1:]}
+    for name, value in config.preset("small").to_dict().items():
+        assert "".join(rows[name]).endswith("".join(json.dumps(value).split()))
 
 
 def test_no_window_without_groups(mistake, make_tiny, tmp_path):

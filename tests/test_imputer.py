@@ -162,6 +162,11 @@ def test_noise_belongs_to_seed_and_row(imputer: ModalityImputer) -> None:
             torch.testing.assert_close(part.embeddings[name], first.embeddings[name][rows], rtol=0, atol=1e-5)
 
 
+def test_printing_it_takes_a_line(imputer: ModalityImputer) -> None:
+    assert repr(imputer).startswith("ModalityImputer(ADMC of ")
+    assert "\n" not in repr(imputer)
+
+
 def test_dropout_stays_off_inside_a_network_in_training(imputer: ModalityImputer) -> None:
     features, lengths = make_features()
     expected = imputer(features, PATTERNS, lengths)

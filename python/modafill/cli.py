@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 from modafill import __version__
 
@@ -111,9 +112,32 @@ Label = Annotated[
 ]
 IgnoreSplit = Annotated[bool, typer.Option(help="Divide all samples anew, though the data come with a split.")]
 Jobs = Annotated[int, typer.Option(help="Folds and seeds trained at a time, sharing the cores.")]
+
+
+def _list_numbers(context: typer.Context, pairs: list[str] | None) -> list[str] | None:
+    """``--set help``: every number of the model with its value in each preset."""
+    if "help" not in (pairs or []):
+        return pairs
+    from modafill.training.run import TRAINERS
+
+    config = TRAINERS[context.info_name or ""].CONFIG
+    presets = {name: config.preset(name).to_dict() for name in config.PRESETS}
+    table = Table("name", *presets, box=None)
+    for name in next(iter(presets.values())):
+        table.add_row(name, *(escape(json.dumps(numbers[name])) for numbers in presets.values()))
+    out_console.print(table)
+    _say(f"What each one is: python -m pydoc {config.__module__}.{config.__qualname__}")
+    raise typer.Exit
+
+
 Change = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Change one number of the model, such as batch_size=64. Repeat for more."),
+    typer.Option(
+        "--set",
+        help="Change one number of the model, such as batch_size=64. Repeat for more. --set help prints them all.",
+        is_eager=True,
+        callback=_list_numbers,
+    ),
 ]
 
 

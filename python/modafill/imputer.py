@@ -84,6 +84,11 @@ class ModalityImputer(nn.Module):
         self.sampling = Sampling(steps=steps, solver=solver, dtype=dtype, chunk_size=chunk_size)
         model.config.check_sampling(self.sampling)
 
+    def __repr__(self) -> str:
+        """One line, where a module would print every layer of the model."""
+        kind, parameters = type(self.model).__name__, sum(p.numel() for p in self.model.parameters())
+        return f"ModalityImputer({kind} of {', '.join(self.modalities)}; {parameters:,} parameters; {self.sampling})"
+
     def train(self, mode: bool = True) -> ModalityImputer:
         """As :meth:`torch.nn.Module.train`, but the model's dropout stays off."""
         super().train(mode)
