@@ -37,7 +37,7 @@ class AdnSampler:
     (``FAST``): "× rival" leaves it out. Each is held to its own loop in float64, with equal noise.
     """
 
-    FAST = Sampling(steps=8, solver="dpm++")
+    FAST = Sampling(steps=6, solver="dpm++")
 
     def __init__(self, case: Case) -> None:
         self.case = case

@@ -14,7 +14,7 @@ from modafill.ops import reverse_loop, token_denoiser
 
 pytest.importorskip("triton")
 
-LOOPS = {"replace": Sampling(), "ddim": Sampling(steps=20, solver="ddim"), "dpm++": Sampling(steps=8, solver="dpm++")}
+LOOPS = {"replace": Sampling(), "ddim": Sampling(steps=20, solver="ddim"), "dpm++": Sampling(steps=6, solver="dpm++")}
 
 
 def adn(loop: str) -> ADN:

@@ -35,7 +35,7 @@ class ADMCConfig(ModelConfig):
         init: first value of missing tokens in ``"replace"``: ``"unit"`` (paper) or ``"scaled"``.
         min_alpha_bar: ``"clean"`` uses steps up to the one with this ᾱ; beyond it the schedule holds no signal.
         sampling_steps, solver: network evaluations of ``"clean"``, and by which of
-            :data:`modafill.diffusion.SOLVERS`. 8 of DPM-Solver++(2M) are as good as 50 of DDIM on real data
+            :data:`modafill.diffusion.SOLVERS`. 6 of DPM-Solver++(2M) are as good as 50 of DDIM on real data
             (docs/results.md, "Fewer evaluations").
         condition_noise: standard deviation of noise on the observed tokens while ``"clean"`` trains, in units of theirs
             (conditioning augmentation, Ho et al. 2022, JMLR 23:47). It keeps the network from trusting what holds for
@@ -69,7 +69,7 @@ class ADMCConfig(ModelConfig):
     start_step: int = 50
     init: str = "unit"
     min_alpha_bar: float = 1e-4
-    sampling_steps: int = 8
+    sampling_steps: int = 6
     solver: str = "dpm++"
     condition_noise: float = 0.0
     ema_decay: float = 0.995
