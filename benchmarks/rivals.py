@@ -537,7 +537,7 @@ def relative_errors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor])
 def check_each(
     found: Mapping[str, Tensor], expected: Mapping[str, Tensor], precision: str, eager: Mapping[str, float]
 ) -> tuple[Check, dict[str, Any]]:
-    """Every tensor by itself, in the norm: 0.1 % of it, or in bfloat16 what ``eager`` is wrong by twice, at least 2 %.
+    """Every tensor by itself, in the norm: 0.1 % of it, or in bfloat16 twice what ``eager`` is wrong by, 2 to 50 %.
 
     Args:
         found, expected: by name.
@@ -548,7 +548,7 @@ def check_each(
         The verdict, and the fields ``precision`` and ``largest_relative_error`` of the row.
     """
     errors = relative_errors(found, expected)
-    allowed = (lambda name: 1e-3) if precision == "float32" else (lambda name: max(0.02, 2 * eager[name]))
+    allowed = (lambda name: 1e-3) if precision == "float32" else (lambda name: min(0.5, max(0.02, 2 * eager[name])))
     verdict = Check(
         all(name in expected and error <= allowed(name) for name, error in errors.items()),
         largest((found[name] - expected[name]).abs() for name in found.keys() & expected.keys()),

@@ -16,6 +16,7 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+from support.smallest import SMALLEST, SMALLEST_CDTP, settings
 
 from modafill.models.admc import ADMC, ADMCConfig, ModalitySpec
 
@@ -65,45 +66,6 @@ def sanitized() -> dict[str, str]:
     return {**os.environ, "LD_PRELOAD": " ".join(libraries), **options}
 
 
-SMALLEST = {
-    "width": 8,
-    "mlp_hidden": 8,
-    "classifier_hidden": 8,
-    "adn_layers": 1,
-    "adn_heads": 2,
-    "adn_feedforward": 16,
-    "fusion_layers": 1,
-    "fusion_heads": 2,
-    "fusion_feedforward": 16,
-    "diffusion_steps": 60,
-    "start_step": 4,
-    "sampling_steps": 3,
-    "learning_rate": 0.003,
-    "batch_size": 16,
-    "encoder_epochs": 3,
-    "adn_epochs": 3,
-    "fusion_epochs": 2,
-}
-
-
-SMALLEST_CDTP = {
-    "width": 8,
-    "heads": 2,
-    "layers": 1,
-    "self_layers": 1,
-    "prompt_length": 2,
-    "unet_channels": [8, 8],
-    "unet_blocks": 1,
-    "diffusion_steps": 60,
-    "beta_end": 0.2,
-    "sampling_steps": 3,
-    "learning_rate": 0.003,
-    "batch_size": 16,
-    "epochs": 3,
-    "diffusion_epochs": 3,
-}
-
-
 @dataclass(frozen=True)
 class Tiny:
     """Data of 96 samples, and the smallest ADMC that was trained on it with both conditionings by the command line."""
@@ -149,13 +111,6 @@ def make_tiny() -> Callable[..., tuple[Path, Path]]:
     return write_tiny
 
 
-def smallest(**changes: object) -> list[str]:
-    """Command-line arguments that shrink the model to nearly nothing."""
-    return [
-        part for name, value in {**SMALLEST, **changes}.items() for part in ("--set", f"{name}={json.dumps(value)}")
-    ]
-
-
 def _trained(folder: Path, arguments: list[str]) -> Tiny:
     archive, mapping = write_tiny(folder)
     arguments = ["train", arguments[0], "--data", str(archive), "--mapping", str(mapping), *arguments[1:]]
@@ -173,15 +128,14 @@ def _trained(folder: Path, arguments: list[str]) -> Tiny:
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     conditionings = ["--conditioning", "replace", "--conditioning", "clean"]
-    return _trained(tmp_path_factory.mktemp("tiny"), ["admc", *smallest(), *conditionings])
+    return _trained(tmp_path_factory.mktemp("tiny"), ["admc", *settings(SMALLEST), *conditionings])
 
 
 @pytest.fixture(scope="session")
 def tiny_cdtp(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """As ``tiny``, but the smallest CDTP with two of its ablations."""
     variants = [part for name in ("full", "linear", "plain") for part in ("--variant", name)]
-    numbers = [part for name, value in SMALLEST_CDTP.items() for part in ("--set", f"{name}={json.dumps(value)}")]
-    return _trained(tmp_path_factory.mktemp("tiny_cdtp"), ["cdtp", *numbers, *variants])
+    return _trained(tmp_path_factory.mktemp("tiny_cdtp"), ["cdtp", *settings(SMALLEST_CDTP), *variants])
 
 
 @pytest.fixture(scope="session")

@@ -11,70 +11,19 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from support.bulk import ROWS, contents, same, write_store
 
 from modafill import ModalityImputer
 from modafill.bulk import impute_store
-from modafill.data import FeatureStore, StoreWriter
+from modafill.data import FeatureStore
 from modafill.diffusion import Sampling
-
-ROWS = 30
-
-
-def write_store(path: Path, rows: int = ROWS) -> Path:
-    random = np.random.default_rng(0)
-    available = random.random((rows, 3)) < 0.6
-    available[:, 2] |= ~available.any(1)
-    kinds = {"text": "sequence", "audio": "sequence", "vision": "vector"}
-    with StoreWriter(
-        path,
-        modalities=list(kinds),
-        widths={"text": 5, "audio": 4, "vision": 3},
-        kinds=kinds,
-        task={"label": {"name": "y", "kind": "class"}},
-    ) as writer:
-        lengths = random.integers(1, 6, (2, rows))
-        writer.append(
-            {
-                "text": random.normal(size=(rows, 6, 5)),
-                "audio": random.normal(size=(rows, 6, 4)),
-                "vision": random.normal(size=(rows, 3)),
-            },
-            available=available,
-            lengths={"text": lengths[0], "audio": lengths[1]},
-            ids=[f"clip {i}" for i in range(rows)],
-            labels={"y": np.arange(rows) % 4},
-            groups={"who": np.arange(rows) // 3},
-            order=np.arange(rows),
-        )
-    return path
 
 
 @pytest.fixture
 def imputer(make_admc: Any) -> ModalityImputer:
     return ModalityImputer(make_admc("clean"))
-
-
-def contents(path: Path) -> dict[str, np.ndarray]:
-    with FeatureStore(path) as store:
-        rows = np.arange(len(store))
-        batch = store.read(rows, generated=True)
-        return {
-            **{name: x.numpy() for name, x in batch.features.items()},
-            "available": store.available(),
-            "generated": store.generated(),
-            "ids": np.asarray(store.ids(rows)),
-            "y": store.labels("y"),
-            "who": store.groups("who"),
-            "order": store.order(),
-        }
-
-
-def same(one: Path, other: Path) -> bool:
-    a, b = contents(one), contents(other)
-    return a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.parametrize("shard_rows", [1, 7, 10, 29])
@@ -111,9 +60,10 @@ def test_what_was_finished_is_not_done_again(
         assert seen == list(range(20))
         assert not (tmp_path / "out.h5").exists()
         shards = tmp_path / ".out.h5.shards"
-        assert sorted(path.name for path in shards.iterdir()) == [
-            "000000000000.h5", "000000000008.h5", "call.json", "lock",
-        ]  # fmt: skip
+        names = ["000000000000.h5", "000000000008.h5"]
+        checksums = [f"{name}.sha256" for name in names]
+        assert sorted(path.name for path in shards.iterdir()) == [*checksums, "call.json", "lock", "shards"]
+        assert sorted(path.name for path in (shards / "shards").iterdir()) == names
         with pytest.raises(ValueError, match=r"\.out\.h5\.shards: holds shards of a call with other seed; repeat"):
             list(impute_store(imputer, store, tmp_path / "out.h5", **{**options, "seed": 4}))
         seen.clear()
@@ -192,17 +142,17 @@ def test_a_process_that_dies_loses_no_finished_shard(
             break
     process.communicate()
     assert process.returncode != 0
-    finished = sorted(path.name for path in (tmp_path / ".out.h5.shards").glob("[0-9]*.h5"))
+    finished = sorted(path.stem for path in (tmp_path / ".out.h5.shards").glob("*.sha256"))
     assert len(finished) >= 3
-    times = {name: (tmp_path / ".out.h5.shards" / name).stat().st_mtime_ns for name in finished}
+    times = {name: (tmp_path / ".out.h5.shards/shards" / name).stat().st_mtime_ns for name in finished}
     time.sleep(0.01)
     again = begin(str(tmp_path / "out.h5"))
     first = int(again.stdout.readline())  # type: ignore[union-attr]
     assert first == 40 * len(finished)
-    assert all((tmp_path / ".out.h5.shards" / name).stat().st_mtime_ns == t for name, t in times.items())
-    assert again.communicate()[1] == ""
+    assert all((tmp_path / ".out.h5.shards/shards" / name).stat().st_mtime_ns == t for name, t in times.items())
+    assert again.wait(300) == 0
     whole = begin(str(tmp_path / "whole.h5"))
-    assert whole.communicate()[1] == ""
+    assert whole.wait(300) == 0
     assert same(tmp_path / "whole.h5", tmp_path / "out.h5")
 
 

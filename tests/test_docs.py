@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from support.calls import make_call
+from support.smallest import SMALLEST, SMALLEST_CDTP, settings
 from torch import nn
 
 from modafill import cli
@@ -20,6 +22,7 @@ from modafill.diffusion import schedulers
 from modafill.ops import backends
 
 ROOT = Path(__file__).parents[1]
+NUMBERS = {"admc": SMALLEST, "cdtp": SMALLEST_CDTP}
 OPS = (ROOT / "docs/ops.md").read_text(encoding="utf-8")
 
 
@@ -50,6 +53,53 @@ def test_every_op_exports(name: str) -> None:
 
     program = torch.export.export(Module(), (), call.tensors).module()
     assert all(torch.equal(a, b) for a, b in zip(program(**call.tensors), call(), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["index", "train", "impute", "cluster", "benchmark"])
+def test_a_page_runs_from_its_first_block_to_its_last(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Models are trained as shown, but for fewer and smaller numbers."""
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / f"docs/{page}.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```(sh|python)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    assert blocks
+    names: dict[str, object] = {}
+    for language, block in blocks:
+        if language == "python":
+            exec(block, names)
+            continue
+        for line in block.splitlines():
+            program, *arguments = shlex.split(line)
+            assert program == "modafill"
+            if arguments[0] == "train" and "--data" in arguments:
+                arguments += settings({**NUMBERS[arguments[1]], "batch_size": 256})
+            monkeypatch.setattr(sys, "argv", [program, *arguments])
+            with pytest.raises(SystemExit) as end:
+                cli.main()
+            assert end.value.code == 0, (line, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    "file", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+)
+def test_links_lead_somewhere(file: str) -> None:
+    path = ROOT / file
+    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8")):
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        there = (path.parent / name).resolve() if name else path
+        assert there.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", there.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}, target
+
+
+def test_every_page_is_in_the_site() -> None:
+    named = set(re.findall(r"\b(\w+\.md)\b", (ROOT / "mkdocs.yml").read_text(encoding="utf-8")))
+    assert named == {path.name for path in (ROOT / "docs").glob("*.md")}
 
 
 @pytest.mark.parametrize(("file", "contains"), [("README.md", "masked_reverse_step"), ("docs/data.md", "StoreWriter")])

@@ -250,7 +250,7 @@ def _train(
     )
     with _training_progress() as report:
         train(run, report, jobs, _announce)
-    if os.environ.get("RANK", "0") == "0":
+    if _first_process():
         _say(f"trained into {out}; next: modafill evaluate {out}")
 
 
@@ -339,6 +339,7 @@ Solver = Annotated[str | None, typer.Option(help="ddim, dpm++ or heun.")]
 Precision = Annotated[
     str | None, typer.Option("--dtype", help="Of the network's weights in products: bfloat16 or float16.")
 ]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1. Default: a GPU where torch has one.")]
 
 
 @app.command()
@@ -386,7 +387,13 @@ Fold = Annotated[int, typer.Option(help="Which fold's model of a run.")]
 def impute(
     run: RunOrModel,
     path: InPath,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The store to write (.h5).")],
+    out: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OUT",
+            help="What to write: a store (.h5), a table (.parquet), or a new folder of shards and _manifest.json.",
+        ),
+    ],
     mapping: Mapping = None,
     samples: Annotated[int, typer.Option(min=1, help="Completions per row, averaged.")] = 1,
     seed: NoiseSeed = 0,
@@ -394,25 +401,80 @@ def impute(
     steps: Steps = None,
     solver: Solver = None,
     dtype: Precision = None,
+    device: Device = None,
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="Who does it: local; torchrun, under which this command was started; ray, over the cluster of "
+            "RAY_ADDRESS or this machine."
+        ),
+    ] = "local",
+    workers: Annotated[
+        int, typer.Option(min=1, help="Processes of local or ray, which share the cores of this one.")
+    ] = 1,
+    threads: Annotated[
+        int | None, typer.Option(help="Of each of several workers. Default: torch's, shared among them.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Rows completed at a time. Default: up to 1,024, K completions in 0.5 GB.")
+    ] = None,
+    shard_rows: Annotated[
+        int | None,
+        typer.Option(
+            help="Rows of a shard; finished ones outlive a process that dies. Default: 65,536, or for several workers "
+            "a sixteenth of a smaller store."
+        ),
+    ] = None,
+    shard_format: Annotated[
+        str | None, typer.Option(help="Of the shards in a folder: h5 (the default) or parquet.")
+    ] = None,
 ) -> None:
-    """Write a store of completed embeddings, with what was generated marked."""
-    from modafill.bulk import impute_store
-    from modafill.data import FeatureStore
+    """Write completed embeddings, with what was generated marked.
 
-    options = {"steps": steps, "solver": solver, "dtype": _dtype(dtype)}
+    Examples: **modafill impute runs/hazumi in.h5 out.h5 --workers 4**
+
+    **torchrun --nproc-per-node 8 -m modafill impute runs/hazumi in.h5 out --engine torchrun --shard-format parquet**
+
+    A call that died goes on where it was when it is repeated. With the same threads for each worker (OMP_NUM_THREADS=1,
+    or --threads) any engine and any number of workers write the same bytes.
+    """
+    import torch
+
+    from modafill.bulk import clean_up, impute_store
+    from modafill.data.convert import is_store
+
+    options = {"steps": steps, "solver": solver, "dtype": _dtype(dtype), "device": _device(device)}
     _must_exist(path)
-    _must_be_new(out, ".h5")
+    clean_up(out)
+    _must_be_new(out, ".h5", ".parquet", "")
+    if engine == "ray" and not is_store(path):
+        raise ValueError(f"{path}: expected a feature store, which every node can read; modafill convert makes one")
     with (
         _model_and_store(run, fold, path, mapping, **options) as (imputer, store),
         _bar("imputing", len(store)) as advance,
     ):
-        for done in impute_store(imputer, store, out, n_samples=samples, seed=seed):
+        for done in impute_store(
+            imputer,
+            store,
+            out,
+            n_samples=samples,
+            seed=seed,
+            batch_size=batch_size,
+            shard_rows=shard_rows,
+            shard_format=shard_format,
+            engine=engine,
+            workers=workers,
+            threads=threads,
+        ):
             advance(done)
-    with FeatureStore(out) as completed:
-        counts = dict(zip(completed.modalities, completed.generated().sum(0).tolist(), strict=True))
+        observed = dict(zip(store.modalities, store.available().sum(0).tolist(), strict=True))
+    counts = {name: len(store) - observed.get(name, 0) for name in imputer.modalities}
     generated = ", ".join(f"{name} {count:,}" for name, count in counts.items())
     nothing = "" if any(counts.values()) else " (nothing was missing: these are the embeddings of what is there)"
-    _say(f"wrote {out}; generated of {len(completed):,}: {generated}{nothing}")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    if _first_process():
+        _say(f"wrote {out}; generated of {len(store):,}: {generated}{nothing}")
 
 
 @app.command()
@@ -427,11 +489,12 @@ def recognise(
     steps: Steps = None,
     solver: Solver = None,
     dtype: Precision = None,
+    device: Device = None,
 ) -> None:
     """Write the likeliest class of each sample and the probability of every class, whatever is missing."""
     from modafill.bulk import recognise_store
 
-    options = {"steps": steps, "solver": solver, "dtype": _dtype(dtype)}
+    options = {"steps": steps, "solver": solver, "dtype": _dtype(dtype), "device": _device(device)}
     _must_exist(path)
     _must_be_new(out, ".csv")
     with (
@@ -582,6 +645,29 @@ def _dtype(name: str | None) -> Any:
     return kinds[name]
 
 
+def _device(name: str | None) -> Any:
+    import torch
+
+    there = torch.cuda.device_count()
+    try:
+        found = torch.device(name or ("cuda" if there else "cpu"))
+    except RuntimeError:
+        found = torch.device("meta")
+    if found.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: got {name!r}, expected cpu, cuda or cuda:1")
+    if found.type == "cuda" and (found.index or 0) >= there:
+        raise ValueError(f"device: got {name!r}, but torch finds {there} GPUs; see `modafill info`")
+    if found.type == "cuda" and found.index is None:
+        # One for each process of this machine.
+        found = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % there)
+    return found
+
+
+def _first_process() -> bool:
+    """Whether no other process of torchrun or accelerate speaks for this one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _numbers(name: str, text: str) -> tuple[int, ...]:
     try:
         return tuple(int(n) for n in text.split(",") if n)
@@ -639,10 +725,11 @@ def _announce(text: str) -> None:
     err_console.print(escape(text), highlight=False, soft_wrap=True)
 
 
-def _must_be_new(out: Path, suffix: str) -> None:
-    if out.suffix != suffix:
-        what = {".h5": "a feature store", ".csv": "a table with commas"}[suffix]
-        raise ValueError(f"{out}: expected a name that ends in {suffix}, because {what} is written")
+def _must_be_new(out: Path, *suffixes: str) -> None:
+    if out.suffix not in suffixes:
+        what = {".h5": "a feature store", ".csv": "a table with commas", ".parquet": "a Parquet table", "": "a folder"}
+        expected = " or ".join(f"{suffix or 'nothing'} ({what[suffix]})" for suffix in suffixes)
+        raise ValueError(f"{out}: expected a name that ends in {expected}")
     if out.exists():
         raise ValueError(f"{out}: exists already; remove it or choose another name")
 
@@ -662,7 +749,7 @@ class _Log:
 
     def line(self, text: str) -> None:
         """Print ``text`` on standard error, unless that is a terminal or the last line is too young."""
-        if not err_console.is_terminal and time.monotonic() - self.last >= _SECONDS_BETWEEN_LINES:
+        if not err_console.is_terminal and _first_process() and time.monotonic() - self.last >= _SECONDS_BETWEEN_LINES:
             print(text, file=sys.stderr, flush=True)
             self.last = time.monotonic()
 
@@ -670,7 +757,7 @@ class _Log:
 @contextmanager
 def _bar(what: str, total: int | None) -> Iterator[Any]:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
-    log, quiet, begun = _Log(), not err_console.is_terminal, time.monotonic()
+    log, quiet, begun = _Log(), not err_console.is_terminal or not _first_process(), time.monotonic()
     before: int | None = None
     times = (TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, *times, console=err_console, transient=True, disable=quiet) as progress:
@@ -738,6 +825,7 @@ def _training_progress() -> Iterator[Any]:
 
 def main() -> None:
     """Run the command line; a user's mistake is one line on standard error and exit status 2."""
+    from modafill.errors import MissingExtra, OutOfMemory
     from modafill.ops.backends import BackendError
     from modafill.training.loop import TrainingError
 
@@ -748,7 +836,7 @@ def main() -> None:
         if message:
             print(f"modafill: {' '.join(message.split())}", file=sys.stderr)
         raise SystemExit(2) from None
-    except (ValueError, OSError, TrainingError, BackendError) as error:
+    except (ValueError, OSError, MissingExtra, OutOfMemory, TrainingError, BackendError) as error:
         print(f"modafill: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
     except (KeyboardInterrupt, typer.Abort):

@@ -227,7 +227,7 @@ def test_an_unknown_folder(path: str) -> None:
 
 @pytest.mark.parametrize("path", ["runs/", "-bad-/name"])
 def test_what_is_no_name_on_the_hub(path: str) -> None:
-    with pytest.raises(ValueError, match=f"path: got '{path}', no folder and no model on the hub"):
+    with pytest.raises(ValueError, match=f"path: got '{path}', not a folder here, and not to be had from the hub"):
         ADMC.from_pretrained(path)
 
 
@@ -241,7 +241,9 @@ def test_the_hub(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         raise ConnectionError("offline\nand so on")
 
     monkeypatch.setattr(folder_module, "snapshot_download", unreachable)
-    with pytest.raises(ValueError, match=r"path: got 'runs/model', no folder and no model on the hub \(offline\)"):
+    with pytest.raises(
+        ValueError, match=r"path: got 'runs/model', not a folder here, and not to be had from the hub \(offline\)"
+    ):
         ADMC.from_pretrained("runs/model")
 
 

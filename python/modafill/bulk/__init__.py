@@ -1,5 +1,8 @@
-"""Whole stores through a trained model, a part at a time."""
+"""Whole stores through a trained model, a part at a time, by one process or many."""
 
-from modafill.bulk.stores import check_store, impute_store, recognise_store
+from modafill.bulk.engines import ENGINES
+from modafill.bulk.plan import clean_up
+from modafill.bulk.rows import check_store
+from modafill.bulk.stores import SHARD_ROWS, impute_store, recognise_store
 
-__all__ = ["check_store", "impute_store", "recognise_store"]
+__all__ = ["ENGINES", "SHARD_ROWS", "check_store", "clean_up", "impute_store", "recognise_store"]

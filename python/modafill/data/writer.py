@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,47 @@ VERSION = 1
 # A shuffled read fetches whole chunks, a sequential one wants few of them.
 CHUNK_BYTES = 1 << 18
 CHUNK_ROWS = 4096
+
+
+class _Sink(io.RawIOBase):
+    """Where HDF5 writes to. It crashes where a disk is full, so what fails is kept for :meth:`check` and forgotten."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = open(path, "w+b", buffering=0)  # noqa: SIM115 (closed with the store)
+        self.error: OSError | None = None
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self.file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+    def truncate(self, size: int | None = None) -> int:
+        try:
+            return self.file.truncate(size)
+        except OSError as error:
+            self.error = self.error or error
+            return size or 0
+
+    def write(self, data: Any) -> int:
+        left = memoryview(data)
+        try:
+            while len(left) and self.error is None:
+                left = left[self.file.write(left) :]
+        except OSError as error:
+            self.error = error
+        return len(data)
+
+    def readinto(self, buffer: Any) -> int:
+        found = self.file.readinto(buffer)
+        # What could not be written is zeros.
+        buffer[found:] = bytes(len(buffer) - found)
+        return len(buffer)
+
+    def check(self, path: Path) -> None:
+        """Raise the first OSError there was."""
+        if self.error is not None:
+            raise OSError(self.error.errno, self.error.strerror, str(path)) from self.error
 
 
 class StoreWriter:
@@ -74,7 +116,8 @@ class StoreWriter:
         temporary = self._replacing.enter_context(replacing(self.path))
         try:
             # The newer format has checksums for its own structures.
-            self._file = h5py.File(temporary, "w", libver=("v110", "v110"))
+            self._sink = _Sink(temporary)
+            self._file = h5py.File(self._sink, "w", libver=("v110", "v110"))
             self._file.attrs.update(
                 format=FORMAT,
                 version=VERSION,
@@ -168,6 +211,7 @@ class StoreWriter:
         for column, values in extra.items():
             self._grow(column, values)
         self._rows += n
+        self._sink.check(self.path)
 
     def _append_values(
         self, name: str, values: np.ndarray | Sequence[np.ndarray], kept: np.ndarray, lengths: np.ndarray | None, n: int
@@ -238,6 +282,8 @@ class StoreWriter:
             raise ValueError(f"{self.path}: no samples were written, expected at least one")
         try:
             self._file.close()
+            self._sink.check(self.path)
+            self._sink.file.close()
         except BaseException:
             self.abort()
             raise
@@ -248,6 +294,8 @@ class StoreWriter:
         try:
             if hasattr(self, "_file"):
                 self._file.close()
+            if hasattr(self, "_sink"):
+                self._sink.file.close()
         finally:
             # Told of an error, it removes the temporary file instead of moving it.
             self._replacing.__exit__(GeneratorExit, GeneratorExit(), None)

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, StrMethodFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from rich import box
 from rich.table import Table
 from torch import Tensor
@@ -232,6 +232,7 @@ def _draw(path: Path, points: Sequence[Point]) -> None:
             axis.xaxis.set_minor_formatter(NullFormatter())
             axis.grid(alpha=0.3)
         pair[0].set_xticks(sorted({row["evaluations"] for row in summary}))
+        pair[1].xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     panels[0, 0].legend(frameon=False)
     with replacing(path) as beside:
         figure.savefig(beside, dpi=140, format="png")

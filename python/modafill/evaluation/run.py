@@ -17,9 +17,9 @@ from modafill.evaluation import admc, cdtp
 from modafill.evaluation.metrics import figures_of
 from modafill.evaluation.parts import AVERAGED, BY_RATE, PARTS, trained
 from modafill.evaluation.tables import Record, Table, make_tables, save_tables
+from modafill.processes import worker_pool
 from modafill.training import Run
 from modafill.training.admc import ADMCTrainer
-from modafill.training.run import worker_pool
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,9 @@ def find_folder(path: str | Path) -> Path:
         return Path(snapshot_download(str(path), allow_patterns=["config.json", "model.safetensors"]))
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"path: got {str(path)!r}, no folder and no model on the hub ({reason})") from error
+        raise ValueError(
+            f"path: got {str(path)!r}, not a folder here, and not to be had from the hub ({reason})"
+        ) from error
 
 
 def load_weights(path: Path, model: nn.Module) -> None:

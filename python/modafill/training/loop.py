@@ -158,7 +158,7 @@ def train_stage(
         optimizer.load_state_dict({"state": parameters, "param_groups": about["param_groups"]})
     model, weights = stage.model, list(stage.model.parameters())
     processes = accelerator.num_processes
-    saved = time.monotonic()
+    saved, warm = time.monotonic(), False
     while state["epoch"] < stage.epochs and (stage.patience is None or state["stale"] < stage.patience):
         epoch = state["epoch"]
         model.train()
@@ -166,11 +166,14 @@ def train_stage(
         losses: list[Tensor] = []
         for batch in stage.batches(epoch, accelerator.process_index, processes):
             loss = torch.zeros((), device=accelerator.device)
-            if len(batch):
-                half = torch.autocast(accelerator.device.type, torch.bfloat16)
-                with half if stage.precision == "bfloat16" else nullcontext():
-                    loss = stage.loss(model, batch, epoch)
-                loss.backward()
+            # Kernels that are compiled on first use: once on each machine, for all of its processes.
+            with nullcontext() if warm else accelerator.local_main_process_first():
+                if len(batch):
+                    half = torch.autocast(accelerator.device.type, torch.bfloat16)
+                    with half if stage.precision == "bfloat16" else nullcontext():
+                        loss = stage.loss(model, batch, epoch)
+                    loss.backward()
+            warm = True
             losses.append(loss.detach())
             if processes > 1:
                 losses[-1] = _share(weights, loss.detach(), stage.weight(batch, epoch) if len(batch) else 0.0)

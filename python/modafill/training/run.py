@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator
 from concurrent import futures
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -21,6 +19,7 @@ from accelerate import Accelerator, PartialState
 from modafill.data import FeatureStore, Labels, Split, make_splits, open_data
 from modafill.files import write_json
 from modafill.models.config import ModelConfig
+from modafill.processes import given, holding, stop_if_orphaned, worker_pool
 from modafill.training.admc import ADMCTrainer
 from modafill.training.cdtp import CDTPTrainer
 from modafill.training.loop import EpochDone, Report, TrainingError
@@ -205,14 +204,7 @@ def _only_one(folder: Path) -> Iterator[None]:
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     lock = folder / ".lock"
-    with open(lock, "w", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Whoever held it may have taken the file away.
-            if os.fstat(file.fileno()).st_nlink == 0:
-                raise BlockingIOError
-        except BlockingIOError as error:
-            raise ValueError(f"{folder}: another process is training into this folder") from error
+    with holding(lock, f"{folder}: another process is training into this folder"):
         try:
             yield
         finally:
@@ -260,14 +252,16 @@ def train(run: Run, report: Report, jobs: int = 1, announce: Callable[[str], Non
         jobs: processes that train different parts at a time; torch's threads are divided among them.
         announce: called once with a line that says how the data are divided.
     """
-    check_jobs(jobs)
+    if jobs < 1:
+        raise ValueError(f"jobs: got {jobs}, expected at least 1")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         if jobs > 1:
             raise ValueError(f"jobs: got {jobs}, expected 1 where several processes train together (WORLD_SIZE)")
         _train_together(run, report, announce)
         return
     context = multiprocessing.get_context("spawn")
-    progress, stop = context.SimpleQueue(), context.Event()
+    # The second without a lock, which a worker that is killed might hold.
+    progress, stop = context.SimpleQueue(), context.RawValue("b", 0)
 
     def report_epoch(done: EpochDone) -> None:
         report(replace(done, parts_done=len(run.finished), parts=len(run.parts)))
@@ -300,7 +294,7 @@ def train(run: Run, report: Report, jobs: int = 1, announce: Callable[[str], Non
                         report_part(parts[future])
             except BaseException:
                 # What runs ends with its epoch; a queue that nobody reads would hold it up for ever.
-                stop.set()
+                stop.value = 1
                 waiting = {future for future in parts if not future.cancel()}
                 while futures.wait(waiting, timeout=0.2).not_done:
                     show_progress()
@@ -331,59 +325,17 @@ def _train_together(run: Run, report: Report, announce: Callable[[str], None]) -
     state.destroy_process_group()
 
 
-def check_jobs(jobs: int) -> None:
-    """Raise ValueError unless ``jobs`` is at least 1."""
-    if jobs < 1:
-        raise ValueError(f"jobs: got {jobs}, expected at least 1")
-
-
-@contextmanager
-def worker_pool(jobs: int, channel: tuple[Any, Any] = (None, None)) -> Iterator[futures.ProcessPoolExecutor | None]:
-    """A pool of ``jobs`` fresh processes that share torch's threads; None for one job, for the caller to do itself.
-
-    A process that dies breaks the pool with an error; what other processes finished stays. After an error nothing new
-    begins. ``channel``: a queue for progress and an event that stops the workers.
-    """
-    check_jobs(jobs)
-    if jobs == 1:
-        yield None
-        return
-    threads = max(1, torch.get_num_threads() // jobs)
-    context = multiprocessing.get_context("spawn")
-    pool = futures.ProcessPoolExecutor(jobs, context, _start_worker, (channel, threads))
-    try:
-        yield pool
-    except BrokenProcessPool as error:
-        raise TrainingError("a worker process died (killed, or out of memory); the same command goes on") from error
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-_CHANNEL: tuple[Any, Any] = (None, None)
-
-
-_PARENT = 0
-
-
-def _start_worker(channel: tuple[Any, Any], threads: int) -> None:
-    global _CHANNEL, _PARENT
-    _CHANNEL, _PARENT = channel, os.getppid()
-    torch.set_num_threads(threads)
-
-
 def _work(run: Run, fold: int, seed: int) -> None:
     name = run.part_folder(fold, seed).name
-    progress, stop = _CHANNEL
+    progress, stop = given()
 
     def go_on() -> None:
-        if stop.is_set():
+        if stop.value:
             raise TrainingError(f"{name}: stopped because another part failed; the same command goes on")
 
     def report(done: EpochDone) -> None:
         go_on()
-        # A killed parent leaves its workers behind: they stop at the end of their epoch.
-        if os.getppid() != _PARENT:
-            os._exit(1)
+        stop_if_orphaned()
         progress.put(done)
 
     go_on()

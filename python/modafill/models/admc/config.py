@@ -35,8 +35,8 @@ class ADMCConfig(ModelConfig):
         init: first value of missing tokens in ``"replace"``: ``"unit"`` (paper) or ``"scaled"``.
         min_alpha_bar: ``"clean"`` uses steps up to the one with this ᾱ; beyond it the schedule holds no signal.
         sampling_steps, solver: network evaluations of ``"clean"``, and by which of
-            :data:`modafill.diffusion.SOLVERS`. 6 of DPM-Solver++(2M) are as good as 50 of DDIM on real data
-            (docs/results.md, "Fewer evaluations").
+            :data:`modafill.diffusion.SOLVERS`. 6 of DPM-Solver++(2M) recognise as well as 50 of DDIM on real
+            data, with 1 % more CRPS (docs/results.md, "Fewer evaluations").
         condition_noise: standard deviation of noise on the observed tokens while ``"clean"`` trains, in units of theirs
             (conditioning augmentation, Ho et al. 2022, JMLR 23:47). It keeps the network from trusting what holds for
             training embeddings only, as a ridge penalty does; sampling reads the observed tokens as they are.

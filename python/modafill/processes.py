@@ -1,0 +1,88 @@
+"""Processes of one machine: a pool of fresh ones, and locks between them."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from concurrent import futures
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@contextmanager
+def holding(lock: Path, busy: str) -> Iterator[None]:
+    """Hold the file ``lock``; ValueError ``busy`` if another process does. The system lets go when this one dies."""
+    with open(lock, "w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Whoever held it may have taken the file away.
+            if os.fstat(file.fileno()).st_nlink == 0:
+                raise BlockingIOError
+        except BlockingIOError as error:
+            raise ValueError(busy) from error
+        yield
+
+
+@contextmanager
+def worker_pool(jobs: int, given: Any = None) -> Iterator[futures.ProcessPoolExecutor | None]:
+    """A pool of ``jobs`` fresh processes that share torch's threads; None for one job, for the caller to do itself.
+
+    After an error nothing new begins. ``given`` is what :func:`given` returns in the workers.
+
+    Raises:
+        ValueError: less than one job.
+        ChildProcessError: a process died; what other processes finished stays.
+    """
+    if jobs < 1:
+        raise ValueError(f"jobs: got {jobs}, expected at least 1")
+    if jobs == 1:
+        yield None
+        return
+    pool = futures.ProcessPoolExecutor(
+        jobs, multiprocessing.get_context("spawn"), _start_worker, (given, threads_of_each(jobs))
+    )
+    try:
+        yield pool
+    except BrokenProcessPool as error:
+        raise ChildProcessError("a worker process died (killed, or out of memory); the same command goes on") from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def threads_of_each(jobs: int) -> int:
+    """Torch's threads of this process, shared among ``jobs``."""
+    return max(1, torch.get_num_threads() // jobs)
+
+
+_PR_SET_PDEATHSIG = 1
+_GIVEN: Any = None
+_PARENT = 0
+
+
+def _start_worker(given: Any, threads: int) -> None:
+    global _GIVEN, _PARENT
+    _GIVEN, _PARENT = given, os.getppid()
+    if sys.platform == "linux":
+        # It dies with its parent, so that what it writes cannot meet the next call's.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    torch.set_num_threads(threads)
+
+
+def given() -> Any:
+    """In a worker: what its pool was opened with."""
+    return _GIVEN
+
+
+def stop_if_orphaned() -> None:
+    """In a worker: end where the process that began it was killed, which leaves its workers behind."""
+    if os.getppid() != _PARENT:
+        os._exit(1)

@@ -1,0 +1,145 @@
+"""``python -m support.kills``, in ``tests``: kill -9 at random moments of a training and of an imputation.
+
+Each command is begun, killed, looked at and begun again until it ends by itself; then what it made is compared with
+what an undisturbed one made, and the next round begins, until there were so many kills.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import h5py
+from support.smallest import SMALLEST, settings
+
+from modafill.data import convert, demo_path
+from modafill.files import read_tensors
+
+
+@dataclass
+class Report:
+    """What the kills did; all but the first three should stay 0."""
+
+    kills: int = 0
+    rounds: int = 0
+    kills_with_shards: int = 0
+    corrupt_files: int = 0
+    lost_shards: int = 0
+    other_results: int = 0
+
+
+def begin(*arguments: object) -> subprocess.Popen[bytes]:
+    """A command, of one thread in each process."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "modafill", *map(str, arguments)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def corrupt(folder: Path) -> list[Path]:
+    """Files under their final names that cannot be read."""
+    found = []
+    for path in folder.rglob("*"):
+        if path.name.endswith(".tmp") or any(part.endswith(".tmp") for part in path.parts):
+            continue
+        try:
+            if path.suffix == ".json":
+                json.loads(path.read_text(encoding="utf-8"))
+            elif path.suffix == ".safetensors":
+                read_tensors(path)
+            elif path.suffix == ".h5":
+                with h5py.File(path) as file:
+                    file["available"][()]
+        except (OSError, ValueError):
+            found.append(path)
+    return found
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, or of all model files of a run."""
+    files = [path] if path.is_file() else sorted(path.glob("fold*/model/*"))
+    assert files
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def finished_shards(out: Path) -> dict[str, int]:
+    """Names of whole shards, and when they were written."""
+    folder = out.with_name(f".{out.name}.shards")
+    paths = [folder / "shards" / path.stem for path in folder.glob("*.sha256")]
+    return {path.name: path.stat().st_mtime_ns for path in paths if path.exists()}
+
+
+def disturb(command: Callable[[Path], list[object]], folder: Path, name: str, count: int, seed: int) -> Report:
+    """Kill ``command``, which writes to the path it is given, ``count`` times at moments of its length."""
+    chance, report = random.Random(seed), Report()
+    begun = time.monotonic()
+    undisturbed = begin(*command(folder / f"whole-{name}"))
+    assert undisturbed.wait(600) == 0
+    seconds, expected = time.monotonic() - begun, digest(folder / f"whole-{name}")
+    while report.kills < count:
+        report.rounds += 1
+        out = folder / name
+        while True:
+            shards = finished_shards(out)
+            process = begin(*command(out))
+            try:
+                errors = process.communicate(timeout=chance.uniform(0.0, seconds) if report.kills < count else 600)[1]
+            except subprocess.TimeoutExpired:
+                # Its workers have to die with it.
+                process.kill()
+                process.communicate()
+                report.kills += 1
+                report.corrupt_files += len(corrupt(folder))
+                if not out.exists():
+                    report.kills_with_shards += bool(finished_shards(out))
+                    now = finished_shards(out)
+                    report.lost_shards += sum(now.get(shard) != made for shard, made in shards.items())
+                continue
+            assert process.returncode == 0 or (out.is_file() and b"exists already" in errors), errors.decode()
+            break
+        report.other_results += digest(out) != expected
+        shutil.rmtree(out) if out.is_dir() else out.unlink()
+        shutil.rmtree(out.with_name(f".{out.name}.shards"), ignore_errors=True)
+    return report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m support.kills", description=__doc__)
+    parser.add_argument("--count", type=int, default=50, help="kills of each command")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        data, store = folder / "digits.npz", folder / "digits.h5"
+        shutil.copy(demo_path(), data)
+        convert(data, store)
+        numbers = settings({**SMALLEST, "batch_size": 256, "adn_epochs": 12})
+        reports = {
+            "train": disturb(
+                lambda out: ["train", "admc", "--data", store, "--out", out, *numbers],
+                folder, "run", given.count, given.seed,
+            ),
+            "impute": disturb(
+                lambda out: [
+                    "impute", folder / "whole-run", store, out, "--batch-size", 8, "--shard-rows", 40, "--workers", 2,
+                    "--samples", 64, "--steps", 40,
+                ],
+                folder, "out.h5", given.count, given.seed + 1,
+            ),
+        }  # fmt: skip
+    print(json.dumps({name: asdict(report) for name, report in reports.items()}))
+
+
+if __name__ == "__main__":
+    main()
