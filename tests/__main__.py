@@ -97,7 +97,10 @@ def run_group(name: str, *, fast: bool) -> Totals:
         junit = Path(folder) / "junit.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-ra", f"--junitxml={junit}", *group.paths]
         command += [f"--ignore={path}" for path in group.without]
-        command += ["-n", str(workers), "--dist", "worksteal" if group.spread else "loadfile"] if workers > 1 else []
+        if workers > 1:
+            # In the order of collection, which has long files first: one that began last would run alone.
+            spread = ["worksteal"] if group.spread else ["loadfile", "--no-loadscope-reorder"]
+            command += ["-n", str(workers), "--dist", *spread]
         command += ["-m", "not slow"] if fast else []
         status = subprocess.run(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL).returncode
         # Only a choice of the fast tests can leave a group with none.

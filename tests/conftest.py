@@ -66,6 +66,12 @@ def sanitized() -> dict[str, str]:
     return {**os.environ, "LD_PRELOAD": " ".join(libraries), **options}
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @dataclass(frozen=True)
 class Tiny:
     """Data of 96 samples, and the smallest ADMC that was trained on it with both conditionings by the command line."""

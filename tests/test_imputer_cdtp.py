@@ -147,7 +147,7 @@ def make(**changes) -> CDTP:
 
 def test_as_many_rows_at_a_time_as_their_completions_fit(imputer, tiny_cdtp, tmp_path, monkeypatch):
     row = 4 * sum(imputer.model.lengths) * imputer.model.config.width
-    monkeypatch.setattr("modafill.bulk.stores._COMPLETIONS_BYTES", 100 * row)
+    monkeypatch.setattr("modafill.bulk.rows._COMPLETIONS_BYTES", 100 * row)
     convert(tiny_cdtp.archive, tmp_path / "in.h5", tiny_cdtp.mapping)
     with FeatureStore(tmp_path / "in.h5") as store:
         assert list(recognise_store(imputer, store, tmp_path / "few.csv", n_samples=2)) == [50, 96]

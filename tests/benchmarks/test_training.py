@@ -66,6 +66,10 @@ def test_what_bfloat16_may_be_wrong_by() -> None:
     assert not correct({"a": torch.ones(4), "b": b * 1.021})
     assert not correct({"a": torch.full((4,), torch.nan), "b": b})
     assert not correct({"a": torch.ones(4)})
+    eager = {"a": 0.8, "b": torch.inf}
+    assert correct({"a": torch.full((4,), 1.49), "b": b})
+    assert not correct({"a": torch.zeros(4), "b": b})
+    assert not correct({"a": torch.ones(4)})
     assert not correct({**expected, "c": torch.ones(4)})
     assert correct({"a": torch.full((4,), 1.0009), "b": b}, "float32")
     assert not correct({"a": torch.full((4,), 1.0011), "b": b}, "float32")

@@ -12,6 +12,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -80,8 +81,23 @@ def finished_shards(out: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in paths if path.exists()}
 
 
-def disturb(command: Callable[[Path], list[object]], folder: Path, name: str, count: int, seed: int) -> Report:
-    """Kill ``command``, which writes to the path it is given, ``count`` times at moments of its length."""
+def reaches_a_moment(
+    process: subprocess.Popen[bytes], out: Path, seconds: float, shards: int, chance: random.Random
+) -> bool:
+    """Wait until a random time or, where there are shards, in half of the cases a random number of them."""
+    wanted = chance.randrange(1, shards) if shards and chance.random() < 0.5 else None
+    deadline = time.monotonic() + chance.uniform(0.0, seconds)
+    while process.poll() is None:
+        if time.monotonic() >= deadline if wanted is None else len(finished_shards(out)) >= wanted:
+            return True
+        time.sleep(0.002)
+    return False
+
+
+def disturb(
+    command: Callable[[Path], list[object]], folder: Path, name: str, count: int, seed: int, shards: int = 0
+) -> Report:
+    """Kill ``command``, which writes to the path it is given, ``count`` times."""
     chance, report = random.Random(seed), Report()
     begun = time.monotonic()
     undisturbed = begin(*command(folder / f"whole-{name}"))
@@ -89,25 +105,22 @@ def disturb(command: Callable[[Path], list[object]], folder: Path, name: str, co
     seconds, expected = time.monotonic() - begun, digest(folder / f"whole-{name}")
     while report.kills < count:
         report.rounds += 1
-        out = folder / name
-        while True:
-            shards = finished_shards(out)
+        out, ended = folder / name, False
+        while not ended:
+            before = finished_shards(out)
             process = begin(*command(out))
-            try:
-                errors = process.communicate(timeout=chance.uniform(0.0, seconds) if report.kills < count else 600)[1]
-            except subprocess.TimeoutExpired:
+            if report.kills < count and reaches_a_moment(process, out, seconds, shards, chance):
                 # Its workers have to die with it.
                 process.kill()
-                process.communicate()
                 report.kills += 1
-                report.corrupt_files += len(corrupt(folder))
-                if not out.exists():
-                    report.kills_with_shards += bool(finished_shards(out))
-                    now = finished_shards(out)
-                    report.lost_shards += sum(now.get(shard) != made for shard, made in shards.items())
-                continue
-            assert process.returncode == 0 or (out.is_file() and b"exists already" in errors), errors.decode()
-            break
+            errors = process.communicate(timeout=600)[1]
+            ended = process.returncode != -signal.SIGKILL
+            assert ended is False or process.returncode == 0 or b"exists already" in errors, errors.decode()
+            report.corrupt_files += len(corrupt(folder))
+            if not ended and not out.is_file():
+                now = finished_shards(out)
+                report.kills_with_shards += bool(now)
+                report.lost_shards += sum(now.get(shard) != made for shard, made in before.items())
         report.other_results += digest(out) != expected
         shutil.rmtree(out) if out.is_dir() else out.unlink()
         shutil.rmtree(out.with_name(f".{out.name}.shards"), ignore_errors=True)
@@ -135,7 +148,7 @@ def main() -> None:
                     "impute", folder / "whole-run", store, out, "--batch-size", 8, "--shard-rows", 40, "--workers", 2,
                     "--samples", 64, "--steps", 40,
                 ],
-                folder, "out.h5", given.count, given.seed + 1,
+                folder, "out.h5", given.count, given.seed + 1, shards=2000 // 40,
             ),
         }  # fmt: skip
     print(json.dumps({name: asdict(report) for name, report in reports.items()}))
