@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 import gc
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -14,6 +14,8 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+
+from modafill.processes import using_threads
 
 ROOFLINES = ("triad", "copy", "matmul")
 
@@ -98,7 +100,7 @@ def run_case(case: Case, *, seconds: float, notice: Callable[[str], None] = lamb
     # Each case compiles the same functions anew; without this the eighth would fall back to eager.
     torch.compiler.reset()
     on_device = torch.cuda.device(case.device) if case.device.type == "cuda" else nullcontext()
-    with _threads(case.threads), torch.no_grad(), on_device:
+    with using_threads(case.threads), torch.no_grad(), on_device:
         problem = case.problem(case)
         contenders: dict[str, Contender] = {}
         checks: dict[str, Check] = {}
@@ -293,13 +295,3 @@ def _percentiles(nanoseconds: Sequence[int]) -> tuple[float, float, float]:
     """The 20th, 50th and 80th percentile in milliseconds."""
     p20, p50, p80 = np.percentile(nanoseconds, [20, 50, 80]) / 1e6
     return float(p20), float(p50), float(p80)
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -15,7 +15,8 @@ import torch
 
 from modafill.benchmarks import cases
 from modafill.benchmarks.report import shape_text
-from modafill.benchmarks.runner import Case, Unavailable, _threads
+from modafill.benchmarks.runner import Case, Unavailable
+from modafill.processes import using_threads
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("pytest_benchmark") is None, reason="pytest-benchmark is not installed"
@@ -42,7 +43,7 @@ def _pairs() -> list[Any]:
 def test_speed(case: Case, name: str, benchmark: Any) -> None:
     benchmark.group = f"{case.op} ({case.mode}), {shape_text(case.shape)}"
     torch.compiler.reset()
-    with _threads(case.threads), torch.no_grad():
+    with using_threads(case.threads), torch.no_grad():
         problem = case.problem(case)
         if name not in problem.builders:
             pytest.skip(f"{name} has no form for this shape")

@@ -279,6 +279,7 @@ def test_what_a_killed_process_left_behind_goes(make_admc: Any, tmp_path: Path) 
         ({"workers": 0}, "workers: got 0, expected at least 1"),
         ({"batch_size": -1}, "batch_size: got -1, expected at least 1"),
         ({"threads": 0}, "threads: got 0, expected at least 1"),
+        ({"engine": "torchrun", "threads": 2}, "threads: got 2, expected None: with torchrun"),
         ({"engine": "torchrun", "workers": 2}, "workers: got 2, expected 1: torchrun starts them"),
         ({"shard_format": "csv"}, "shard_format: got 'csv', expected h5 or parquet"),
         ({"out": "out.h5", "shard_format": "h5"}, "shard_format: got 'h5', expected None for the single file out.h5"),

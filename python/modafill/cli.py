@@ -413,7 +413,7 @@ def impute(
         int, typer.Option(min=1, help="Processes of local or ray, which share the cores of this one.")
     ] = 1,
     threads: Annotated[
-        int | None, typer.Option(help="Of each of several workers. Default: torch's, shared among them.")
+        int | None, typer.Option(help="Of each worker of local or ray. Default: torch's, shared among them.")
     ] = None,
     batch_size: Annotated[
         int | None, typer.Option(help="Rows completed at a time. Default: up to 1,024, K completions in 0.5 GB.")

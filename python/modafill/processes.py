@@ -58,6 +58,17 @@ def worker_pool(jobs: int, given: Any = None) -> Iterator[futures.ProcessPoolExe
         pool.shutdown(cancel_futures=True)
 
 
+@contextmanager
+def using_threads(count: int) -> Iterator[None]:
+    """Let torch use ``count`` threads for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def threads_of_each(jobs: int) -> int:
     """Torch's threads of this process, shared among ``jobs``."""
     return max(1, torch.get_num_threads() // jobs)

@@ -24,7 +24,7 @@ from modafill.data import FeatureStore
 from modafill.errors import require
 from modafill.files import replacing
 from modafill.imputer import ModalityImputer
-from modafill.processes import threads_of_each
+from modafill.processes import threads_of_each, using_threads
 
 SHARD_ROWS = 65536
 _FEWEST_SHARDS = 16
@@ -65,7 +65,8 @@ def impute_store(
         shard_format: of a folder, ``"h5"`` (the default) or ``"parquet"``.
         engine: ``"local"``, ``"torchrun"`` (every process that it started calls this) or ``"ray"``.
         workers: processes of ``"local"`` (1 = this one) or of ``"ray"``.
-        threads: of each of several workers; None = those of this process, shared among them.
+        threads: of each worker; None = those of this process, shared among them. With ``"torchrun"`` they are set by
+            ``OMP_NUM_THREADS``.
 
     Raises:
         ValueError: a store that the model cannot read, no such engine or format, a worker that would write other bits,
@@ -92,12 +93,14 @@ def impute_store(
         suffix=".h5" if one_file else f".{shard_format or 'h5'}",
     )
     job = Job(imputer, store, plan)
-    if one_file and alone and len(plan.shards) == 1:
-        yield from job.write_to(out, out.suffix, plan.shards[0])
-    elif engine == "torchrun":
+    if engine == "torchrun":
         yield from _together(job, out, one_file)
-    else:
-        threads = threads or threads_of_each(workers)
+        return
+    threads = threads or threads_of_each(workers)
+    with using_threads(threads) if alone else nullcontext():
+        if one_file and alone and len(plan.shards) == 1:
+            yield from job.write_to(out, out.suffix, plan.shards[0])
+            return
         job = replace(job, plan=replace(plan, identity=identify(imputer, store, threads)))
         with job.plan.claimed():
             finished = job.plan.finished()
@@ -129,6 +132,8 @@ def _check(
             raise ValueError(f"{name}: got {value}, expected at least 1")
     if workers > 1 and engine == "torchrun":
         raise ValueError(f"workers: got {workers}, expected 1: torchrun starts them (--nproc-per-node)")
+    if threads is not None and engine == "torchrun":
+        raise ValueError(f"threads: got {threads}, expected None: with torchrun they are set by OMP_NUM_THREADS")
     if workers > 1 and engine == "local" and next(imputer.parameters()).device.type == "cuda":
         raise ValueError(f"workers: got {workers}, expected 1 on a GPU; torchrun starts a process for each")
     world = int(os.environ.get("WORLD_SIZE", "1"))
