@@ -56,6 +56,7 @@ def test_every_op_exports(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("page", ["index", "train", "impute", "cluster", "benchmark"])
 def test_a_page_runs_from_its_first_block_to_its_last(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
