@@ -81,7 +81,9 @@ def _ray(job: Job, todo: list[range], done: int, workers: int) -> Iterator[int]:
     device, threads = next(job.imputer.parameters()).device.type, job.plan.identity["threads"] or 1
     started = not ray.is_initialized()
     if started:
-        here = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": workers * threads, "include_dashboard": False}
+        here: dict[str, Any] = (
+            {} if "RAY_ADDRESS" in os.environ else {"num_cpus": workers * threads, "include_dashboard": False}
+        )
         ray.init(log_to_driver=False, **here)
     try:
         ray.data.DataContext.get_current().enable_progress_bars = False
