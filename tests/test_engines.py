@@ -152,6 +152,8 @@ def test_workers_die_with_who_began_them(folder: Path, tmp_path: Path) -> None:
     until_begun(process, tmp_path / ".out.h5.shards")
     workers = processes_of(process.pid, "spawn_main")
     assert len(workers) == 2
+    for pid in workers:
+        os.kill(pid, signal.SIGSTOP)  # they cannot look for it themselves
     process.kill()
     process.communicate()
     deadline = time.monotonic() + 10
