@@ -250,8 +250,7 @@ def _train(
     )
     with _training_progress() as report:
         train(run, report, jobs, _announce)
-    if _first_process():
-        _say(f"trained into {out}; next: modafill evaluate {out}")
+    _say_once(f"trained into {out}; next: modafill evaluate {out}")
 
 
 @app.command()
@@ -438,8 +437,6 @@ def impute(
     A call that died goes on where it was when it is repeated. With the same threads for each worker (OMP_NUM_THREADS=1,
     or --threads) any engine and any number of workers write the same bytes.
     """
-    import torch
-
     from modafill.bulk import clean_up, impute_store
     from modafill.data.convert import is_store
 
@@ -471,10 +468,7 @@ def impute(
     counts = {name: len(store) - observed.get(name, 0) for name in imputer.modalities}
     generated = ", ".join(f"{name} {count:,}" for name, count in counts.items())
     nothing = "" if any(counts.values()) else " (nothing was missing: these are the embeddings of what is there)"
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    if _first_process():
-        _say(f"wrote {out}; generated of {len(store):,}: {generated}{nothing}")
+    _say_once(f"wrote {out}; generated of {len(store):,}: {generated}{nothing}")
 
 
 @app.command()
@@ -666,6 +660,16 @@ def _device(name: str | None) -> Any:
 def _first_process() -> bool:
     """Whether no other process of torchrun or accelerate speaks for this one."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def _say_once(text: str) -> None:
+    """The last word of a command that several processes may share, after which they part."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    if _first_process():
+        _say(text)
 
 
 def _numbers(name: str, text: str) -> tuple[int, ...]:

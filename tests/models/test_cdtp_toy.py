@@ -14,7 +14,8 @@ from modafill.models.cdtp import CDTPConfig, ConditionalDiffusion
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 LENGTH, WIDTH, TAPS = 12, 8, 3
-BATCH, UPDATES = 256, 1200
+BATCH = 256
+UPDATES = {"v": 600, "epsilon": 1200}
 TEST_ROWS, SAMPLES = 24, 256
 
 CONFIG = CDTPConfig(
@@ -49,11 +50,12 @@ def diffusion(taps: Tensor, request: pytest.FixtureRequest) -> ConditionalDiffus
     model = ConditionalDiffusion((LENGTH, LENGTH), replace(CONFIG, prediction=request.param))
     model.std.copy_(torch.tensor([1.0, 2**0.5])[:, None].expand(2, WIDTH))
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99))
+    updates = UPDATES[request.param]
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, UPDATES)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, updates)
     generator = torch.Generator().manual_seed(2)
     available, lengths = torch.ones(BATCH, 2, dtype=torch.bool), torch.full((BATCH,), LENGTH)
-    for update in range(UPDATES):
+    for update in range(updates):
         source, _, target = draw(taps, BATCH, generator)
         step = torch.randint(1, model.last_step + 1, (BATCH, 2), generator=generator)
         loss = model.loss(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from modafill.data import FeatureStore
 from modafill.files import read_tensors
 
 pytestmark = pytest.mark.slow
@@ -66,6 +67,37 @@ def test_two_processes_do_what_one_does(model: str, tmp_path: Path, request: pyt
     made = (second / "model.safetensors").stat().st_mtime_ns
     assert train(arguments, tmp_path / "2", 1).returncode == 0
     assert (second / "model.safetensors").stat().st_mtime_ns == made
+
+
+def test_who_trained_together_can_impute_together(tiny, tmp_path: Path) -> None:
+    """One Python process does both, one after the other."""
+    script = tmp_path / "both.py"
+    script.write_text(
+        f"""
+from pathlib import Path
+
+from modafill import ModalityImputer
+from modafill.bulk import impute_store
+from modafill.data import FeatureStore
+from modafill.training import Run, train
+
+run = Run.load(Path({str(tiny.run)!r}))
+train(run, print)
+imputer = ModalityImputer.from_pretrained(run.part_folder(*run.parts[0]) / "model", steps=2)
+with run.open_store() as store:
+    for _ in impute_store(imputer, store, Path({str(tmp_path / "out.h5")!r}), engine="torchrun"):
+        pass
+"""
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(FeatureStore(tmp_path / "out.h5")) == 96
 
 
 def test_jobs_and_processes_exclude_each_other(tiny, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 
 from modafill.data import convert
 from modafill.files import read_tensors
@@ -192,6 +193,31 @@ def test_other_data_under_a_run_are_refused(tiny, tmp_path, changed):
     np.savez(data, **arrays)
     with pytest.raises(ValueError, match="made with other data"):
         train(run, ignore)
+
+
+def test_lengths_and_the_order_of_turns_are_data_too(run, tmp_path):
+    """Where a step is all zeros only the length tells it from padding, and windows are made of turns in their order."""
+    with np.load(run.data) as archive:
+        arrays = dict(archive)
+    steps, order = arrays["sound_steps"], arrays["turn"]
+    row = int(np.flatnonzero(arrays["seen"][:, 1] & (steps == 3))[0])
+    arrays["sound"][row, 2] = 0
+    shorter = np.where(np.arange(len(steps)) == row, 2, steps)
+
+    def key(name: str, *, window: int, **changed: np.ndarray) -> dict[str, object]:
+        np.savez(tmp_path / "changed.npz", **arrays | changed)
+        convert(tmp_path / "changed.npz", tmp_path / f"{name}.h5", run.mapping)
+        store = replace(run, data=str(tmp_path / f"{name}.h5"), mapping=None, window=window)
+        return store.trainer(0, 4, Accelerator(cpu=True), ignore).key
+
+    keys = {
+        "whole": key("whole", window=0),
+        "shorter": key("shorter", window=0, sound_steps=shorter),
+        "windows": key("windows", window=2),
+        "reversed": key("reversed", window=2, turn=order.max() - order),
+    }
+    assert key("again", window=2) == keys["windows"]
+    assert len({str(found) for found in keys.values()}) == len(keys)
 
 
 @pytest.mark.parametrize("value", [np.nan, -np.inf])

@@ -45,7 +45,7 @@ class EpochDone:
 
 
 # Of checkpoints and results of stages.
-FORMAT = 2
+FORMAT = 3
 
 Report = Callable[[EpochDone], None]
 

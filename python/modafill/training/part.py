@@ -80,8 +80,11 @@ class PartTrainer(ABC):
         for array in (*self.split, self.target.cpu().numpy(), self.available.numpy()):
             digest.update(array.tobytes())
         for batch in self.store.unwindowed().iter_batches(np.arange(len(self.store)), 1024):
-            for features in batch.features.values():
+            for features in (*batch.features.values(), *batch.lengths.values()):
                 digest.update(features.numpy().tobytes())
+        if self.store.window:
+            turns = [self.store.order(), *map(self.store.groups, self.store.group_names)]
+            digest.update(repr((self.store.task.get("group"), [np.asarray(turn).tolist() for turn in turns])).encode())
         return {**self.config.to_dict(), "seed": self.seed, "data": digest.hexdigest()[:16]}
 
     @property

@@ -322,7 +322,6 @@ def _train_together(run: Run, report: Report, announce: Callable[[str], None]) -
             train_part(run, *part, report_epoch)
             state.wait_for_everyone()
             report_epoch(EpochDone("", 0, 0, {}, part=run.part_folder(*part).name, part_done=True))
-    state.destroy_process_group()
 
 
 def _work(run: Run, fold: int, seed: int) -> None:
