@@ -163,6 +163,22 @@ def test_workers_die_with_who_began_them(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_workers_die_with_who_began_them_while_they_start(folder: Path, tmp_path: Path) -> None:
+    """They import for seconds, before they could ask to be told."""
+    process = begin(folder, tmp_path / "out.h5", "--shard-rows", "16", "--workers", "2")
+    deadline = time.monotonic() + 60
+    while len(workers := processes_of(process.pid, "spawn_main")) < 2:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+    process.kill()
+    process.communicate()
+    while any(Path(f"/proc/{pid}").exists() for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert not list((tmp_path / ".out.h5.shards").glob("*.sha256"))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["local", "ray"])
 def test_where_all_shards_are_there_they_are_put_together(folder: Path, tmp_path: Path, engine: str) -> None:
     imputer = ModalityImputer.from_pretrained(folder / "model")

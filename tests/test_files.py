@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -50,6 +53,32 @@ def test_replacing_nothing_written_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), replacing(tmp_path / "a"):
         pass
     assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_what_a_killed_process_left_goes(tmp_path: Path, folder: bool) -> None:
+    """And nobody else's: another file's, another machine's, a living process's, the user's own."""
+    with subprocess.Popen(["true"]) as ended:
+        ended.wait()
+    here = socket.gethostname()
+    left = tmp_path / f".a[1].h5.{here}-{ended.pid}.tmp"
+    others = [
+        f".b.h5.{here}-{ended.pid}.tmp",
+        f".a[1].h5.elsewhere-{ended.pid}.tmp",
+        f".a[1].h5.{here}-{os.getppid()}.tmp",
+        f"{ended.pid}.tmp",
+    ]
+    for name in others:
+        (tmp_path / name).write_text("theirs")
+    if folder:
+        left.mkdir()
+        (left / "b").write_text("half")
+    else:
+        left.write_text("half")
+    with replacing(tmp_path / "a[1].h5") as beside:
+        assert names(tmp_path) == sorted(others)
+        beside.write_text("whole")
+    assert names(tmp_path) == sorted([*others, "a[1].h5"])
 
 
 def test_a_folder_keeps_its_other_files(tmp_path: Path) -> None:

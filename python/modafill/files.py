@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,10 +33,14 @@ def replacing(path: Path) -> Iterator[Path]:
     A folder that is already there keeps its other files: only those of the same names are replaced.
     """
     path = path.absolute()
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    prefix = f".{path.name}.{socket.gethostname()}-"
+    beside, ours = path.with_name(f"{prefix}{os.getpid()}.tmp"), re.compile(rf"{re.escape(prefix)}(\d+)\.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A process of the same number may have been killed here, as is usual in containers.
-    _remove(beside)
+    # What processes of this machine left when they were killed; one may have had this one's number.
+    for left in path.parent.iterdir():
+        found = ours.fullmatch(left.name)
+        if found and (left == beside or not _runs(int(found[1]))):
+            _remove(left)
     try:
         yield beside
         for written in beside.iterdir() if beside.is_dir() else (beside,):
@@ -45,9 +51,20 @@ def replacing(path: Path) -> Iterator[Path]:
             beside.rmdir()
         else:
             os.replace(beside, path)
+        _sync(path.parent)
     except BaseException:
         _remove(beside)
         raise
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def _remove(path: Path) -> None:
@@ -64,7 +81,10 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any] 
     """Write named tensors and a JSON-able description as one safetensors file, whole or not at all."""
     with replacing(path) as beside:
         contiguous = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        save_file(contiguous, beside, metadata={"about": json.dumps(about or {})})
+        try:
+            save_file(contiguous, beside, metadata={"about": json.dumps(about or {})})
+        except SafetensorError as error:
+            raise OSError(f"{path}: cannot be written ({error})") from error
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -48,7 +48,7 @@ def worker_pool(jobs: int, given: Any = None) -> Iterator[futures.ProcessPoolExe
         yield None
         return
     pool = futures.ProcessPoolExecutor(
-        jobs, multiprocessing.get_context("spawn"), _start_worker, (given, threads_of_each(jobs))
+        jobs, multiprocessing.get_context("spawn"), _start_worker, (given, threads_of_each(jobs), os.getpid())
     )
     try:
         yield pool
@@ -79,12 +79,13 @@ _GIVEN: Any = None
 _PARENT = 0
 
 
-def _start_worker(given: Any, threads: int) -> None:
+def _start_worker(given: Any, threads: int, parent: int) -> None:
     global _GIVEN, _PARENT
-    _GIVEN, _PARENT = given, os.getppid()
+    _GIVEN, _PARENT = given, parent
     if sys.platform == "linux":
         # It dies with its parent, so that what it writes cannot meet the next call's.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    stop_if_orphaned()  # while it started
     torch.set_num_threads(threads)
 
 

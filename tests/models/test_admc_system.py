@@ -171,6 +171,12 @@ def drop_a_tensor(path: Path) -> None:
     save_file({name: t for name, t in tensors.items() if name != "adn.modality"}, path / "model.safetensors")
 
 
+def widen(path: Path) -> None:
+    # Terabytes, if it were made before it was compared.
+    numbers = json.loads((path / "config.json").read_text())["config"]
+    edit_config(path, config=numbers | {"classifier_hidden": 10**9})
+
+
 def rename_a_tensor(path: Path) -> None:
     tensors = load_file(path / "model.safetensors")
     tensors["adn.colour"] = torch.zeros(2)
@@ -185,12 +191,14 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "binary config": (lambda p: (p / "config.json").write_bytes(b"\xff\xfe\x00"), r"config\.json: not valid JSON"),
     "a list for config": (lambda p: (p / "config.json").write_text("[1]"), "got a list, expected an object"),
     "older format": (lambda p: edit_config(p, format_version=1), "format version 1, this modafill reads version 2"),
+    "newer format": (lambda p: edit_config(p, format_version=3), "format version 3, this modafill reads version 2"),
     "no format": (lambda p: edit_config(p, format_version=None), "format version None"),
     "other model": (lambda p: edit_config(p, model="cdtp"), "holds the model 'cdtp', expected 'admc'"),
     "no modalities": (lambda p: edit_config(p, modalities=None), "not the description of an ADMC"),
     "odd modality": (lambda p: edit_config(p, modalities={"text": {"size": 3}}), "not the description of an ADMC"),
     "no numbers": (lambda p: edit_config(p, config=None), "not the description of an ADMC"),
     "unknown numbers": (lambda p: edit_config(p, config={"colour": 1}), "unknown fields colour"),
+    "sizes of another model": (widen, "not the description of an ADMC|got \\[.*\\], expected \\[.*1000000000"),
     "other classes": (lambda p: edit_config(p, n_classes=5), r"got \[4\], expected \[5\]"),
     "empty weights": (lambda p: (p / "model.safetensors").write_bytes(b""), "not a readable safetensors file"),
     "cut weights": (

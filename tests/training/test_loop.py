@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from functools import partial
 
@@ -194,22 +195,41 @@ def test_resume_bit_equal(tmp_path, accelerator, changes):
     )
 
 
-def test_nan_loss_keeps_the_last_checkpoint(tmp_path, accelerator):
-    def stage(bad_epoch):
+@pytest.mark.parametrize("what", ["loss", "norm of the gradient"])
+@pytest.mark.parametrize("bad", [(3, 1), (3, 4), (5, 4)], ids=["first batch", "last batch", "last of all"])
+def test_nan_keeps_the_last_checkpoint(tmp_path, accelerator, what, bad):
+    def stage(bad):
+        calls = itertools.count(1)
+
         def loss(wrapped, batch, epoch):
-            return F.mse_loss(wrapped(batch[0]), batch[1]) * (math.nan if epoch == bad_epoch else 1.0)
+            found = F.mse_loss(wrapped(batch[0]), batch[1])
+            if (epoch, (next(calls) - 1) % 4 + 1) != bad:
+                return found
+            # The root's derivative at 0 is infinite, and that times 0 no number.
+            return found * math.nan if what == "loss" else found + 0.0 * (wrapped[1].bias * 0.0).sqrt().sum()
 
         return make_stage(loss=loss)
 
     train = partial(train_stage, accelerator=accelerator, seed=0, report=ignore, checkpoint_seconds=0)
-    with pytest.raises(TrainingError, match="s: the loss of batch 1 of 4 in epoch 4 is nan"):
-        train(stage(3), tmp_path)
+    with pytest.raises(TrainingError, match=f"s: the {what} of batch {bad[1]} of 4 in epoch {bad[0] + 1} is nan"):
+        train(stage(bad), tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["s.resume.safetensors"]
     tensors, about = read_tensors(tmp_path / "s.resume.safetensors")
-    assert about["state"]["epoch"] == 3
+    assert about["state"]["epoch"] == bad[0]
     assert all(tensor.isfinite().all() for tensor in tensors.values())
     train(stage(None), tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["s.safetensors"]
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_other_format_is_named(tmp_path, accelerator, monkeypatch, finished):
+    train = partial(train_stage, folder=tmp_path, accelerator=accelerator, seed=0, checkpoint_seconds=0)
+    monkeypatch.setattr(loop, "FORMAT", loop.FORMAT + 1)
+    with contextlib.nullcontext() if finished else pytest.raises(KeyboardInterrupt):
+        train(make_stage(), report=ignore if finished else stop_at(3))
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=f"safetensors: format {loop.FORMAT + 1}, expected {loop.FORMAT}, as this"):
+        train(make_stage(), report=ignore)
 
 
 @pytest.mark.parametrize("finished", [False, True])

@@ -78,12 +78,19 @@ def test_folder_without_a_run(tmp_path):
         Run.load(tmp_path)
 
 
-@pytest.mark.parametrize("change", [{"format_version": 1}, {"model": "other"}])
-def test_other_version_is_refused(run, change):
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"format_version": 1}, "format version 1, this modafill reads version 2"),
+        ({"format_version": 3, "new": 1}, "format version 3, this modafill reads version 2"),
+        ({"model": "other"}, "model 'other', expected one of admc, cdtp"),
+    ],
+)
+def test_other_version_is_refused(run, change, named):
     run.write()
     file = run.folder / "run.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    with pytest.raises(ValueError, match=r"run\.json: written by another version"):
+    with pytest.raises(ValueError, match=rf"run\.json: {named}"):
         Run.load(run.folder)
 
 

@@ -59,7 +59,10 @@ def find_folder(path: str | Path) -> Path:
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
-    """Fill ``model`` from the safetensors file ``path``; a checkpoint of other names or shapes raises ValueError."""
+    """Give ``model`` the weights in the safetensors file ``path``; other names or shapes raise ValueError.
+
+    Its parameters may be on the meta device: a description that lies about sizes has no memory yet.
+    """
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     tensors, _ = read_tensors(path)
@@ -69,4 +72,5 @@ def load_weights(path: Path, model: nn.Module) -> None:
         expected = list(own[name].shape) if name in own else "nothing"
         if found != expected:
             raise ValueError(f"{path}: {name}: got {found}, expected {expected}; the checkpoint is of another model")
-    model.load_state_dict(tensors)
+    # Copies: what was read may be the file itself, mapped.
+    model.load_state_dict({name: t.to(own[name].dtype, copy=True) for name, t in tensors.items()}, assign=True)

@@ -8,6 +8,7 @@ from functools import lru_cache, partial
 from typing import Any, ClassVar, cast
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -131,9 +132,7 @@ class ADMCTrainer(PartTrainer):
     def embed(self) -> None:
         """Tokens of all rows, ``[N, M, D]``, by the frozen encoders; kept beside the stages."""
         path = self.stages / "tokens.safetensors"
-        found = path.is_file()
-        self.accelerator.wait_for_everyone()  # all have looked before one writes
-        if found:
+        if broadcast_object_list([path.is_file()])[0]:
             tensors, about = read_tensors(path)
             check_key(path, about["key"], self.key)
             self.model.scaler.load_state_dict({"mean": tensors["mean"], "std": tensors["std"]})

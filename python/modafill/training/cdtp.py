@@ -107,12 +107,15 @@ class CDTPTrainer(PartTrainer):
 
         epochs, rate, decay = self.config.diffusion_epochs, self.config.diffusion_learning_rate, self.config.ema_decay
 
-        def weight(batch: Batch, epoch: int) -> float:
-            lengths = [batch.lengths.get(name, torch.ones_like(batch.row_id)) for name in self.names]
-            there = [batch.available[:, t] & batch.available[:, s] for t, s in diffusion.pairs]
-            return float(sum((lengths[t] * seen).sum() for (t, _), seen in zip(diffusion.pairs, there, strict=True)))
-
-        self._train("diffusion", diffusion, loss, epochs, learning_rate=rate, ema_decay=decay, weight=weight)
+        self._train(
+            "diffusion",
+            diffusion,
+            loss,
+            epochs,
+            learning_rate=rate,
+            ema_decay=decay,
+            weight=lambda batch, epoch: self._target_steps(batch),
+        )
         for model in self.diffusing:
             cast(ConditionalDiffusion, model.diffusion).load_state_dict(diffusion.state_dict())
 
@@ -149,7 +152,10 @@ class CDTPTrainer(PartTrainer):
                 return task
             assert diffusion is not None
             noise = self._diffusion_loss(diffusion, whole, steps, "variants", epoch)
-            return task + self.config.diffusion_weight * noise
+            return torch.stack([task, self.config.diffusion_weight * noise])
+
+        def weight(batch: Batch, epoch: int) -> float | tuple[float, ...]:
+            return len(batch) if steps is None else (len(batch), self._target_steps(batch))
 
         # Of all patterns, the complete one too, each as likely.
         rate = 1.0 - 1.0 / (2 ** len(self.names) - 1)
@@ -177,7 +183,7 @@ class CDTPTrainer(PartTrainer):
         def validate() -> float:
             return self._validation_loss(predict)
 
-        self._train(name, model, loss, self.config.epochs, validate, begin=begin, order="variants")
+        self._train(name, model, loss, self.config.epochs, validate, begin=begin, order="variants", weight=weight)
         model.requires_grad_(True)
 
     def task_loss(self, prediction: Tensor, rows: Tensor) -> Tensor:
@@ -198,7 +204,7 @@ class CDTPTrainer(PartTrainer):
         ema_decay: float = 0.0,
         begin: Callable[[int], None] = lambda _: None,
         order: str | None = None,
-        weight: Callable[[Any, int], float] | None = None,
+        weight: Callable[[Any, int], float | tuple[float, ...]] | None = None,
     ) -> None:
         """``order`` names what stages of equal rows and dropout have in common; None = the stage's own."""
         check_rows(name, self.split.train, self.split.valid)
@@ -245,6 +251,12 @@ class CDTPTrainer(PartTrainer):
             seed=derive_seed(self.seed, name, "diffusion noise", epoch),
             row_id=given.row_id,
         )
+
+    def _target_steps(self, batch: Batch) -> float:
+        """Steps of all targets that a source can give: of so many the diffusion loss is a mean."""
+        steps = torch.stack([batch.lengths.get(name, torch.ones_like(batch.row_id)) for name in self.names], dim=1)
+        sources = batch.available.sum(1, keepdim=True) - 1
+        return float((steps * batch.available * sources).sum())
 
     def _fit_scales(self, diffusion: ConditionalDiffusion, model: CDTP) -> None:
         mean, std = self.scales(model)

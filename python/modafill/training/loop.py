@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, broadcast_object_list
 from torch import Tensor, nn
 
 from modafill.files import derive_seed, read_tensors, write_tensors
@@ -63,8 +63,8 @@ class Stage:
         model: the network; holds the result after :func:`train_stage`.
         batches: ``(epoch, rank, processes)`` → this process's share of each batch, a function of these alone; a share
             may be empty, and every process gets as many.
-        loss: ``(model, batch, epoch)`` → scalar loss, a mean over the share.
-        weight: ``(batch, epoch)`` → of how many terms that mean is; only asked of several processes.
+        loss: ``(model, batch, epoch)`` → scalar loss, a mean over the share; or ``[K]``, K such means to be added.
+        weight: ``(batch, epoch)`` → of how many items each of these means is; only asked of several processes.
         validate: loss of the current weights on validation; None keeps the last (or averaged) weights.
         epochs: at most so many.
         learning_rate: Adam's.
@@ -87,7 +87,7 @@ class Stage:
     patience: int | None = None
     ema_decay: float = 0.0
     grad_clip: float = 1.0
-    weight: Callable[[Any, int], float] = lambda batch, epoch: len(batch)
+    weight: Callable[[Any, int], float | tuple[float, ...]] = lambda batch, epoch: len(batch)
     key: dict[str, Any] = field(default_factory=dict)
     draws: str | None = None
     precision: str = "float32"
@@ -117,18 +117,21 @@ def train_stage(
 
     A run that was killed goes on from its last checkpoint (``<name>.resume.safetensors``) and, on the same CPU with the
     same number of threads, ends with the same bits as one that was not: data order, dropout and noise of an epoch
-    depend on (seed, stage, epoch) alone. Several processes share each batch and average their gradients by the terms of
-    their shares: what one process does, but for the order of sums, and for dropout, of which each process has its own.
+    depend on (seed, stage, epoch) alone. Several processes share each batch and average by the items of their shares:
+    what one process does, but for the order of sums, and for dropout, of which each process has its own.
 
     Args:
         checkpoint_seconds: at least so long between two checkpoints; no influence on the result.
 
     Raises:
-        TrainingError: the loss of a batch is not finite. The last checkpoint stays.
+        TrainingError: the loss of a batch or its gradient is not finite. The last checkpoint stays.
     """
     result, resume = folder / f"{stage.name}.safetensors", folder / f"{stage.name}.resume.safetensors"
     key = {"stage": stage.name, "seed": seed, "format": FORMAT, **stage.key}
-    if result.is_file():
+    processes = accelerator.num_processes
+    # One process looks, so that a slow file system cannot part them.
+    finished, begun = broadcast_object_list([result.is_file(), resume.is_file()])
+    if finished:
         tensors, about = read_tensors(result)
         check_key(result, about["key"], key)
         stage.model.load_state_dict(tensors)
@@ -141,7 +144,7 @@ def train_stage(
     ema = _Average(stage.model, stage.ema_decay) if stage.ema_decay > 0 else None
     best: dict[str, Tensor] = {}
     state: dict[str, Any] = {"epoch": 0, "lowest": math.inf, "stale": 0}
-    if resume.is_file():
+    if begun:
         tensors, about = read_tensors(resume)
         check_key(resume, about["key"], key)
         state = about["state"]
@@ -157,39 +160,40 @@ def train_stage(
             parameters.setdefault(int(index), {})[moment] = tensor
         optimizer.load_state_dict({"state": parameters, "param_groups": about["param_groups"]})
     model, weights = stage.model, list(stage.model.parameters())
-    processes = accelerator.num_processes
     saved, warm = time.monotonic(), False
     while state["epoch"] < stage.epochs and (stage.patience is None or state["stale"] < stage.patience):
         epoch = state["epoch"]
         model.train()
         torch.manual_seed(derive_seed(seed, stage.draws or stage.name, epoch, accelerator.process_index))
-        losses: list[Tensor] = []
+        found: list[Tensor] = []
         for batch in stage.batches(epoch, accelerator.process_index, processes):
             loss = torch.zeros((), device=accelerator.device)
+            share = _share(stage.weight(batch, epoch), accelerator.device) if processes > 1 else 1.0
             # Kernels that are compiled on first use: once on each machine, for all of its processes.
             with nullcontext() if warm else accelerator.local_main_process_first():
                 if len(batch):
                     half = torch.autocast(accelerator.device.type, torch.bfloat16)
                     with half if stage.precision == "bfloat16" else nullcontext():
-                        loss = stage.loss(model, batch, epoch)
+                        loss = (stage.loss(model, batch, epoch) * share).sum()
                     loss.backward()
-            warm = True
-            losses.append(loss.detach())
+            warm, loss = True, loss.detach()
             if processes > 1:
-                losses[-1] = _share(weights, loss.detach(), stage.weight(batch, epoch) if len(batch) else 0.0)
-            nn.utils.clip_grad_norm_(weights, stage.grad_clip)
+                loss = _add(weights, loss)
+            found.append(torch.stack([loss.float(), nn.utils.clip_grad_norm_(weights, stage.grad_clip).float()]))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if ema is not None:
                 ema.update()
-        found = torch.stack(losses) if losses else torch.zeros(1)
-        wrong = (~found.isfinite()).nonzero().flatten().tolist()
+        numbers = torch.stack(found).cpu() if found else torch.zeros(1, 2)
+        wrong = (~numbers.isfinite()).nonzero().tolist()
         if wrong:
+            batch, which = wrong[0]
             raise TrainingError(
-                f"{stage.name}: the loss of batch {wrong[0] + 1} of {len(losses)} in epoch {epoch + 1} is "
-                f"{float(found[wrong[0]])}; the last checkpoint is kept"
+                f"{stage.name}: the {('loss', 'norm of the gradient')[which]} of batch {batch + 1} of {len(numbers)} in "
+                f"epoch {epoch + 1} is {float(numbers[batch, which])}; the last checkpoint is kept"
             )
-        scalars = {"loss": float(found.sum()) / len(found), "learning_rate": float(schedule.get_last_lr()[0])}
+        mean = float(numbers[:, 0].sum()) / len(numbers)
+        scalars = {"loss": mean, "learning_rate": float(schedule.get_last_lr()[0])}
         schedule.step()
         if stage.validate is not None:
             model.eval()
@@ -235,23 +239,28 @@ def train_stage(
     accelerator.wait_for_everyone()
 
 
-def _share(parameters: list[nn.Parameter], loss: Tensor, weight: float) -> Tensor:
-    """Average gradients over the processes by their weights, in place; answers the loss, averaged alike.
+def _share(items: float | tuple[float, ...], device: torch.device) -> Tensor:
+    """Which part of all processes' items this one has, float32, for each term."""
+    own = torch.tensor(items, dtype=torch.float32, device=device)
+    total = own.clone()
+    torch.distributed.all_reduce(total)
+    return own / total.clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _add(parameters: list[nn.Parameter], loss: Tensor) -> Tensor:
+    """Add the gradients of all processes, in place; answers the sum of the losses.
 
     A parameter without a gradient in every process keeps none.
     """
-    device = loss.device
-    there = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32, device=device)
+    there = torch.tensor([p.grad is not None for p in parameters], dtype=torch.float32, device=loss.device)
     given = [torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in parameters]
-    head = torch.stack([loss.to(torch.float32) * weight, torch.tensor(weight, device=device)])
-    flat = torch.cat([head, there, *(g.to(torch.float32) * weight for g in given)])
+    flat = torch.cat([loss.float()[None], there, *(g.float() for g in given)])
     torch.distributed.all_reduce(flat)
-    total = flat[1].clamp(min=torch.finfo(torch.float32).tiny)
-    used = flat[2 : 2 + len(parameters)].tolist()
-    averaged = (flat[2 + len(parameters) :] / total).split([p.numel() for p in parameters])
-    for p, seen, gradient in zip(parameters, used, averaged, strict=True):
+    used = flat[1 : 1 + len(parameters)].tolist()
+    summed = flat[1 + len(parameters) :].split([p.numel() for p in parameters])
+    for p, seen, gradient in zip(parameters, used, summed, strict=True):
         p.grad = gradient.view_as(p).to(p.dtype) if seen else None
-    return flat[0] / total
+    return flat[0]
 
 
 class _Average:
@@ -288,4 +297,7 @@ def check_key(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> No
     """Raise ValueError, naming what differs, if ``path`` was made from something else."""
     differing = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
     if differing:
+        if "format" in differing:
+            came = f"format {found.get('format')}, expected {expected['format']}, as this modafill writes"
+            raise ValueError(f"{path}: {came}; train into another folder")
         raise ValueError(f"{path}: made with other {', '.join(differing)}; train into another folder")

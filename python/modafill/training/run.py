@@ -15,6 +15,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list
 
 from modafill.data import FeatureStore, Labels, Split, make_splits, open_data
 from modafill.files import write_json
@@ -97,8 +98,10 @@ class Run:
         if not isinstance(values, dict) or "format_version" not in values:
             raise ValueError(f"{file}: not a run, expected an object with a format_version")
         version = values.pop("format_version")
-        if version != FORMAT_VERSION or values.get("model") not in TRAINERS:
-            raise ValueError(f"{file}: written by another version of modafill")
+        if version != FORMAT_VERSION:
+            raise ValueError(f"{file}: format version {version}, this modafill reads version {FORMAT_VERSION}")
+        if values.get("model") not in TRAINERS:
+            raise ValueError(f"{file}: model {values.get('model')!r}, expected one of {', '.join(TRAINERS)}")
         expected = {f.name for f in fields(cls)} - {"folder"}
         if set(values) != expected:
             raise ValueError(f"{file}: not a run, expected an object with {', '.join(sorted(expected))}")
@@ -308,9 +311,7 @@ def _train_together(run: Run, report: Report, announce: Callable[[str], None]) -
     with _only_one(run.folder) if state.is_main_process else nullcontext():
         if state.is_main_process:
             _begin(run, announce)
-        state.wait_for_everyone()
-        finished = run.finished
-        state.wait_for_everyone()
+        (finished,) = broadcast_object_list([run.finished])
         for part in run.parts:
             if part in finished:
                 continue

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from modafill.data import Batch, all_patterns, pattern_index
@@ -204,8 +205,9 @@ class ADMC(nn.Module):
         try:
             modalities = {name: ModalitySpec(**spec) for name, spec in config["modalities"].items()}
             numbers = ADMCConfig.from_dict(config["config"])
-            model = cls(modalities, config["n_classes"], numbers, config["classes"], config["window"])
-        except (AttributeError, KeyError, TypeError) as error:
+            with init_empty_weights():
+                model = cls(modalities, config["n_classes"], numbers, config["classes"], config["window"])
+        except (AttributeError, KeyError, RuntimeError, TypeError) as error:
             raise ValueError(f"{folder / 'config.json'}: not the description of an ADMC ({error!r})") from error
         load_weights(folder / "model.safetensors", model)
         return model.eval()

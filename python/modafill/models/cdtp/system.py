@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from modafill.data import Batch, pattern_index
@@ -335,8 +336,9 @@ class CDTP(nn.Module):
         try:
             modalities = {name: SequenceSpec(**spec) for name, spec in config["modalities"].items()}
             numbers = CDTPConfig.from_dict(config["config"])
-            model = cls(modalities, config["outputs"], numbers, config["classes"], config["window"])
-        except (AttributeError, KeyError, TypeError) as error:
+            with init_empty_weights():
+                model = cls(modalities, config["outputs"], numbers, config["classes"], config["window"])
+        except (AttributeError, KeyError, RuntimeError, TypeError) as error:
             raise ValueError(f"{folder / 'config.json'}: not the description of a CDTP ({error!r})") from error
         load_weights(folder / "model.safetensors", model)
         return model.eval()
