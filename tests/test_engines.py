@@ -163,19 +163,34 @@ def test_workers_die_with_who_began_them(folder: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_workers_die_with_who_began_them_while_they_start(folder: Path, tmp_path: Path) -> None:
-    """They import for seconds, before they could ask to be told."""
-    process = begin(folder, tmp_path / "out.h5", "--shard-rows", "16", "--workers", "2")
+def test_workers_die_with_who_dies_while_they_start(tmp_path: Path) -> None:
+    """They import for seconds before they can ask to be told."""
+    script = tmp_path / "begin.py"
+    script.write_text(
+        """
+import multiprocessing
+import os
+import signal
+import time
+from modafill.processes import worker_pool
+
+if __name__ == "__main__":
+    with worker_pool(2) as pool:
+        for _ in range(2):
+            pool.submit(time.sleep, 600)
+        print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+        time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+    )
+    with (tmp_path / "pids").open("w") as pids:  # not a pipe, which would stay open as long as they live
+        subprocess.run([sys.executable, str(script)], stdout=pids)
+    workers = (tmp_path / "pids").read_text().split()
+    assert len(workers) == 2
     deadline = time.monotonic() + 60
-    while len(workers := processes_of(process.pid, "spawn_main")) < 2:
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-    process.kill()
-    process.communicate()
     while any(Path(f"/proc/{pid}").exists() for pid in workers):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    assert not list((tmp_path / ".out.h5.shards").glob("*.sha256"))
 
 
 @pytest.mark.slow

@@ -188,9 +188,10 @@ def train_stage(
         wrong = (~numbers.isfinite()).nonzero().tolist()
         if wrong:
             batch, which = wrong[0]
+            what, value = ("loss", "norm of the gradient")[which], float(numbers[batch, which])
             raise TrainingError(
-                f"{stage.name}: the {('loss', 'norm of the gradient')[which]} of batch {batch + 1} of {len(numbers)} in "
-                f"epoch {epoch + 1} is {float(numbers[batch, which])}; the last checkpoint is kept"
+                f"{stage.name}: the {what} of batch {batch + 1} of {len(numbers)} in epoch {epoch + 1} is {value}; "
+                "the last checkpoint is kept"
             )
         mean = float(numbers[:, 0].sum()) / len(numbers)
         scalars = {"loss": mean, "learning_rate": float(schedule.get_last_lr()[0])}
