@@ -8,6 +8,7 @@ import os
 import resource
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from support.bulk import ROWS, contents, same, write_store
 
 from modafill import ModalityImputer
 from modafill.bulk import impute_store, recognise_store
-from modafill.data import FeatureStore
+from modafill.bulk import stores as bulk_stores
+from modafill.data import FeatureStore, convert
 
 
 @pytest.fixture
@@ -129,6 +131,37 @@ def test_a_full_disk_loses_nothing_that_was_finished(make_admc: Any, tmp_path: P
     assert one.read_bytes() == whole.read_bytes()
 
 
+@pytest.mark.slow
+def test_a_full_disk_leaves_a_training_to_be_gone_on_with(tiny: Any, tmp_path: Path) -> None:
+    convert(tiny.archive, tmp_path / "tiny.h5", tiny.mapping)
+    arguments = [str(tmp_path / "tiny.h5") if word == str(tiny.archive) else word for word in tiny.train_arguments]
+    at = arguments.index("--mapping")
+    del arguments[at : at + 2]
+
+    def train(most: int) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "modafill", *arguments, "--out", str(tmp_path / "run")],
+            capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+            preexec_fn=partial(resource.setrlimit, resource.RLIMIT_FSIZE, (most, most)),
+        )  # fmt: skip
+
+    # The encoders fit, the tokens do not.
+    full = train(max(path.stat().st_size for path in tiny.run.glob("fold*/stages/encoder-*")) + 100)
+    assert full.returncode == 2, full.stderr
+    assert "tokens.safetensors: cannot be written" in full.stderr
+    assert "Traceback" not in full.stderr
+    stages = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("run/fold*/stages/*")}
+    assert sorted(stages) == [f"encoder-{name}.safetensors" for name in ("audio", "text", "vision")]
+    assert not list(tmp_path.glob("run/fold*/stages/.*"))
+    done = train(resource.RLIM_INFINITY)
+    assert done.returncode == 0, done.stderr
+    assert {
+        path.name: path.stat().st_mtime_ns for path in tmp_path.glob("run/fold*/stages/*")
+    }.items() >= stages.items()
+    (model,) = tmp_path.glob("run/fold*/model/model.safetensors")
+    assert model.read_bytes() == next(tiny.run.glob("fold*/model/model.safetensors")).read_bytes()
+
+
 def test_where_nothing_may_be_written_nothing_is_done(
     imputer: ModalityImputer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,6 +171,26 @@ def test_where_nothing_may_be_written_nothing_is_done(
             with pytest.raises(OSError, match="/proc"):
                 list(impute_store(imputer, store, Path("/proc/out.h5"), batch_size=4, shard_rows=shard_rows))
     assert tried == []
+
+
+def test_two_at_once_for_one_file_are_refused(imputer: ModalityImputer, tmp_path: Path) -> None:
+    """Nor does a call that looked before the other had ended take the place of what that made."""
+    with FeatureStore(write_store(tmp_path / "in.h5")) as store:
+        first, late = (
+            impute_store(imputer, store, tmp_path / "out.h5", batch_size=4, seed=seed, shard_rows=rows)
+            for seed, rows in ((1, None), (2, 8))
+        )
+        next(first)
+        with pytest.raises(ValueError, match="another process is writing shards there"):
+            next(late)
+        with pytest.MonkeyPatch.context() as patch:
+            # Its first look, before it waits for the folder.
+            patch.setattr(bulk_stores, "_check", lambda *_: list(first))
+            with pytest.raises(FileExistsError, match=r"out\.h5: exists already"):
+                next(impute_store(imputer, store, tmp_path / "out.h5", batch_size=4, seed=2))
+        list(impute_store(imputer, store, tmp_path / "same.h5", batch_size=4, seed=1))
+    assert same(tmp_path / "out.h5", tmp_path / "same.h5")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.h5", "out.h5", "same.h5"]
 
 
 def test_two_at_once_in_one_folder_are_refused(imputer: ModalityImputer, tmp_path: Path) -> None:

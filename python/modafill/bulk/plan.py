@@ -64,6 +64,10 @@ class Plan:
         """The file of a shard, named after its first row."""
         return self.folder / _SHARDS / f"{shard.start:012d}{self.suffix}"
 
+    def whole(self, suffix: str) -> Path:
+        """Where shards are put together, beside them: what is left of that by a killed process goes with them."""
+        return self.folder / _SHARDS / f"whole{suffix}"
+
     @contextmanager
     def writing(self, shard: range) -> Iterator[Path]:
         """Where to write a shard; at the end it appears, and then its checksum."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -62,17 +63,12 @@ class Job:
 
     def write(self, shard: range) -> Iterator[int]:
         """Write a shard into the plan's folder; yields the rows done so far."""
-        with self.plan.writing(shard) as beside:
-            yield from self.write_to(beside, self.plan.suffix, shard)
-
-    def write_to(self, path: Path, suffix: str, rows: range) -> Iterator[int]:
-        """Write the given rows as what ``suffix`` says."""
         plan, columns = self.plan, self._columns()
-        with self._writer(path, suffix) as writer:
+        with plan.writing(shard) as beside, self._writer(beside, plan.suffix) as writer:
             batches = through(
                 self.imputer,
                 self.store,
-                rows,
+                shard,
                 plan.batch_size,
                 lambda batch: self.imputer.complete(batch, n_samples=plan.n_samples, seed=plan.seed),
             )
@@ -85,15 +81,18 @@ class Job:
                     lengths={name: n.cpu().numpy() for name, n in done.lengths.items()},
                     **columns(part),
                 )
-                yield int(part[-1]) + 1 - rows.start
+                yield int(part[-1]) + 1 - shard.start
 
     def merge(self, out: Path) -> None:
         """Write all shards, which are stores, as one file; in blocks of a batch, as if there had been no shards."""
-        at_a_time = self.plan.batch_size
-        with self._writer(out, out.suffix) as writer:
+        plan, at_a_time, whole = self.plan, self.plan.batch_size, self.plan.whole(out.suffix)
+        if len(plan.shards) == 1 and plan.suffix == out.suffix:
+            os.replace(plan.path(plan.shards[0]), out)
+            return
+        with self._writer(whole, out.suffix) as writer:
             columns = self._columns()
-            for shard in self.plan.shards:
-                with FeatureStore(self.plan.path(shard)) as part:
+            for shard in plan.shards:
+                with FeatureStore(plan.path(shard)) as part:
                     for start in range(0, len(part), at_a_time):
                         rows = np.arange(start, min(start + at_a_time, len(part)))
                         batch = part.read(rows, generated=True)
@@ -104,6 +103,7 @@ class Job:
                             lengths={name: n.numpy() for name, n in batch.lengths.items()},
                             **columns(shard.start + rows),
                         )
+        os.replace(whole, out)
 
     def _writer(self, path: Path, suffix: str) -> StoreWriter | ParquetWriter:
         names = self.imputer.modalities

@@ -27,7 +27,7 @@ from modafill.imputer import ModalityImputer
 from modafill.processes import threads_of_each, using_threads
 
 SHARD_ROWS = 65536
-_FEWEST_SHARDS = 16
+_FEWEST_SHARDS = 256
 
 
 def impute_store(
@@ -47,10 +47,9 @@ def impute_store(
     """Write completed embeddings, what was generated marked; yields the rows done so far, and works as it is read.
 
     What is written appears at ``out`` when the last row is done, or not at all. Labels, groups, splits and ids come
-    along. What is more than one shard, or becomes a folder of them, goes through the folder ``.NAME.shards`` beside
-    ``out``, a file for each: the same call after a process died begins behind those that were finished, and ends with
-    the same bytes. Where memory runs out, a worker goes on with half as many rows at a time, which is logged; the last
-    digits may then differ.
+    along. Shards are made in the folder ``.NAME.shards`` beside ``out``, a file for each: the same call after a process
+    died begins behind those that were finished, and ends with the same bytes. Where memory runs out, a worker goes on
+    with half as many rows at a time, which is logged; the last digits may then differ.
 
     Args:
         imputer: whose device does the work.
@@ -61,7 +60,7 @@ def impute_store(
         seed: the noise of a row depends on it and the row number alone.
         batch_size: rows that are completed at a time; None = as many as keep K completions within half a gigabyte.
         shard_rows: rows of a shard, rounded up to whole batches. None = 65,536, and where several work, no more than a
-            sixteenth of all.
+            256th of all.
         shard_format: of a folder, ``"h5"`` (the default) or ``"parquet"``.
         engine: ``"local"``, ``"torchrun"`` (every process that it started calls this) or ``"ray"``.
         workers: processes of ``"local"`` (1 = this one) or of ``"ray"``.
@@ -98,11 +97,9 @@ def impute_store(
         return
     threads = threads or threads_of_each(workers)
     with using_threads(threads) if alone else nullcontext():
-        if one_file and alone and len(plan.shards) == 1:
-            yield from job.write_to(out, out.suffix, plan.shards[0])
-            return
         job = replace(job, plan=replace(plan, identity=identify(imputer, store, threads)))
         with job.plan.claimed():
+            _check_new(out)  # another call may have made it in the meantime
             finished = job.plan.finished()
             todo = [shard for shard in job.plan.shards if shard not in finished]
             yield from _work(job, todo, engine, workers)
@@ -122,8 +119,7 @@ def _check(
 ) -> None:
     """Raise for what :func:`impute_store` cannot do, before anything is done."""
     check_store(imputer, store)
-    if out.exists():
-        raise FileExistsError(f"{out}: exists already; remove it or choose another name")
+    _check_new(out)
     if engine not in ENGINES:
         raise ValueError(f"engine: got {engine!r}, expected one of {', '.join(ENGINES)}")
     numbers = {"batch_size": batch_size, "shard_rows": shard_rows, "workers": workers, "threads": threads}
@@ -147,6 +143,11 @@ def _check(
         require("pyarrow.parquet", "scale", "a Parquet table")
     if engine == "ray":
         require("ray.data", "scale", "the engine ray")
+
+
+def _check_new(out: Path) -> None:
+    if out.exists():
+        raise FileExistsError(f"{out}: exists already; remove it or choose another name")
 
 
 def _work(job: Job, todo: list[range], engine: str, workers: int) -> Iterator[int]:
@@ -177,6 +178,7 @@ def _together(job: Job, out: Path, one_file: bool) -> Iterator[int]:
     with job.plan.claimed() if state.is_main_process else nullcontext():
         told: list[Any] = [None, None]
         if state.is_main_process:
+            _check_new(out)
             finished = job.plan.finished()
             told = [job.plan.call, [shard for shard in job.plan.shards if shard not in finished]]
         call, todo = broadcast_object_list(told)
