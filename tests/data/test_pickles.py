@@ -191,13 +191,42 @@ def test_code_is_named_and_never_run(tmp_path: Path, protocol: int) -> None:
         (b"(.", "a mark stands where a value should"),
         (b"\x80\x02]].", "ends with 2 values"),
         (b"\x80\x02]]K\x01s.", "expected a dict, got list"),
-        (b"\x80\x02}]K\x01s.", "TypeError"),
+        (b"\x80\x02}]K\x01s.", "a key is list, expected a text, a number of 64 bits or a flat tuple of up to 64 such"),
         (b"\x80\x02h\x05.", "KeyError"),
         (b"\x80\x02" + b"cnumpy\ndtype\n(X\x02\x00\x00\x00V8K\x00K\x01tR.", "expected numbers or texts"),
     ],
 )
 def test_malformed(tmp_path: Path, content: bytes, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
+        PickleFile(write(tmp_path / "x.pkl", content))
+
+
+# To hash the first overflows the stack; the second is 300 bytes and has 2^100 leaves.
+UNHASHABLE = {
+    "deep": b"N" + b"\x85" * 200_000,
+    "wide": b"N" + b"q\x00h\x00\x86" * 100,
+    "long": b"(" + b"N" * 1000 + b"t",
+    "array": b"cnumpy\nndarray\n)R",
+    "large": b"\x8a\x0a" + b"\x01" * 10,
+}
+HASHING = {
+    "setitem": b"}%sNs",
+    "setitems": b"}(%sNu",
+    "dict": b"(%sNd",
+    "additems": b"\x8f(%s\x90",
+    "frozenset opcode": b"(%s\x91",
+    "ordered dict": b"ccollections\nOrderedDict\n(]%sN\x86atR",
+    "dict of pairs": b"cbuiltins\ndict\n(]%sN\x86atR",
+    "set": b"c__builtin__\nset\n(](%setR",
+    "frozenset": b"c__builtin__\nfrozenset\n(](%setR",
+}
+
+
+@pytest.mark.parametrize("place", HASHING)
+@pytest.mark.parametrize("key", UNHASHABLE)
+def test_what_cannot_be_hashed_safely_is_no_key(tmp_path: Path, key: str, place: str) -> None:
+    content = b"\x80\x04" + HASHING[place].replace(b"%s", UNHASHABLE[key]) + b"."
+    with pytest.raises(ValueError, match=r"x\.pkl: not a readable pickle: a key is (tuple|PickledArray|int), expected"):
         PickleFile(write(tmp_path / "x.pkl", content))
 
 
@@ -242,6 +271,8 @@ def test_too_many_objects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(pickles, "MAX_OBJECTS", 1000)
     with pytest.raises(ValueError, match="more than 1000 objects"):
         PickleFile(write(tmp_path / "x.pkl", b"\x80\x02(" + b"]" * 2000 + b"t."))
+    with pytest.raises(ValueError, match="more than 1000 objects"):
+        PickleFile(write(tmp_path / "m.pkl", b"\x80\x04N" + b"\x94" * 2000 + b"."))
 
 
 def test_truncated_while_it_is_read(tmp_path: Path) -> None:
@@ -265,8 +296,24 @@ def test_text_for_bytes_must_be_as_long_as_declared(tmp_path: Path) -> None:
         file.value.load()
 
 
+def test_tuples_of_texts_and_numbers_are_keys(tmp_path: Path) -> None:
+    value = {("v", 1, 2.5, None, True, b"x"): 1, -(2**63): 2, None: 3, 1.5: 4, True: {("a",), ()}}
+    assert read(tmp_path / "x.pkl", pickle.dumps(value)) == value
+
+
+@pytest.mark.parametrize("value", [{"train": {"a": 1.5}}, [1, "a"], ({"a": 1}, {}), ([1], {})])
+@pytest.mark.parametrize("protocol", [*range(6), "python 2, 0", "python 2, 2"])
+def test_a_truncated_pickle_is_still_known_for_one(tmp_path: Path, value: Any, protocol: int | str) -> None:
+    content = pickle.dumps(value, protocol) if isinstance(protocol, int) else python2_pickle(value, int(protocol[-1]))
+    for size in range(3, len(content)):
+        path = write(tmp_path / "x.pkl", content[:size])
+        assert looks_like_pickle(path)
+        with pytest.raises(ValueError, match=r"x\.pkl: not a readable pickle: .*, at byte"):
+            PickleFile(path)
+
+
 def test_not_a_pickle(tmp_path: Path) -> None:
-    for content in (b"", b".", b"hello world.", b"PK\x03\x04"):
+    for content in (b"", b".", b"hello world.", b"clip\tlabel", b"(a text)", b"label", b"PK\x03\x04"):
         assert not looks_like_pickle(write(tmp_path / "x", content))
     with pytest.raises(FileNotFoundError, match="no such file"):
         PickleFile(tmp_path / "none")

@@ -18,7 +18,8 @@ INLINE_BYTES = 1 << 12
 BLOCK_BYTES = 1 << 20
 LONGEST_LINE = 1 << 16
 LONGEST_INTEGER = 64
-# Containers, numbers and short texts; each takes some sixty bytes of memory and may take one of the file.
+LONGEST_KEY = 64
+# Containers, numbers, short texts and places of the memo; each takes some sixty bytes of memory and may take one of the file.
 MAX_OBJECTS = 1 << 24
 
 
@@ -146,14 +147,17 @@ class PickleFile:
 
 
 def looks_like_pickle(path: Path) -> bool:
-    """Whether a file may be a pickle: by its protocol byte, or the first opcode of the older ones, and its last one."""
+    """Whether a file may be a pickle, truncated or not: by its protocol byte, or what older ones begin with."""
     with open(path, "rb") as file:
-        start = file.read(2)
+        start = file.read(8)
         if len(start) < 2:
             return False
         file.seek(-1, os.SEEK_END)
         last = file.read(1)
-    return start[0] == 0x80 and start[1] <= 5 if start[0] >= 0x80 else start[:1] in b"(]}lc" and last == b"."
+    if start[0] == 0x80:
+        return start[1] <= 5
+    # A list, a dict or a tuple of them; what begins otherwise may be any text.
+    return re.match(rb"\(*(\([dl]|[]}]q)", start) is not None or (start[:1] in b"(]}lc" and last == b".")
 
 
 def as_text(value: Any) -> str:
@@ -298,6 +302,15 @@ def _items(value: Any) -> Any:
 
 
 def _key(value: Any) -> Any:
+    """A key of a dict or an item of a set."""
+    # To hash a tuple of tuples may overflow the stack or never end; long ones and large integers collide at will.
+    parts = value if isinstance(value, tuple) else (value,)
+    plain = all(isinstance(part, (str, bytes, int, float, type(None))) for part in parts)
+    if not plain or len(parts) > LONGEST_KEY or any(isinstance(n, int) and abs(n) >= 1 << 64 for n in parts):
+        raise ValueError(
+            f"a key is {type(value).__name__}, expected a text, a number of 64 bits or a flat tuple of up to "
+            f"{LONGEST_KEY} such"
+        )
     return as_text(value) if isinstance(value, bytes) else value
 
 
@@ -331,13 +344,16 @@ class _Machine:
                 raise ValueError("truncated" if not code else f"the opcode {code!r} is none of data")
             value = operation(self)
             if value is not _NOTHING:
-                self.objects += 1
-                if self.objects > MAX_OBJECTS:
-                    raise ValueError(f"more than {MAX_OBJECTS} objects")
+                self.count()
                 push(value)
         if len(self.stack) != 1:
             raise ValueError(f"it ends with {len(self.stack)} values on the stack")
         return self.pop()
+
+    def count(self) -> None:
+        self.objects += 1
+        if self.objects > MAX_OBJECTS:
+            raise ValueError(f"more than {MAX_OBJECTS} objects")
 
     def pop(self) -> Any:
         value = self.stack.pop()
@@ -438,6 +454,8 @@ class _Machine:
         return _NOTHING
 
     def remember(self, place: int) -> Any:
+        if place not in self.memo:
+            self.count()
         self.memo[place] = self.stack[-1]
         return _NOTHING
 
