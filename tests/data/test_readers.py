@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from support import foreign
 
-from modafill.data import FeatureStore, Labels, convert, inspect_path, make_splits, open_data
+from modafill.data import FeatureStore, Labels, StoreWriter, convert, inspect_path, make_splits, open_data
 from modafill.data.readers import open_source, split_pickle
 
 
@@ -274,6 +274,36 @@ def test_csd_asks_where_names_do_not_tell(tmp_path: Path) -> None:
     store = FeatureStore(tmp_path / "x.h5")
     renamed = {key: {"sound": row["audio"], "face": row["vision"]} for key, row in truth.items()}
     assert_samples(store, renamed)
+
+
+@pytest.mark.parametrize("kind", ["labels", "groups", "modalities"])
+def test_a_store_with_a_column_named_data_is_a_store(tmp_path: Path, kind: str) -> None:
+    modalities = ["data", "text"] if kind == "modalities" else ["audio", "text"]
+    columns = {} if kind == "modalities" else {kind: {"data": np.arange(4)}}
+    path = tmp_path / "x.h5"
+    with StoreWriter(
+        path, modalities=modalities, widths=dict.fromkeys(modalities, 2), kinds=dict.fromkeys(modalities, "vector")
+    ) as writer:
+        writer.append(dict.fromkeys(modalities, np.ones((4, 2))), **columns)
+    assert open_data(path, tmp_path / "cache").modalities == tuple(modalities)
+    assert inspect_path(path)["samples"] == 4
+    with h5py.File(path, "a") as h5:
+        h5["a/data/video/features"], h5["a/data/video/intervals"] = np.ones((3, 2)), np.ones((3, 2))
+    assert len(open_data(path, tmp_path / "cache")) == 4
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{"a/data": np.ones((3, 2))}, {"a/data/b": np.ones(3)}, {"a/data/b/features": np.ones(3)}, {"a": np.ones(3)}],
+)
+def test_other_hdf5_is_not_known(tmp_path: Path, content: dict[str, np.ndarray]) -> None:
+    with h5py.File(tmp_path / "x.h5", "w") as h5:
+        for name, array in content.items():
+            h5[name] = array
+    with pytest.raises(ValueError, match=r"x\.h5: not a file that is known; expected a feature store"):
+        convert(tmp_path / "x.h5", tmp_path / "y.h5")
+    with pytest.raises(ValueError, match=r"x\.h5: an HDF5 file, but not a feature store"):
+        inspect_path(tmp_path / "x.h5")
 
 
 def test_csd_frames_without_order_and_videos_that_one_file_lacks(tmp_path: Path) -> None:

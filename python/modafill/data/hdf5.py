@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import h5py
 
 from modafill.data.npz import MAX_RATIO, RATIO_FREE_BYTES
 
 HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
+
+
+def open_hdf5(path: Path) -> h5py.File:
+    """A file, open for reading.
+
+    Raises:
+        ValueError: it is not HDF5, or cannot be read.
+    """
+    try:
+        return h5py.File(path, "r")
+    except OSError as error:
+        raise ValueError(f"{path}: not a readable HDF5 file: {str(error).splitlines()[0]}") from None
 
 
 def get_inside(group: h5py.Group, path: str) -> h5py.Group | h5py.Dataset:

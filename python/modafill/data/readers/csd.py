@@ -11,8 +11,9 @@ from typing import Any
 import h5py
 import numpy as np
 
-from modafill.data.hdf5 import HDF5_MAGIC, get_inside
+from modafill.data.hdf5 import HDF5_MAGIC, get_inside, open_hdf5
 from modafill.data.readers.keyed import KeyedSource
+from modafill.data.writer import FORMAT
 
 MAKERS = {
     "text": ("glove", "bert", "wordvectors", "word_vectors", "embedding", "text"),
@@ -141,19 +142,22 @@ class _Sequence:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._file = open_hdf5(path)
         try:
-            self._file = h5py.File(path, "r")
-        except OSError as error:
-            raise ValueError(f"{path}: not a readable HDF5 file: {str(error).splitlines()[0]}") from None
-        try:
+            if self._file.attrs.get("format") == FORMAT:
+                raise ValueError("it is a feature store")
             roots = [name for name in self._file if isinstance(self._inside(name), h5py.Group)]
             if not roots:
                 raise ValueError("it is empty")
             self.root = roots[0]
-            self._data = self._inside(f"{self.root}/data")
+            data = self._inside(f"{self.root}/data")
             # A dict keeps the order and answers at once.
-            self.keys = dict.fromkeys(self._data)
-        except (ValueError, KeyError, OSError, RuntimeError) as error:
+            self.keys = dict.fromkeys(data if isinstance(data, h5py.Group) else ())
+            first = next(iter(self.keys), None)
+            entry = None if first is None else self._inside(f"{self.root}/data/{first}")
+            if not isinstance(entry, h5py.Group) or not {"features", "intervals"} <= set(entry):
+                raise ValueError(f"{self.root}/data has no entries with features and intervals")
+        except (TypeError, ValueError, KeyError, OSError, RuntimeError) as error:
             self.close()
             raise ValueError(f"{path}: not a computational sequence: {error}") from None
 

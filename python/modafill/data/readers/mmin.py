@@ -9,7 +9,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from modafill.data.hdf5 import get_inside
+from modafill.data.hdf5 import get_inside, open_hdf5
 from modafill.data.npz import load_npy
 from modafill.data.readers.keyed import KeyedSource
 from modafill.data.readers.pickles import as_text
@@ -61,7 +61,7 @@ class MminFolder(KeyedSource):
         try:
             for modality, folder in FOLDERS.items():
                 path = root / names[modality] if names and modality in names else _only_file(features / folder)
-                self._files[modality] = _open(path)
+                self._files[modality] = open_hdf5(path)
             self.labels["emotion"] = np.array([labels[key] for key in self.keys])
             self.splits = {
                 column: np.array([parts.get(key, "") for key in self.keys]) for column, parts in columns.items()
@@ -109,10 +109,3 @@ def _only_file(folder: Path) -> Path:
             'modality in a mapping, {"modalities": {"audio": "A/comparE.h5", …}}'
         )
     return files[0]
-
-
-def _open(path: Path) -> h5py.File:
-    try:
-        return h5py.File(path, "r")
-    except OSError as error:
-        raise ValueError(f"{path}: not a readable HDF5 file: {str(error).splitlines()[0]}") from None

@@ -19,7 +19,7 @@ BLOCK_BYTES = 1 << 20
 LONGEST_LINE = 1 << 16
 LONGEST_INTEGER = 64
 LONGEST_KEY = 64
-# Containers, numbers, short texts and places of the memo; each takes some sixty bytes of memory and may take one of the file.
+# Containers, numbers, short texts, places of the memo; each takes some sixty bytes and may take one of the file.
 MAX_OBJECTS = 1 << 24
 
 
