@@ -6,6 +6,7 @@ import hashlib
 import json
 import pickle
 import re
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import pytest
 from support import foreign
 
 from modafill.data import FeatureStore, Labels, StoreWriter, convert, inspect_path, make_splits, open_data
-from modafill.data.readers import open_source, split_pickle
+from modafill.data.readers import keyed, open_source, split_pickle
 
 
 def dump(path: Path, value: Any, protocol: int = 4) -> Path:
@@ -319,6 +320,54 @@ def test_csd_frames_without_order_and_videos_that_one_file_lacks(tmp_path: Path)
     for k in range(4):
         del truth[f"vid1[{k}]"]["audio"]
     assert_samples(FeatureStore(tmp_path / "x.h5"), truth)
+
+
+def test_one_long_sample_does_not_pad_a_thousand_short_ones(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    long = random.normal(size=(40_000, 8)).astype(np.float32)
+    short = random.normal(size=(1023, 3, 8)).astype(np.float32)
+    # The long one's video has short segments too, which must not keep all of it in memory.
+    videos = {"a": np.concatenate([short[:500].reshape(-1, 8), long]), "b": short[500:].reshape(-1, 8)}
+    steps = {"a": np.array([*[3] * 500, 40_000]), "b": np.full(523, 3)}
+    (tmp_path / "x").mkdir()
+    for root, file in (("glove", "glove"), ("COVAREP", "COVAREP"), ("labels", "labels")):
+        with h5py.File(tmp_path / "x" / f"{file}.csd", "w") as h5:
+            for video, frames in videos.items():
+                at = np.arange(len(frames) + 1.0)
+                ends = np.cumsum(steps[video])
+                if root == "labels":
+                    frames, intervals = np.ones((len(ends), 1)), np.stack([ends - steps[video], ends], 1)
+                else:
+                    frames, intervals = frames if root == "glove" else -frames, np.stack([at[:-1], at[1:]], 1)
+                h5[f"{root}/data/{video}/features"], h5[f"{root}/data/{video}/intervals"] = frames, intervals
+    tracemalloc.start()
+    convert(tmp_path / "x", tmp_path / "x.h5")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 300 << 20
+    store = FeatureStore(tmp_path / "x.h5")
+    assert len(store) == 1024
+    for row in (0, 499, 500, 501, 1023):
+        expected = long if row == 500 else short[row - (row > 500)]
+        got = values(store, row)
+        np.testing.assert_array_equal(got["text"], expected)
+        np.testing.assert_array_equal(got["audio"], -expected)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 1024])
+def test_blocks_are_bounded_in_rows_and_in_bytes(tmp_path: Path, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    truth = foreign.write_mmin(tmp_path / "x")
+    monkeypatch.setattr(keyed, "BLOCK_BYTES", 2000)
+    with open_source(tmp_path / "x") as source:
+        blocks = list(source.blocks(rows))
+    assert all(len(block.ids) == 1 or sum(x.nbytes for x in block.features.values()) <= 2000 for block in blocks)
+    assert max(len(block.ids) for block in blocks) <= rows
+    assert np.concatenate([block.ids for block in blocks]).tolist() == sorted(truth)
+    for block in blocks:
+        for i, key in enumerate(block.ids):
+            for name, x in block.features.items():
+                np.testing.assert_array_equal(x[i, : block.lengths[name][i]], truth[key][name])
+                assert not x[i, block.lengths[name][i] :].any()
 
 
 @pytest.mark.parametrize("sessions", [False, True])

@@ -11,6 +11,9 @@ import numpy as np
 
 from modafill.data.source import BLOCK_ROWS, Block, Source
 
+# One long sample pads all others of its block to its length.
+BLOCK_BYTES = 1 << 26
+
 
 class KeyedSource(Source):
     """A source whose modalities are found under the keys of its samples.
@@ -58,37 +61,53 @@ class KeyedSource(Source):
     def blocks(self, rows: int = BLOCK_ROWS) -> Iterator[Block]:
         ids = np.array(number_repeats(self, self.keys))
         lacking = dict.fromkeys(self.modalities, 0)
-        for start in range(0, len(self), rows):
-            piece = slice(start, start + rows)
-            keys = self.keys[piece]
-            available = np.ones((len(keys), len(self.modalities)), dtype=bool)
-            features, lengths = {}, {}
-            for m, name in enumerate(self.modalities):
-                found = [self._checked(name, key) for key in keys]
-                available[:, m] = [x is not None for x in found]
-                lacking[name] += int((~available[:, m]).sum())
-                steps = np.array([0 if x is None else len(x) for x in found], dtype=np.int64)
-                tail: tuple[int, ...] = (self.widths[name],)
-                if self.kinds[name] == "sequence":
-                    lengths[name] = steps
-                    tail = (max(1, int(steps.max())), *tail)
-                features[name] = np.zeros((len(keys), *tail), dtype=np.float32)
-                for i, x in enumerate(found):
-                    if x is not None:
-                        features[name][i, ...] = _padded(x, tail)
-            yield Block(
-                features,
-                available,
-                lengths,
-                ids[piece],
-                labels={name: values[piece] for name, values in self.labels.items()},
-                groups={name: values[piece] for name, values in self.groups.items()},
-                splits={name: values[piece] for name, values in self.splits.items()},
-                order=None if self.order is None else self.order[piece],
-            )
+        samples: list[dict[str, np.ndarray | None]] = []
+        steps: dict[str, int] = {}
+        start = 0
+        for key in self.keys:
+            sample = {name: self._checked(name, key) for name in self.modalities}
+            own = {name: 1 if x is None or x.ndim == 1 else len(x) for name, x in sample.items()}
+            longest = {name: max(n, steps.get(name, 1)) for name, n in own.items()}
+            size = 4 * (len(samples) + 1) * sum(n * self.widths[name] for name, n in longest.items())
+            if samples and (len(samples) == rows or size > BLOCK_BYTES):
+                yield self._block(samples, steps, ids, start)
+                start += len(samples)
+                samples, longest = [], own
+            samples.append(sample)
+            steps = longest
+            for name, x in sample.items():
+                lacking[name] += x is None
+        yield self._block(samples, steps, ids, start)
         for name, n in lacking.items():
             if n:
                 self.note(f"{name}: {n} samples without it")
+
+    def _block(
+        self, samples: list[dict[str, np.ndarray | None]], steps: dict[str, int], ids: np.ndarray, start: int
+    ) -> Block:
+        n, piece = len(samples), slice(start, start + len(samples))
+        features, lengths = {}, {}
+        for name, width in self.widths.items():
+            tail: tuple[int, ...] = (width,) if self.kinds[name] == "vector" else (steps[name], width)
+            features[name] = np.zeros((n, *tail), dtype=np.float32)
+            if self.kinds[name] == "sequence":
+                lengths[name] = np.zeros(n, dtype=np.int64)
+            for i, x in enumerate(sample[name] for sample in samples):
+                if x is not None and x.ndim == 2:
+                    features[name][i, : len(x)] = x
+                    lengths[name][i] = len(x)
+                elif x is not None:
+                    features[name][i] = x
+        return Block(
+            features,
+            np.array([[x is not None for x in sample.values()] for sample in samples]),
+            lengths,
+            ids[piece],
+            labels={name: values[piece] for name, values in self.labels.items()},
+            groups={name: values[piece] for name, values in self.groups.items()},
+            splits={name: values[piece] for name, values in self.splits.items()},
+            order=None if self.order is None else self.order[piece],
+        )
 
     def _checked(self, name: str, key: str) -> np.ndarray | None:
         x = self.look_up(name, key)
@@ -98,14 +117,8 @@ class KeyedSource(Source):
             raise ValueError(f"{self.path}: {name} of {key!r} is {x.dtype} {x.shape}, expected numbers like the others")
         if x.shape[-1] != self.widths[name]:
             raise ValueError(f"{self.path}: {name} of {key!r} is {x.shape[-1]} wide, the first one {self.widths[name]}")
-        return x
-
-
-def _padded(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    out = np.zeros(shape, dtype=np.float32)
-    with np.errstate(over="ignore"):
-        out[: len(x)] = x
-    return out
+        with np.errstate(over="ignore"):
+            return x.astype(np.float32)
 
 
 def number_repeats(source: Source, keys: Sequence[str]) -> list[str]:
