@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,22 @@ def test_damaged_archives(tmp_path: Path) -> None:
 def read_in_blocks(path: Path, rows: int) -> list[np.ndarray]:
     with NpzFile(path) as npz:
         return list(npz.blocks("t", rows))
+
+
+def test_every_byte_of_the_directory(tmp_path: Path) -> None:
+    whole = simple(tmp_path / "whole.npz").read_bytes()
+    path, reasons = tmp_path / "x.npz", []
+    for place in range(whole.index(b"PK\x01\x02"), len(whole)):
+        for value in {0, 1, 63, 127, 255, whole[place] ^ 1} - {whole[place]}:
+            path.write_bytes(whole[:place] + bytes([value]) + whole[place + 1 :])
+            try:
+                with NpzFile(path) as npz:
+                    for name in npz.headers:
+                        npz.load(name)
+            except ValueError as error:
+                reasons.append(str(error))
+    assert len(reasons) > 100
+    assert all("x.npz: " in reason for reason in reasons)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"\x93NUMPY\x09\x00" + bytes(200), b"hello" * 50])
@@ -315,6 +332,42 @@ def test_arrays_that_disagree(tmp_path: Path, changes: dict[str, Any], message: 
     with pytest.raises(ValueError, match=rf"x\.npz: .*{message}"):
         convert(save(tmp_path / "x.npz", **arrays), tmp_path / "x.h5", SPLIT_MAPPING)
     assert not (tmp_path / "x.h5").exists()
+
+
+@pytest.mark.parametrize(
+    ("lengths", "reason"),
+    [
+        ([4] * 9 + [-5], "float64, expected whole numbers [10] from 0 to 4; row 9 has -5.0"),
+        ([4, 2.9] + [4] * 8, "float64, expected whole numbers [10] from 0 to 4; row 1 has 2.9"),
+        ([np.nan] * 10, "float64, expected whole numbers [10] from 0 to 4; row 0 has nan"),
+        ([5] * 10, "float64, expected whole numbers [10] from 0 to 4; row 0 has 5.0"),
+        ([[4]] * 10, "float64 (10, 1), expected whole numbers [10] from 0 to 4"),
+    ],
+)
+def test_lengths_are_whole_numbers(tmp_path: Path, lengths: Any, reason: str) -> None:
+    path = simple(tmp_path / "x.npz", steps=np.array(lengths, dtype=float))
+    with pytest.raises(ValueError, match=re.escape(f"x.npz: lengths 'steps' are {reason}")):
+        convert(path, tmp_path / "x.h5", {**MAPPING, "lengths": {"audio": "steps"}})
+    assert not (tmp_path / "x.h5").exists()
+
+
+@pytest.mark.parametrize(
+    ("array", "key", "reason"),
+    [
+        (np.arange(10).astype("datetime64[D]"), "label", "is datetime64[D] (10,), expected numbers or texts [N]"),
+        (np.ones(10, dtype=complex), "label", "is complex128 (10,), expected numbers or texts [N]"),
+        (np.zeros(10, dtype=[("a", "f4")]), "group", "is [('a', '<f4')] (10,), expected numbers or texts [N]"),
+        (np.zeros((10, 2)), "group", "is float64 (10, 2), expected numbers or texts [N]"),
+        (np.zeros((10, 1)), "id", "is float64 (10, 1), expected numbers or texts [N]"),
+        (np.array(["a"] * 10), "order", "is <U1 (10,), expected numbers [N]"),
+        (np.array(["a", "b"]), "columns", "has the shape (2,), expected 3 column names"),
+    ],
+)
+def test_arrays_that_are_not_what_the_mapping_says(tmp_path: Path, array: np.ndarray, key: str, reason: str) -> None:
+    given: dict[str, Any] = {"label": {"name": "z", "kind": "class"}, "columns": {"text": "z"}}
+    path = simple(tmp_path / "x.npz", z=array)
+    with pytest.raises(ValueError, match=re.escape(f"x.npz: array 'z' {reason}")):
+        convert(path, tmp_path / "x.h5", {**MAPPING, key: given.get(key, "z")})
 
 
 def test_a_malformed_mask(tmp_path: Path) -> None:

@@ -121,6 +121,41 @@ def test_mmsa_with_its_flaws(tmp_path: Path) -> None:
     assert set(report["notes"]) == set(notes[:4])
 
 
+def test_frames_of_zeros_alone_are_missing_whatever_length_is_declared(tmp_path: Path) -> None:
+    for aligned in (False, True):
+        value = foreign.mmsa(aligned=aligned)
+        train = value["train"]
+        train["audio"][[3, 5]] = 0
+        train["vision"][4] = 0
+        train["vision"][4, -1] = np.float32(1)
+        train["text_bert"][4, 1] = np.arange(7) < 6
+        if not aligned:
+            train["audio_lengths"][6] = 0
+            train["vision_lengths"][4] = 9
+        missing = {3: {"text", "vision"}, 5: {"text", "vision"}, 4: {"text", "audio"}}
+        notes = convert(dump(tmp_path / "x.pkl", value), tmp_path / "x.h5")
+        assert notes == [
+            "audio: 2 samples have a length, but frames of zeros alone; they lack it",
+            "vision: 1 samples have a length, but frames of zeros alone; they lack it",
+            f"audio: {2 if aligned else 3} samples without it",
+            "vision: 1 samples without it",
+        ]
+        store = FeatureStore(tmp_path / "x.h5")
+        assert {row: set(values(store, row)) for row in missing} == missing
+        assert store.available().sum() == 3 * len(store) - (3 if aligned else 4)
+
+
+def test_unknown_scores_are_said_and_leave_the_scale_alone(tmp_path: Path) -> None:
+    value = foreign.mmsa()
+    value["train"]["regression_labels"][[2, 7]] = np.nan
+    notes = convert(dump(tmp_path / "x.pkl", value), tmp_path / "x.h5")
+    assert notes == ["regression_labels: 2 labels are NaN, which training refuses"]
+    store = FeatureStore(tmp_path / "x.h5")
+    assert store.task["label"] == {"name": "regression_labels", "kind": "score", "sentiment": True}
+    with pytest.raises(ValueError, match="got NaN in 2 samples, the first in row 2"):
+        Labels.fit(store.task["label"], store.labels(), np.arange(20))
+
+
 def test_published_files_are_known_by_their_checksum(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = dump(tmp_path / "x.pkl", foreign.mmsa())
     sizes, digest = tuple(foreign.SIZES.values()), hashlib.sha256(path.read_bytes()).hexdigest()
@@ -433,6 +468,33 @@ WRONG: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (lambda v: v["test"].update(id=v["test"]["id"][:-1]), "arrays of test disagree in the number of samples"),
     (lambda v: v["test"].update(regression_labels=np.zeros((9, 2))), "expected one value per sample"),
     (lambda v: v["test"].update(audio_lengths=[np.nan] * 9), "lengths are float64, expected whole numbers"),
+    (
+        lambda v: v["test"]["audio_lengths"].__setitem__(2, -5),
+        "test/audio_lengths are int64, expected whole numbers [9] from 0; row 2 has -5",
+    ),
+    (
+        lambda v: v["test"]["vision_lengths"].__setitem__(3, 2.9),
+        "test/vision_lengths are float64, expected whole numbers [9] from 0; row 3 has 2.9",
+    ),
+    (lambda v: v["test"]["vision_lengths"].__setitem__(3, np.inf), "row 3 has inf"),
+    (
+        lambda v: v["test"]["vision_lengths"].__setitem__(3, 2**70),
+        "test/vision_lengths is list, expected an array or a list of numbers of 64 bits",
+    ),
+    (
+        lambda v: v["test"].update(audio_lengths=np.ones((9, 1), dtype=int)),
+        "test/audio_lengths are int64 (9, 1), expected whole numbers [9]",
+    ),
+    (lambda v: v["test"].update(audio_lengths=5), "test/audio_lengths is int, expected an array or a list"),
+    (
+        lambda v: v["test"].update(regression_labels=[*range(8), 2**70]),
+        "test/regression_labels is list, expected an array or a list of numbers of 64 bits",
+    ),
+    (
+        lambda v: v["test"].update(regression_labels=np.array([None] * 9)),
+        "test/regression_labels is list, expected an array",
+    ),
+    (lambda v: v["test"]["id"].__setitem__(4, None), "test/id: expected a text, got NoneType"),
     (lambda v: v.update(extra={}), "which is the layout of neither MMSA, MulT nor GCNet"),
     (lambda v: v["train"].pop("text"), "train has no text, which a pickle of MMSA or MulT has in every part"),
     (lambda v: [v["valid"].pop(f"{n}_labels") for n in ("regression", "classification")], "valid has no labels, which"),

@@ -9,7 +9,7 @@ import numpy as np
 
 from modafill.data.mapping import SPLIT, NpzMapping, column_name
 from modafill.data.npz import ArrayHeader, NpzFile
-from modafill.data.source import BLOCK_ROWS, Block, Source
+from modafill.data.source import Block, Source, check_lengths
 
 
 class MappedNpz(Source):
@@ -39,6 +39,7 @@ class MappedNpz(Source):
         for modality in mapping.modalities:
             self._check_modality(modality)
         self._sizes = {part: self._count(part) for part in mapping.parts}
+        self._check_columns()
 
     def __len__(self) -> int:
         return sum(self._sizes.values())
@@ -81,10 +82,23 @@ class MappedNpz(Source):
             raise ValueError(f"{self.npz.path}: arrays disagree in the number of samples: {counts}")
         return max(counts.values(), default=0)
 
+    def _check_columns(self) -> None:
+        for modality, name in self.mapping.columns.items():
+            shape = self.npz.headers[name].shape
+            if shape != (self.widths[modality],):
+                raise ValueError(f"array {name!r} has the shape {shape}, expected {self.widths[modality]} column names")
+        one_each = (self.mapping.group, self.mapping.order, self.mapping.id)
+        for template in self.mapping.per_sample():
+            for name in [template.replace(SPLIT, part) for part in self.mapping.parts]:
+                header, kinds = self.npz.headers[name], "iuf" if template == self.mapping.order else "biufSU"
+                if header.dtype.kind not in kinds or (template in one_each and len(header.shape) != 1):
+                    what = "numbers" if kinds == "iuf" else "numbers or texts"
+                    raise ValueError(f"array {name!r} is {header.dtype} {header.shape}, expected {what} [N]")
+
     def columns(self) -> dict[str, list[str]]:
         return {modality: self.npz.load(name).astype(str).tolist() for modality, name in self.mapping.columns.items()}
 
-    def blocks(self, rows: int = BLOCK_ROWS) -> Iterator[Block]:
+    def _blocks(self, rows: int) -> Iterator[Block]:
         for part in self.mapping.parts:
             yield from self._part_blocks(part, rows)
 
@@ -111,7 +125,13 @@ class MappedNpz(Source):
             if modality in mapping.lengths:
                 lengths[modality] = np.zeros(n, dtype=np.int64)
                 if present:
-                    lengths[modality] += self._load(mapping.lengths[modality], part).astype(np.int64)
+                    name, longest = (
+                        mapping.lengths[modality].replace(SPLIT, part),
+                        self.npz.headers[template.replace(SPLIT, part)].shape[1],
+                    )
+                    given = self.npz.load(name)
+                    check_lengths(f"lengths {name!r}", given, n, longest)
+                    lengths[modality] += given.astype(np.int64)
                 available[:, m] &= lengths[modality] > 0
             available[:, m] &= present
             streams[modality] = (

@@ -90,7 +90,7 @@ class NpzFile:
             raise FileNotFoundError(f"{self.path}: no such file")
         try:
             self._zip = zipfile.ZipFile(self.path)
-        except (zipfile.BadZipFile, OSError, EOFError) as error:
+        except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError) as error:
             raise ValueError(f"{self.path}: not a readable .npz file: {error}") from None
         try:
             self._check_sizes(max_bytes)

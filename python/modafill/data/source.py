@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,9 +101,21 @@ class Source(ABC):
     def __len__(self) -> int:
         """Samples."""
 
-    @abstractmethod
     def blocks(self, rows: int = BLOCK_ROWS) -> Iterator[Block]:
-        """All samples, at most ``rows`` at a time."""
+        """All samples, at most ``rows`` at a time; ValueError names the file."""
+        unknown: Counter[str] = Counter()
+        with naming(self.path):
+            for block in self._blocks(rows):
+                for name, values in block.labels.items():
+                    unknown[name] += int(np.isnan(values).sum()) if values.dtype.kind == "f" else 0
+                yield block
+        for name, n in unknown.items():
+            if n:
+                self.note(f"{name}: {n} labels are NaN, which training refuses")
+
+    @abstractmethod
+    def _blocks(self, rows: int) -> Iterator[Block]:
+        """What :meth:`blocks` gives."""
 
     def columns(self) -> dict[str, list[str]]:
         """Modality → D column names, where there are some."""
@@ -127,6 +141,27 @@ class Source(ABC):
         self.close()
 
 
+@contextmanager
+def naming(where: object) -> Iterator[None]:
+    """Put ``where`` before the message of a ValueError that does not have it."""
+    try:
+        yield
+    except ValueError as error:
+        raise error if str(where) in str(error) else ValueError(f"{where}: {error}") from None
+
+
+def check_lengths(name: str, values: np.ndarray, count: int, longest: int | None = None) -> None:
+    """Raise ValueError with their ``name`` unless ``values`` are whole numbers ``[count]`` from 0 to ``longest``."""
+    expected = f"expected whole numbers [{count}] from 0{'' if longest is None else f' to {longest}'}"
+    if values.dtype.kind not in "iuf" or values.shape != (count,):
+        raise ValueError(f"{name} are {values.dtype} {values.shape}, {expected}")
+    with np.errstate(invalid="ignore"):
+        wrong = ~(values >= 0) | (values % 1 != 0) | (longest is not None and values > longest)
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise ValueError(f"{name} are {values.dtype}, {expected}; row {row} has {values[row]}")
+
+
 def write_store(source: Source, out: Path, task: Mapping[str, Any]) -> list[str]:
     """Write all samples as a feature store, whole or not at all.
 
@@ -144,15 +179,18 @@ def write_store(source: Source, out: Path, task: Mapping[str, Any]) -> list[str]
     bad_rows: dict[str, list[int]] = {}
     bad_values: dict[str, int] = {}
     start = 0
-    with StoreWriter(
-        out,
-        modalities=list(source.modalities),
-        widths=source.widths,
-        kinds=source.kinds,
-        steps=source.steps,
-        task={**source.task, **task},
-        columns=source.columns(),
-    ) as writer:
+    with (
+        naming(source.path),
+        StoreWriter(
+            out,
+            modalities=list(source.modalities),
+            widths=source.widths,
+            kinds=source.kinds,
+            steps=source.steps,
+            task={**source.task, **task},
+            columns=source.columns(),
+        ) as writer,
+    ):
         for block in source.blocks():
             for m, (name, x) in enumerate(block.features.items()):
                 bad = block.nonfinite(name, m)
@@ -164,17 +202,14 @@ def write_store(source: Source, out: Path, task: Mapping[str, Any]) -> list[str]
                 if name in source.clip:
                     np.clip(x, -source.clip[name], source.clip[name], out=x)
             start += len(block.available)
-            try:
-                writer.append(**vars(block))
-            except ValueError as error:
-                raise ValueError(f"{source.path}: {error}") from None
+            writer.append(**vars(block))
         if bad_rows and source.nonfinite == "error":
             what = "; ".join(
                 f"{source.array_name(name)!r} has {bad_values[name]} in {name_rows(rows)}"
                 for name, rows in bad_rows.items()
             )
             raise ValueError(
-                f"{source.path}: NaN or infinity in observed features: array {what}. Where that means a missing "
+                f"NaN or infinity in observed features: array {what}. Where that means a missing "
                 'modality, name a bool array [N, M] as "available" in the mapping, or say "nonfinite": "missing"; '
                 '"zero" takes the values for 0'
             )

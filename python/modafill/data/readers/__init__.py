@@ -14,7 +14,7 @@ from modafill.data.readers.mintrec import TABLES, MIntRecFolder
 from modafill.data.readers.mmin import MminFolder, mmin_folders
 from modafill.data.readers.pickles import PickleFile, looks_like_pickle
 from modafill.data.readers.split_pickle import SplitPickle, missing_keys, split_pickle_layout
-from modafill.data.source import Source
+from modafill.data.source import Source, naming
 
 LAYOUTS = {
     "npz": ".npz archive",
@@ -42,6 +42,11 @@ def open_source(path: Path, mapping: MappingLike | None = None) -> Source:
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
+    with naming(path):
+        return _open(path, mapping)
+
+
+def _open(path: Path, mapping: MappingLike | None) -> Source:
     if path.is_dir():
         return _open_folder(path, None if mapping is None else load_mapping(mapping))
     if is_npz(path):

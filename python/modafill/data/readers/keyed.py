@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from modafill.data.source import BLOCK_ROWS, Block, Source
+from modafill.data.source import Block, Source
 
 # One long sample pads all others of its block to its length.
 BLOCK_BYTES = 1 << 26
@@ -58,7 +58,7 @@ class KeyedSource(Source):
             self.kinds[modality] = "vector" if found.ndim == 1 else "sequence"
             self.dtypes[modality] = str(found.dtype)
 
-    def blocks(self, rows: int = BLOCK_ROWS) -> Iterator[Block]:
+    def _blocks(self, rows: int) -> Iterator[Block]:
         ids = np.array(number_repeats(self, self.keys))
         lacking = dict.fromkeys(self.modalities, 0)
         samples: list[dict[str, np.ndarray | None]] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 
 from modafill.data.readers.keyed import number_repeats, whole_groups
 from modafill.data.readers.pickles import PickledArray, PickleFile, as_text
-from modafill.data.source import BLOCK_ROWS, Block, Source
+from modafill.data.source import BLOCK_ROWS, Block, Source, check_lengths, naming
 
 MODALITIES = ("text", "audio", "vision")
 SPLITS = ("train", "valid", "test")
@@ -116,6 +117,8 @@ class SplitPickle(Source):
             counts[name] = x.shape[0]
         for name in ("id", "labels", "regression_labels", "classification_labels", "audio_lengths", "vision_lengths"):
             if part.get(name) is not None:
+                if not isinstance(part[name], (PickledArray, list, tuple)):
+                    raise ValueError(f"{split}/{name} is {type(part[name]).__name__}, expected an array or a list")
                 counts[name] = len(part[name])
         if len(set(counts.values())) > 1:
             raise ValueError(f"{self.path}: arrays of {split} disagree in the number of samples: {counts}")
@@ -126,8 +129,9 @@ class SplitPickle(Source):
         if ids is None:
             return [f"{split}_{i}" for i in range(self._sizes[split])]
         rows = ids.load() if isinstance(ids, PickledArray) else ids
-        # MulT keeps (video, start, end) for each sample.
-        return ["_".join(map(as_text, row)) if _is_row(row) else as_text(row) for row in rows]
+        with naming(f"{self.path}: {split}/id"):
+            # MulT keeps (video, start, end) for each sample.
+            return ["_".join(map(as_text, row)) if _is_row(row) else as_text(row) for row in rows]
 
     def _choose_group(self) -> None:
         """The video, where ids name it and the file's own parts keep videos together."""
@@ -200,9 +204,9 @@ class SplitPickle(Source):
                         f"it has the sizes of {name}, but not the published file's checksum: made anew, or damaged"
                     )
 
-    def blocks(self, rows: int = BLOCK_ROWS) -> Iterator[Block]:
+    def _blocks(self, rows: int) -> Iterator[Block]:
         ids = number_repeats(self, [i for part in self._ids.values() for i in part])
-        found: dict[str, int] = {}
+        found: Counter[str] = Counter()
         done = 0
         for split, part in self.parts.items():
             streams = {name: x.blocks(rows) for name, x in self._features(part).items()}
@@ -212,13 +216,18 @@ class SplitPickle(Source):
                 with np.errstate(over="ignore"):
                     features = {name: next(stream).astype(np.float32) for name, stream in streams.items()}
                 lengths = {name: values[piece] for name, values in declared.items()}
+                for name, values in lengths.items():
+                    within = np.arange(features[name].shape[1]) < values[:, None]
+                    zeros = (values > 0) & ~((features[name] != 0).any(2) & within).any(1)
+                    lengths[name] = np.where(zeros, 0, values)
+                    found[f"{name}: # samples have a length, but frames of zeros alone; they lack it"] += int(
+                        zeros.sum()
+                    )
                 self._strip_padding({name: x for name, x in features.items() if name not in lengths}, lengths, found)
                 n = len(features["text"])
                 available = np.stack([lengths[name] > 0 for name in MODALITIES], axis=1)
                 for name, values in lengths.items():
-                    found[f"{name}: # samples without it"] = found.get(f"{name}: # samples without it", 0) + int(
-                        (values == 0).sum()
-                    )
+                    found[f"{name}: # samples without it"] += int((values == 0).sum())
                 yield Block(
                     features,
                     available,
@@ -239,25 +248,24 @@ class SplitPickle(Source):
         declared = {}
         for name in ("audio", "vision"):
             if part.get(f"{name}_lengths") is not None:
-                declared[name] = _flat(self.path, f"{split}/{name}_lengths", part[f"{name}_lengths"])
+                where, longest = f"{split}/{name}_lengths", part[name].shape[1]
+                values = _array(self.path, where, part[f"{name}_lengths"])
+                check_lengths(where, values, self._sizes[split])
+                wrong = int((values > longest).sum())
+                if wrong:
+                    self.note(
+                        f"{name}: {wrong} lengths in {split} are not in 0…{longest}, the array's, and were cut to it"
+                    )
+                declared[name] = np.minimum(values, longest).astype(np.int64)
         bert = part.get("text_bert")
         if isinstance(bert, PickledArray) and len(bert.shape) == 3 and bert.shape[1] == 3:
             mask = np.concatenate([np.asarray(block[:, 1]) for block in bert.blocks(BLOCK_ROWS)] or [np.empty((0, 0))])
             if len(mask) == self._sizes[split] and bert.shape[2] == part["text"].shape[1]:
                 declared.update(dict.fromkeys(MODALITIES if self.aligned else ("text",), mask.astype(bool).sum(1)))
-        for name, values in declared.items():
-            if values.dtype.kind not in "iuf" or not np.isfinite(values).all():
-                raise ValueError(f"{self.path}: {split}/{name}_lengths are {values.dtype}, expected whole numbers")
-            longest = part[name].shape[1]
-            whole = values.astype(np.int64)
-            wrong = int(((whole < 0) | (whole > longest)).sum())
-            if wrong:
-                self.note(f"{name}: {wrong} lengths in {split} are not in 0…{longest}, the array's, and were cut to it")
-            declared[name] = whole.clip(0, longest)
         return declared
 
     def _strip_padding(
-        self, features: dict[str, np.ndarray], lengths: dict[str, np.ndarray], found: dict[str, int]
+        self, features: dict[str, np.ndarray], lengths: dict[str, np.ndarray], found: Counter[str]
     ) -> None:
         """Find the frames that are not padding, move them to the front in place and fill ``lengths``."""
         if not features:
@@ -273,8 +281,7 @@ class SplitPickle(Source):
             length = np.where(some, mask.shape[1] - mask[:, ::-1].argmax(1) - first, 0)
             for row in np.flatnonzero(first):
                 features[name][row] = np.roll(features[name][row], -first[row], axis=0)
-            key = f"{name}: # samples are padded in front; they were moved"
-            found[key] = found.get(key, 0) + int((first > 0).sum())
+            found[f"{name}: # samples are padded in front; they were moved"] += int((first > 0).sum())
             lengths[name] = np.where(seen[name], length, 0) if self.aligned else length
 
 
@@ -284,10 +291,15 @@ def _is_row(value: Any) -> bool:
 
 def _array(path: Path, name: str, values: Any) -> np.ndarray:
     if isinstance(values, PickledArray):
-        return values.load()
+        array = values.load()
+        if not array.dtype.hasobject:
+            return array
+        values = array.tolist()
     if isinstance(values, (list, tuple)) and all(isinstance(v, (int, float, str, bytes)) for v in values):
-        return np.array([as_text(v) if isinstance(v, bytes) else v for v in values])
-    raise ValueError(f"{path}: {name} is {type(values).__name__}, expected an array or a list of numbers")
+        array = np.array([as_text(v) if isinstance(v, bytes) else v for v in values])
+        if array.dtype.kind in "biufU":
+            return array
+    raise ValueError(f"{path}: {name} is {type(values).__name__}, expected an array or a list of numbers of 64 bits")
 
 
 def _flat(path: Path, name: str, values: Any) -> np.ndarray:
@@ -300,5 +312,6 @@ def _flat(path: Path, name: str, values: Any) -> np.ndarray:
 
 def _score(name: str, values: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Intensities beyond ±1 are CMU's −3…3; SIMS has −1…1."""
-    largest = max((np.abs(x).max() for x in values.values() if len(x) and x.dtype.kind in "fiu"), default=0)
+    known = [x[np.isfinite(x)] for x in values.values() if x.dtype.kind in "fiu"]
+    largest = max((np.abs(x).max(initial=0) for x in known), default=0)
     return {"name": name, "kind": "score", **({"sentiment": True} if 1 < largest <= 3 else {})}
