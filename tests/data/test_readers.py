@@ -264,6 +264,45 @@ def test_mmin_with_its_flaws(tmp_path: Path) -> None:
     assert not (tmp_path / "y.h5").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        (
+            "val_int2name",
+            lambda names, trn: np.concatenate([trn[:1], names[1:]]),
+            "'{}' is in the parts train and valid",
+        ),
+        (
+            "trn_label",
+            lambda labels, _: np.concatenate([np.zeros((1, 4)), labels[1:]]),
+            r"'{}' has the label \[0.0, 0.0, 0.0, 0.0\]",
+        ),
+        (
+            "trn_label",
+            lambda labels, _: np.concatenate([np.ones((1, 4)), labels[1:]]),
+            r"'{}' has the label \[1.0, 1.0",
+        ),
+        (
+            "trn_label",
+            lambda labels, _: np.concatenate([[[0, np.nan, 0, 1]], labels[1:]]),
+            r"'{}' has the label \[0.0, nan",
+        ),
+        ("trn_label", lambda labels, _: labels.argmax(1) + 0.5, r"'{}' has the label .*\.5, expected a whole number"),
+    ],
+)
+def test_mmin_is_not_guessed_at(tmp_path: Path, name: str, content: Any, reason: str) -> None:
+    foreign.write_mmin(tmp_path / "x")
+    fold = tmp_path / "x" / "target" / "2"
+    train = np.load(fold / "trn_int2name.npy")
+    if "parts" in reason:
+        other = np.load(fold / "val_label.npy")
+        other[0] = np.load(fold / "trn_label.npy")[0]
+        np.save(fold / "val_label.npy", other)
+    np.save(fold / f"{name}.npy", content(np.load(fold / f"{name}.npy"), train))
+    with pytest.raises(ValueError, match=rf"2/{name}\.npy: " + reason.replace("{}", train[0, 0].decode())):
+        open_source(tmp_path / "x")
+
+
 @pytest.mark.parametrize("text", [False, True])
 def test_mintrec(tmp_path: Path, text: bool) -> None:
     truth = foreign.write_mintrec(tmp_path / "x", text=text)
@@ -277,6 +316,17 @@ def test_mintrec(tmp_path: Path, text: bool) -> None:
     assert store.labels().tolist() == [truth[key]["intent"] for key in store.ids()]
     assert store.labels("coarse")[:4].tolist() == ["Emotion", "Goal", "Emotion", "Goal"]
     assert inspect_path(source)["format"] == "mintrec"
+    table = (source / "test.tsv").read_text()
+    (source / "test.tsv").write_text(table.replace("he said 3", '"he said 3'))
+    with pytest.raises(ValueError, match=r"test\.tsv: line 5 begins a field with a quote"):
+        open_source(source)
+    (source / "test.tsv").write_text(table.rstrip("\n").replace("he said 9", '"he said 9'))
+    with pytest.raises(ValueError, match=r"test\.tsv: line 11 begins a field with a quote"):
+        open_source(source)
+    (source / "test.tsv").write_text(table + 'S04\tE9\t1\t"open\tGreet')
+    with pytest.raises(ValueError, match=r"test\.tsv: line 14 has 4 columns, expected 5"):
+        open_source(source)
+    (source / "test.tsv").write_text(table)
     (source / "dev.tsv").write_text("season\tepisode\n")
     with pytest.raises(ValueError, match=r"dev\.tsv: expected the columns"):
         open_source(source)
@@ -310,6 +360,23 @@ def test_csd_asks_where_names_do_not_tell(tmp_path: Path) -> None:
     store = FeatureStore(tmp_path / "x.h5")
     renamed = {key: {"sound": row["audio"], "face": row["vision"]} for key, row in truth.items()}
     assert_samples(store, renamed)
+
+
+def test_segments_that_are_left_out_are_counted(tmp_path: Path) -> None:
+    truth = foreign.write_csd(tmp_path / "x")
+    with h5py.File(tmp_path / "x" / "CMU_MOSI_Opinion_Labels.csd", "a") as h5:
+        data = h5["Opinion Segment Labels/data"]
+        data["vid0/intervals"][1] = [1.0, 0.5]
+        data["vid2/intervals"][3] = [1.5, 1.5]
+        del data["vid4"]
+        data["vid4/features"], data["vid4/intervals"] = np.zeros((0, 1)), np.zeros((0, 2))
+    assert convert(tmp_path / "x", tmp_path / "x.h5") == [
+        "2 segments of the labels end before they begin, or at once; they are left out",
+        "1 entries of the labels are empty; they are left out",
+    ]
+    for key in ("vid0[1]", "vid2[3]", *(f"vid4[{k}]" for k in range(4))):
+        del truth[key]
+    assert_samples(FeatureStore(tmp_path / "x.h5"), truth)
 
 
 @pytest.mark.parametrize("kind", ["labels", "groups", "modalities"])
@@ -435,6 +502,39 @@ def test_gcnet_with_its_flaws(tmp_path: Path) -> None:
     assert convert(tmp_path / "x", tmp_path / "x.h5", mapping) == ["vision: 1 samples without it"]
     with pytest.raises(ValueError, match=r"modalities: .*none: no such folder"):
         open_source(tmp_path / "x", {"modalities": {"audio": "none", "vision": "manet_UTT"}})
+
+
+def test_a_gcnet_dialogue_is_in_one_part(tmp_path: Path) -> None:
+    foreign.write_gcnet(tmp_path / "x")
+    path = next((tmp_path / "x").glob("*.pkl"))
+    value = pickle.loads(path.read_bytes())
+    value[-1].add("vid0")
+    with pytest.raises(
+        ValueError, match=r"2way\.pkl: the dialogue 'vid0' is in the parts train and test, expected one"
+    ):
+        open_source(dump(path, value))
+
+
+@pytest.mark.parametrize("label", [2**70, None, "glad"])
+def test_gcnet_labels_are_numbers(tmp_path: Path, label: Any) -> None:
+    foreign.write_gcnet(tmp_path / "x")
+    path = next((tmp_path / "x").glob("*.pkl"))
+    value = pickle.loads(path.read_bytes())
+    value[1]["vid0"][2] = label
+    with pytest.raises(ValueError, match=rf"2way\.pkl: 'vid0_002' has the label {label}, expected a number of 64 bits"):
+        open_source(dump(path, value))
+
+
+def test_a_gcnet_dialogue_of_many_labels(tmp_path: Path) -> None:
+    foreign.write_gcnet(tmp_path / "x", sessions=True)
+    path = next((tmp_path / "x").glob("*.pkl"))
+    value = pickle.loads(path.read_bytes())
+    first = next(iter(value[0]))
+    value[0][first] = [f"{first}_{i:03d}" for i in range(1000)]
+    value[1][first] = np.arange(1000) % 4
+    with open_source(dump(path, value)) as source:
+        block = next(source.blocks())
+    assert block.labels["emotion"][:1000].tolist() == [i % 4 for i in range(1000)]
 
 
 def test_names_that_lead_out_of_the_folder_are_refused(tmp_path: Path) -> None:

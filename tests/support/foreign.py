@@ -106,12 +106,14 @@ def write_mintrec(root: Path, *, text: bool = False, seed: int = 0) -> dict[str,
     """MIntRec's folder."""
     random = np.random.default_rng(seed)
     intents = ["Complain", "Greet", "Care", "Comfort"]
+    # As tables are written: a text that begins with a quote is in quotes as a whole.
+    texts = ("he said {}", 'he said "{}', '"""{}"", he said"')
     audio, video, words, truth = {}, {}, {}, {}
     for part, n in (("train", 24), ("dev", 12), ("test", 12)):
         lines = ["season\tepisode\tclip\ttext\tlabel"]
         for i in range(n):
             key, intent = f"S04_E{part}_{i}", intents[i % 4]
-            lines.append("\t".join([*key.split("_"), f'he said "{i}', intent]).replace('"', ""))
+            lines.append("\t".join([*key.split("_"), texts[i % 3].format(i), intent]))
             audio[key] = frames(random, int(random.integers(1, 9)), WIDTHS["audio"], i % 4)
             video[key] = [frames(random, 1, WIDTHS["vision"], i % 4) for _ in range(int(random.integers(1, 9)))]
             words[key] = frames(random, int(random.integers(1, 9)), WIDTHS["text"], i % 4)

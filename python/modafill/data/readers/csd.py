@@ -83,22 +83,33 @@ class CsdFolder(KeyedSource):
             )
         self._segments: dict[str, tuple[str, float, float]] | None = None
         rows: dict[str, np.ndarray] = {}
+        short = unlabelled = 0
         if all(_split_key(key)[1] is not None for s in (labels, *self._files.values()) for key in s.keys):
-            rows = {
-                key: values[0] for key, (values, _) in ((key, labels.read(key)) for key in labels.keys) if len(values)
-            }
+            for key in labels.keys:
+                values, _ = labels.read(key)
+                if len(values):
+                    rows[key] = values[0]
+                else:
+                    unlabelled += 1
         else:
             self._segments = {}
             for video in labels.keys:
                 values, intervals = labels.read(video)
+                unlabelled += not len(values)
                 for k, (value, (start, end)) in enumerate(zip(values, intervals, strict=True)):
                     if end - start >= SHORTEST_SECONDS:
                         self._segments[f"{video}[{k}]"] = (video, float(start), float(end))
                         rows[f"{video}[{k}]"] = value
+                    else:
+                        short += 1
         if len({value.shape for value in rows.values()}) > 1:
             raise ValueError(f"{labels.path}: entries have different numbers of labels")
         order = sorted(rows, key=_split_key)
         super().__init__(root, order)
+        if short:
+            self.note(f"{short} segments of the labels end before they begin, or at once; they are left out")
+        if unlabelled:
+            self.note(f"{unlabelled} entries of the labels are empty; they are left out")
         table = np.array([rows[key] for key in order], dtype=np.float32)
         columns = labels.dimension_names(table.shape[1])
         self.labels = {name: table[:, i] for i, name in enumerate(columns)}

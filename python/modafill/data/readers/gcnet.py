@@ -45,10 +45,14 @@ class GCNetFolder(KeyedSource):
     layout = "gcnet"
 
     def __init__(self, file: PickleFile, names: Mapping[str, str] | None = None) -> None:
-        file.close()
         utterances, labels, *_ = file.value
         splits = dict(zip(("train", "valid", "test")[:: 1 if len(file.value) == 7 else 2], file.value[4:], strict=True))
-        part_of = {as_text(video): split for split, videos in splits.items() for video in videos}
+        part_of: dict[str, str] = {}
+        for split, parted in splits.items():
+            for video in map(as_text, parted):
+                if part_of.setdefault(video, split) != split:
+                    both = f"{part_of[video]} and {split}"
+                    raise ValueError(f"{file.path}: the dialogue {video!r} is in the parts {both}, expected one")
         keys: list[str] = []
         videos: list[str] = []
         values: list[Any] = []
@@ -65,8 +69,10 @@ class GCNetFolder(KeyedSource):
                 values += given
                 videos += [as_text(video)] * len(given)
                 order += range(len(given))
-        if not all(isinstance(value, (int, float)) for value in values):
-            raise ValueError(f"{file.path}: labels are not numbers")
+        file.close()
+        for key, value in zip(keys, values, strict=True):
+            if not isinstance(value, (int, float)) or (isinstance(value, int) and not -(1 << 63) <= value < 1 << 63):
+                raise ValueError(f"{file.path}: {key!r} has the label {str(value)[:40]}, expected a number of 64 bits")
         super().__init__(file.path.parent, keys)
         self._folders = _find_folders(file.path.parent / "features", names)
         self.groups = {"dialogue": np.array(videos)}

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from modafill.data.readers.keyed import KeyedSource
-from modafill.data.readers.pickles import PickledArray, PickleFile, as_text
+from modafill.data.readers.pickles import PickledArray, PickleFile
 
 TABLES = {"train": "train.tsv", "valid": "dev.tsv", "test": "test.tsv"}
 COLUMNS = ["season", "episode", "clip", "text", "label"]
@@ -99,14 +99,21 @@ def _stack(path: Path, key: str, frames: list[np.ndarray]) -> np.ndarray:
 
 
 def _read_table(path: Path) -> Iterable[tuple[str, str]]:
+    rows: list[tuple[int, list[str]]] = []
+    line = 1
     try:
         with open(path, encoding="utf-8", newline="") as file:
-            rows = list(csv.reader(file, delimiter="\t"))
+            reader = csv.reader(file, delimiter="\t")
+            for row in reader:
+                rows.append((line, row))
+                line = reader.line_num + 1
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: cannot be read as a table: {error}") from None
-    if not rows or [name.strip().lower() for name in rows[0][:5]] != COLUMNS:
-        raise ValueError(f"{path}: expected the columns {COLUMNS}, got {rows[0][:5] if rows else []}")
-    for number, row in enumerate(rows[1:], 2):
+        raise ValueError(f"{path}: cannot be read as a table: line {line}: {error}") from None
+    if not rows or [name.strip().lower() for name in rows[0][1][:5]] != COLUMNS:
+        raise ValueError(f"{path}: expected the columns {COLUMNS}, got {rows[0][1][:5] if rows else []}")
+    for number, row in rows[1:]:
+        if any("\n" in field or "\r" in field for field in row):
+            raise ValueError(f"{path}: line {number} begins a field with a quote that no field on it ends with")
         if len(row) < 5:
             raise ValueError(f"{path}: line {number} has {len(row)} columns, expected {len(COLUMNS)}")
-        yield "_".join(row[:3]), as_text(row[4])
+        yield "_".join(row[:3]), row[4]

@@ -55,7 +55,11 @@ class MminFolder(KeyedSource):
                         raise ValueError(
                             f"{fold}: {key!r} has the label {value}, in another part or fold {labels[key]}"
                         )
-                    columns[f"cv{fold.name}"][key] = name
+                    if columns[f"cv{fold.name}"].setdefault(key, name) != name:
+                        raise ValueError(
+                            f"{fold / f'{part}_int2name.npy'}: {key!r} is in the parts "
+                            f"{columns[f'cv{fold.name}'][key]} and {name}, expected one"
+                        )
         super().__init__(root, sorted(labels))
         self._files: dict[str, h5py.File] = {}
         try:
@@ -98,7 +102,16 @@ def _read_part(fold: Path, part: str) -> tuple[list[str], np.ndarray]:
     if labels.ndim not in (1, 2) or len(names) != len(labels):
         raise ValueError(f"{fold}: {part} has {len(names)} names and labels {labels.shape}")
     keys = [as_text(name) for name in (names[:, 0] if names.ndim == 2 else names)]
-    return keys, (labels.argmax(1) if labels.ndim == 2 and labels.shape[1] > 1 else labels.reshape(-1).astype(np.int64))
+    one_hot = labels.ndim == 2 and labels.shape[1] > 1
+    flat = labels.reshape(len(labels), -1)
+    wrong = np.sort(flat, 1) != [0] * (flat.shape[1] - 1) + [1] if one_hot else flat != np.round(flat)
+    if wrong.any():
+        row = int(wrong.any(1).argmax())
+        raise ValueError(
+            f"{fold / f'{part}_label.npy'}: {keys[row]!r} has the label {labels[row].tolist()}, expected "
+            f"{'a 1 among zeros' if one_hot else 'a whole number'}"
+        )
+    return keys, flat.argmax(1) if one_hot else flat[:, 0].astype(np.int64)
 
 
 def _only_file(folder: Path) -> Path:
