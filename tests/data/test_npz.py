@@ -194,6 +194,15 @@ def test_a_mapping_by_object_name_and_path(tmp_path: Path) -> None:
         ({**MAPPING, "splits": "train"}, "splits: got 'train', expected a list of names"),
         ({**MAPPING, "lengths": "n"}, "lengths: got 'n', expected an object"),
         ({**MAPPING, "clip": {"a": "much"}}, "clip: got .* modality → number"),
+        ({**MAPPING, "clip": {"audio": -3}}, "clip: got .* modality → number above 0"),
+        ({**MAPPING, "clip": {"audio": float("nan")}}, "clip: got .* modality → number above 0"),
+        ({"modalities": {"": "t", "b": "a"}}, "modalities: got '', expected a name"),
+        ({"modalities": {"a\0": "t", "b": "a"}}, r"modalities: got 'a\\x00', expected a name"),
+        (
+            {**MAPPING, "labels": {"b": {"name": "_y", "kind": "class"}}},
+            "labels 'y' and '_y' would both be 'y' in a store",
+        ),
+        ({**MAPPING, "group": "__"}, "got the array '__', expected one whose name a column can have"),
         ({**MAPPING, "window": 2.5}, "window: got 2.5, expected a whole number of turns"),
         ({**MAPPING, "groups": "g"}, r"got the keys \['groups'\]"),
         ({**MAPPING, "nonfinite": "ignore"}, "nonfinite: got 'ignore', expected error or missing or zero"),
@@ -322,6 +331,10 @@ def test_an_array_that_one_split_lacks_is_missing_there(tmp_path: Path, modality
         ({"y_test": None}, r"needs the arrays \['y_test'\]"),
         ({"t_test": np.ones((3, 9))}, r"modality 'text' has parts of different shapes \[\(2,\), \(9,\)\]"),
         ({"a_test": np.ones((3, 4, 2))}, "modality 'audio' has parts of different shapes"),
+        (
+            {"y_test": np.array(["a", "b", "c"])},
+            r"arrays \['y_train', 'y_test'\] are int64, <U1 in the parts, expected",
+        ),
         ({"y_test": np.ones(4)}, r"disagree in the number of samples: {'t_test': 3, 'a_test': 3, 'y_test': 4"),
         ({"t_test": np.array(["a", "b", "c"])}, r"array 't_test' is <U1 \(3,\), expected numbers \[N, D\]"),
         ({"t_train": np.ones((5, 0))}, r"array 't_train' is float64 \(5, 0\)"),
@@ -368,6 +381,36 @@ def test_arrays_that_are_not_what_the_mapping_says(tmp_path: Path, array: np.nda
     path = simple(tmp_path / "x.npz", z=array)
     with pytest.raises(ValueError, match=re.escape(f"x.npz: array 'z' {reason}")):
         convert(path, tmp_path / "x.h5", {**MAPPING, key: given.get(key, "z")})
+
+
+@pytest.mark.parametrize(
+    ("train", "test"),
+    [
+        (np.arange(5), np.array([0.5, 1.5, 2.5])),
+        (np.arange(5, dtype="i1"), np.array([1000, 2000, 3000])),
+        (np.array([b"a"] * 5), np.array([b"long", "ä".encode(), b"b"])),
+        (np.array(["a"] * 5), np.array([b"long", b"b", b"c"])),
+    ],
+)
+def test_a_column_holds_what_every_part_has(tmp_path: Path, train: np.ndarray, test: np.ndarray) -> None:
+    arrays = {**split_arrays(), "y_train": train, "y_test": test, "vid_train": train, "vid_test": test}
+    convert(save(tmp_path / "x.npz", **arrays), tmp_path / "x.h5", SPLIT_MAPPING)
+    expected = [v.decode() if isinstance(v, bytes) else v for v in [*train.tolist(), *test.tolist()]]
+    store = FeatureStore(tmp_path / "x.h5")
+    assert store.labels("y").tolist() == store.groups("vid").tolist() == expected
+
+
+def test_names_of_arrays_that_a_store_cannot_have(tmp_path: Path) -> None:
+    path = save(tmp_path / "x.npz", **{"t": np.ones((4, 2)), "a": np.ones((4, 2)), "in/y": np.arange(4)})
+    convert(path, tmp_path / "x.h5", {**MAPPING, "label": {"name": "in/y", "kind": "class"}, "group": "in/y"})
+    store = FeatureStore(tmp_path / "x.h5")
+    assert store.labels().tolist() == store.groups("in_y").tolist() == [0, 1, 2, 3]
+
+
+def test_places_in_a_group_are_known(tmp_path: Path) -> None:
+    path = simple(tmp_path / "x.npz", when=np.array([*range(9), np.nan]), who=np.zeros(10))
+    with pytest.raises(ValueError, match=r"x\.npz: array 'when' has NaN or infinity, expected places in the group"):
+        convert(path, tmp_path / "x.h5", {**MAPPING, "group": "who", "order": "when"})
 
 
 def test_a_malformed_mask(tmp_path: Path) -> None:

@@ -196,6 +196,39 @@ def test_mults_emotions(tmp_path: Path) -> None:
     assert "label" not in FeatureStore(tmp_path / "y.h5").task
 
 
+@pytest.mark.parametrize(
+    ("labels", "reason"),
+    [
+        (np.zeros((9, 4, 2)), r"test/labels has pairs that are not \(0, 1\) or \(1, 0\)"),
+        (np.full((9, 4, 2), np.nan), "test/labels has pairs that are not"),
+        (np.full((9, 4, 2), "a"), "test/labels has pairs that are not"),
+        (np.zeros((9, 3, 2)), r"\(9, 3, 2\)\], expected as many emotions in each part"),
+    ],
+)
+def test_mults_pairs_are_one_hot(tmp_path: Path, labels: np.ndarray, reason: str) -> None:
+    value = foreign.mult(emotions=True)
+    value["test"]["labels"] = labels
+    with pytest.raises(ValueError, match=rf"x\.pkl: .*{reason}"):
+        open_source(dump(tmp_path / "x.pkl", value))
+
+
+def test_labels_of_all_parts_are_kept_whole(tmp_path: Path) -> None:
+    value = foreign.mmsa()
+    names = ["regression_labels", "classification_labels", "annotation_labels", "in/side_labels", 5]
+    for split, part in value.items():
+        n = len(part["id"])
+        columns = [[1] * n, np.arange(n, dtype="i1"), np.array([b"a"] * n), [1] * n, [1] * n]
+        if split == "test":
+            columns = [[0.5] * n, np.arange(n) + 1000, ["long"] * n, [1] * n, [1] * n]
+        part.update(zip(names, columns, strict=True))
+    convert(dump(tmp_path / "x.pkl", value), tmp_path / "x.h5")
+    store = FeatureStore(tmp_path / "x.h5")
+    assert set(store.label_names) == set(names[:3])
+    assert store.labels("regression_labels").tolist() == [1] * 33 + [0.5] * 9
+    assert store.labels("classification_labels").tolist() == [*range(24), *range(9), *range(1000, 1009)]
+    assert store.labels("annotation_labels").tolist() == ["a"] * 33 + ["long"] * 9
+
+
 def test_padding_of_aligned_files_is_stripped_from_all_alike(tmp_path: Path) -> None:
     """Word by word: a modality that is zero for a word keeps its place; one that is zero for all words is missing."""
     value = foreign.mult(sizes={"train": 4, "valid": 2, "test": 2})
@@ -593,6 +626,14 @@ WRONG: list[tuple[Callable[[dict[str, Any]], object], str]] = [
     (
         lambda v: v["test"].update(regression_labels=np.array([None] * 9)),
         "test/regression_labels is list, expected an array",
+    ),
+    (
+        lambda v: v["test"].update(regression_labels=["glad"] * 9),
+        "regression_labels are float32, float32, <U4 in the parts",
+    ),
+    (
+        lambda v: v["test"].update(text_bert=np.full((9, 3, 7), "a")),
+        "test/text_bert is <U1 (9, 3, 7), expected numbers",
     ),
     (lambda v: v["test"]["id"].__setitem__(4, None), "test/id: expected a text, got NoneType"),
     (lambda v: v.update(extra={}), "which is the layout of neither MMSA, MulT nor GCNet"),

@@ -9,7 +9,7 @@ import numpy as np
 
 from modafill.data.mapping import SPLIT, NpzMapping, column_name
 from modafill.data.npz import ArrayHeader, NpzFile
-from modafill.data.source import Block, Source, check_lengths
+from modafill.data.source import Block, Source, check_lengths, common_dtype
 
 
 class MappedNpz(Source):
@@ -87,13 +87,18 @@ class MappedNpz(Source):
             shape = self.npz.headers[name].shape
             if shape != (self.widths[modality],):
                 raise ValueError(f"array {name!r} has the shape {shape}, expected {self.widths[modality]} column names")
+        self._column_dtypes: dict[str, np.dtype] = {}
         one_each = (self.mapping.group, self.mapping.order, self.mapping.id)
         for template in self.mapping.per_sample():
-            for name in [template.replace(SPLIT, part) for part in self.mapping.parts]:
+            names = [template.replace(SPLIT, part) for part in self.mapping.parts]
+            for name in names:
                 header, kinds = self.npz.headers[name], "iuf" if template == self.mapping.order else "biufSU"
                 if header.dtype.kind not in kinds or (template in one_each and len(header.shape) != 1):
                     what = "numbers" if kinds == "iuf" else "numbers or texts"
                     raise ValueError(f"array {name!r} is {header.dtype} {header.shape}, expected {what} [N]")
+            self._column_dtypes[template] = common_dtype(
+                f"arrays {names}", [self.npz.headers[name].dtype for name in names]
+            )
 
     def columns(self) -> dict[str, list[str]]:
         return {modality: self.npz.load(name).astype(str).tolist() for modality, name in self.mapping.columns.items()}
@@ -139,9 +144,13 @@ class MappedNpz(Source):
             )
         labels = {column_name(spec["name"]): spec["name"] for spec in mapping.label_specs}
         groups = {} if mapping.group is None else {column_name(mapping.group): mapping.group}
-        label_values = {name: self._load(template, part) for name, template in labels.items()}
-        group_values = {name: self._load(template, part) for name, template in groups.items()}
-        order = None if mapping.order is None else self._load(mapping.order, part)
+        label_values = {name: self._column(template, part) for name, template in labels.items()}
+        group_values = {name: self._column(template, part) for name, template in groups.items()}
+        order = None if mapping.order is None else self._column(mapping.order, part)
+        if order is not None and not np.isfinite(order).all():
+            raise ValueError(
+                f"array {mapping.order.replace(SPLIT, part)!r} has NaN or infinity, expected places in the group"
+            )
         ids = self._ids(part, n, next(iter(group_values.values()), None), order)
         for start in range(0, n, rows):
             piece = slice(start, start + rows)
@@ -162,6 +171,12 @@ class MappedNpz(Source):
                     bad = block.nonfinite(name, m).reshape(len(block.ids), -1)
                     block.hide(name, m, np.any(bad, axis=1))
             yield block
+
+    def _column(self, template: str, part: str) -> np.ndarray:
+        values = self._load(template, part)
+        if values.dtype.kind == "S":
+            return np.char.decode(values, "utf-8")
+        return values.astype(self._column_dtypes[template])
 
     def _load(self, template: str, part: str) -> np.ndarray:
         return self.npz.load(template.replace(SPLIT, part))

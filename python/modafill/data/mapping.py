@@ -43,8 +43,8 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(("group", "order", "id", "available"), (_is_optional_text, "the name of an array")),
     **dict.fromkeys(("lengths", "columns"), (_is_text_by_name, "an object: modality → name of an array")),
     "clip": (
-        lambda value: isinstance(value, dict) and all(isinstance(v, (int, float)) for v in value.values()),
-        "an object: modality → number",
+        lambda value: isinstance(value, dict) and all(isinstance(v, (int, float)) and v > 0 for v in value.values()),
+        "an object: modality → number above 0",
     ),
     "window": (lambda value: value is None or (type(value) is int and value >= 0), "a whole number of turns"),
     **dict.fromkeys(("nonfinite", "description"), (_is_text, "a text")),
@@ -104,6 +104,9 @@ class NpzMapping:
         mapping = cls(name, **{**given, "splits": tuple(given.get("splits", ()))}) if "modalities" in given else None
         if mapping is None or not isinstance(mapping.modalities, dict) or len(mapping.modalities) < 2:
             raise ValueError(f"mapping {name}: expected 'modalities' to name two arrays or more")
+        for modality in mapping.modalities:
+            if modality in ("", ".") or set(modality) & {"/", "\0"}:
+                raise ValueError(f"mapping {name}: modalities: got {modality!r}, expected a name without '/'")
         if mapping.nonfinite not in NONFINITE:
             raise ValueError(f"mapping {name}: nonfinite: got {mapping.nonfinite!r}, expected {' or '.join(NONFINITE)}")
         for what in ("lengths", "columns", "clip"):
@@ -117,6 +120,16 @@ class NpzMapping:
                 check_label_spec(spec)
             except ValueError as error:
                 raise ValueError(f"mapping {name}: {error}") from None
+        columns: dict[str, str] = {}
+        for array in [spec["name"] for spec in mapping.label_specs]:
+            if columns.setdefault(column_name(array), array) != array:
+                raise ValueError(
+                    f"mapping {name}: the labels {columns[column_name(array)]!r} and {array!r} would both be "
+                    f"{column_name(array)!r} in a store"
+                )
+        for array in [*columns.values(), *([] if mapping.group is None else [mapping.group])]:
+            if column_name(array) in ("", "."):
+                raise ValueError(f"mapping {name}: got the array {array!r}, expected one whose name a column can have")
         return mapping
 
     def to_dict(self) -> dict[str, Any]:
@@ -163,8 +176,8 @@ class NpzMapping:
 
 
 def column_name(array: str) -> str:
-    """What a per-split array is called in the store: ``vid_{split}`` becomes ``vid``."""
-    return array.replace(SPLIT, "").strip("_")
+    """What a per-split array is called in the store: ``vid_{split}`` becomes ``vid``, ``a/b`` ``a_b``."""
+    return array.replace(SPLIT, "").replace("/", "_").strip("_")
 
 
 def builtin_mappings() -> dict[str, NpzMapping]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -160,6 +160,15 @@ def check_lengths(name: str, values: np.ndarray, count: int, longest: int | None
     if wrong.any():
         row = int(wrong.argmax())
         raise ValueError(f"{name} are {values.dtype}, {expected}; row {row} has {values[row]}")
+
+
+def common_dtype(name: str, dtypes: Sequence[np.dtype]) -> np.dtype:
+    """What holds a column of all parts, where the first would cut what the others have."""
+    if len({dtype.kind in "SU" for dtype in dtypes}) > 1:
+        raise ValueError(
+            f"{name} are {', '.join(map(str, dtypes))} in the parts, expected texts or numbers in all of them"
+        )
+    return np.result_type(*dtypes)
 
 
 def write_store(source: Source, out: Path, task: Mapping[str, Any]) -> list[str]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from modafill.data.readers.keyed import number_repeats, whole_groups
 from modafill.data.readers.pickles import PickledArray, PickleFile, as_text
-from modafill.data.source import BLOCK_ROWS, Block, Source, check_lengths, naming
+from modafill.data.source import BLOCK_ROWS, Block, Source, check_lengths, common_dtype, naming
 
 MODALITIES = ("text", "audio", "vision")
 SPLITS = ("train", "valid", "test")
@@ -156,8 +156,9 @@ class SplitPickle(Source):
             return self._read_mult_labels()
         out: dict[str, dict[str, np.ndarray]] = {}
         for name in next(iter(self.parts.values())):
-            if "_labels" in name and all(name in part for part in self.parts.values()):
-                out[name] = {split: _flat(self.path, f"{split}/{name}", p[name]) for split, p in self.parts.items()}
+            named = isinstance(name, str) and "_labels" in name and "/" not in name
+            if named and all(name in part for part in self.parts.values()):
+                out[name] = self._column(name)
         further: dict[str, dict[str, Any]] = {}
         if "classification_labels" in out:
             further["class"] = {"name": "classification_labels", "kind": "class"}
@@ -169,9 +170,25 @@ class SplitPickle(Source):
             self.task["labels"] = further
         return out
 
+    def _column(self, name: str) -> dict[str, np.ndarray]:
+        """Split → one number or text per sample."""
+        found = {split: _array(self.path, f"{split}/{name}", part[name]) for split, part in self.parts.items()}
+        for split, x in found.items():
+            if x.size != len(x):
+                raise ValueError(f"{self.path}: {split}/{name} has the shape {x.shape}, expected one value per sample")
+        dtype = common_dtype(name, [x.dtype for x in found.values()])
+        return {split: x.reshape(-1).astype(dtype) for split, x in found.items()}
+
     def _read_mult_labels(self) -> dict[str, dict[str, np.ndarray]]:
         raw = {split: _array(self.path, f"{split}/labels", part["labels"]) for split, part in self.parts.items()}
         if all(x.ndim == 3 and x.shape[2] == 2 for x in raw.values()):
+            if len({x.shape[1] for x in raw.values()}) != 1:
+                raise ValueError(
+                    f"labels are {[x.shape for x in raw.values()]}, expected as many emotions in each part"
+                )
+            for split, x in raw.items():
+                if x.dtype.kind not in "biuf" or not (np.sort(x, 2) == [0, 1]).all():
+                    raise ValueError(f"{split}/labels has pairs that are not (0, 1) or (1, 0)")
             # Pairs (not, is) for each emotion: MulT trains one classifier for each.
             marked = {split: x.argmax(2) for split, x in raw.items()}
             names = [
@@ -185,7 +202,7 @@ class SplitPickle(Source):
             else:
                 self.note("some samples have no emotion or several: choose one of the labels " + ", ".join(names))
             return out
-        out = {"score": {split: _flat(self.path, f"{split}/labels", x) for split, x in raw.items()}}
+        out = {"score": self._column("labels")}
         self.task["label"] = _score("score", out["score"])
         return out
 
@@ -259,6 +276,8 @@ class SplitPickle(Source):
                 declared[name] = np.minimum(values, longest).astype(np.int64)
         bert = part.get("text_bert")
         if isinstance(bert, PickledArray) and len(bert.shape) == 3 and bert.shape[1] == 3:
+            if bert.dtype.kind not in "fiub":
+                raise ValueError(f"{split}/text_bert is {bert.dtype} {bert.shape}, expected numbers [N, 3, T]")
             mask = np.concatenate([np.asarray(block[:, 1]) for block in bert.blocks(BLOCK_ROWS)] or [np.empty((0, 0))])
             if len(mask) == self._sizes[split] and bert.shape[2] == part["text"].shape[1]:
                 declared.update(dict.fromkeys(MODALITIES if self.aligned else ("text",), mask.astype(bool).sum(1)))
@@ -292,7 +311,7 @@ def _is_row(value: Any) -> bool:
 def _array(path: Path, name: str, values: Any) -> np.ndarray:
     if isinstance(values, PickledArray):
         array = values.load()
-        if not array.dtype.hasobject:
+        if array.dtype.kind not in "OS":
             return array
         values = array.tolist()
     if isinstance(values, (list, tuple)) and all(isinstance(v, (int, float, str, bytes)) for v in values):
@@ -300,14 +319,6 @@ def _array(path: Path, name: str, values: Any) -> np.ndarray:
         if array.dtype.kind in "biufU":
             return array
     raise ValueError(f"{path}: {name} is {type(values).__name__}, expected an array or a list of numbers of 64 bits")
-
-
-def _flat(path: Path, name: str, values: Any) -> np.ndarray:
-    """One number or text per sample."""
-    array = values if isinstance(values, np.ndarray) else _array(path, name, values)
-    if array.size != len(array):
-        raise ValueError(f"{path}: {name} has the shape {array.shape}, expected one value per sample")
-    return array.reshape(-1)
 
 
 def _score(name: str, values: Mapping[str, np.ndarray]) -> dict[str, Any]:
