@@ -320,6 +320,16 @@ def test_mmin_with_its_flaws(tmp_path: Path) -> None:
             lambda labels, _: np.concatenate([[[0, np.nan, 0, 1]], labels[1:]]),
             r"'{}' has the label \[0.0, nan",
         ),
+        (
+            "trn_label",
+            lambda labels, _: np.full(len(labels), 1e300),
+            r"'{}' has the label 1e\+300, expected a whole number",
+        ),
+        (
+            "trn_label",
+            lambda labels, _: np.full(len(labels), np.inf),
+            r"'{}' has the label inf, expected a whole number",
+        ),
         ("trn_label", lambda labels, _: labels.argmax(1) + 0.5, r"'{}' has the label .*\.5, expected a whole number"),
     ],
 )
@@ -403,6 +413,7 @@ def test_segments_that_are_left_out_are_counted(tmp_path: Path) -> None:
         data["vid2/intervals"][3] = [1.5, 1.5]
         del data["vid4"]
         data["vid4/features"], data["vid4/intervals"] = np.zeros((0, 1)), np.zeros((0, 2))
+        h5["Opinion Segment Labels/metadata/dimension names"] = np.array([], dtype="S3")
     assert convert(tmp_path / "x", tmp_path / "x.h5") == [
         "2 segments of the labels end before they begin, or at once; they are left out",
         "1 entries of the labels are empty; they are left out",
@@ -410,6 +421,17 @@ def test_segments_that_are_left_out_are_counted(tmp_path: Path) -> None:
     for key in ("vid0[1]", "vid2[3]", *(f"vid4[{k}]" for k in range(4))):
         del truth[key]
     assert_samples(FeatureStore(tmp_path / "x.h5"), truth)
+
+
+def test_unsigned_seconds_do_not_wrap_around(tmp_path: Path) -> None:
+    foreign.write_csd(tmp_path / "x")
+    with h5py.File(tmp_path / "x" / "CMU_MOSI_Opinion_Labels.csd", "a") as h5:
+        entry = h5["Opinion Segment Labels/data/vid6"]
+        del entry["intervals"]
+        entry["intervals"] = np.array([[0, 1], [5, 1], [7, 1], [1, 2]], dtype=np.uint64)
+    (note,) = convert(tmp_path / "x", tmp_path / "x.h5")
+    assert note.startswith("2 segments of the labels end before they begin")
+    assert {"vid6[0]", "vid6[3]"} == {key for key in FeatureStore(tmp_path / "x.h5").ids() if key.startswith("vid6")}
 
 
 @pytest.mark.parametrize("kind", ["labels", "groups", "modalities"])
@@ -537,6 +559,25 @@ def test_gcnet_with_its_flaws(tmp_path: Path) -> None:
         open_source(tmp_path / "x", {"modalities": {"audio": "none", "vision": "manet_UTT"}})
 
 
+@pytest.mark.parametrize("name", ["trn_label", "trn_int2name"])
+def test_mmin_arrays_without_columns(tmp_path: Path, name: str) -> None:
+    foreign.write_mmin(tmp_path / "x")
+    path = tmp_path / "x" / "target" / "1" / f"{name}.npy"
+    np.save(path, np.load(path)[:, :0])
+    with pytest.raises(ValueError, match=r"target/1: trn.* \(12, 0\)"):
+        open_source(tmp_path / "x")
+
+
+def test_mmin_features_are_numbers(tmp_path: Path) -> None:
+    truth = foreign.write_mmin(tmp_path / "x")
+    key = next(iter(truth))
+    with h5py.File(tmp_path / "x" / "features" / "V" / "denseface.h5", "a") as h5:
+        del h5[key]
+        h5[key] = "words"
+    with pytest.raises(ValueError, match=rf"denseface\.h5: cannot read '{key}': object \(\), expected numbers"):
+        convert(tmp_path / "x", tmp_path / "x.h5")
+
+
 def test_a_gcnet_dialogue_is_in_one_part(tmp_path: Path) -> None:
     foreign.write_gcnet(tmp_path / "x")
     path = next((tmp_path / "x").glob("*.pkl"))
@@ -570,12 +611,26 @@ def test_a_gcnet_dialogue_of_many_labels(tmp_path: Path) -> None:
     assert block.labels["emotion"][:1000].tolist() == [i % 4 for i in range(1000)]
 
 
+@pytest.mark.parametrize("shape", [(0,), (0, 6), (3, 0)])
+def test_gcnet_files_without_values_are_missing(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    truth = foreign.write_gcnet(tmp_path / "x")
+    np.save(tmp_path / "x" / "features" / "manet_UTT" / "vid0_000.npy", np.zeros(shape))
+    assert convert(tmp_path / "x", tmp_path / "x.h5") == ["vision: 1 samples without it"]
+    del truth["vid0_000"]["vision"]
+    assert_samples(FeatureStore(tmp_path / "x.h5"), truth)
+
+
 def test_names_that_lead_out_of_the_folder_are_refused(tmp_path: Path) -> None:
     foreign.write_gcnet(tmp_path / "x")
     path = next((tmp_path / "x").glob("*.pkl"))
     value = pickle.loads(path.read_bytes())
-    value[0]["vid0"][0] = "../../secret"
-    with pytest.raises(ValueError, match="is not the name of a file"):
+    # An empty name is the whole folder.
+    for name in ("../../secret", "..", "", "a\0b", "a" * 252):
+        value[0]["vid0"][0] = name
+        with pytest.raises(ValueError, match="is not the name of a file"):
+            open_source(dump(path, value))
+    value[0]["vid0"][0] = None
+    with pytest.raises(ValueError, match=r"2way\.pkl: expected a text, got NoneType"):
         open_source(dump(path, value))
 
 

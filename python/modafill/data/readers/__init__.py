@@ -75,25 +75,26 @@ def is_npz(path: Path) -> bool:
 
 def _open_pickle(file: PickleFile, mapping: NpzMapping | None) -> Source:
     try:
-        if is_gcnet(file.value):
-            return GCNetFolder(file, _names(mapping))
-        layout = split_pickle_layout(file.value)
-        lacking = missing_keys(file.value)
-        if layout is None and lacking:
-            raise ValueError(f"{file.path}: {lacking}, which a pickle of MMSA or MulT has in every part")
-        if layout is None:
-            inside = file.value
-            what = (
-                f"a dict of {[str(key)[:40] for key in list(inside)[:8]]}"
-                if isinstance(inside, dict)
-                else type(inside).__name__
-            )
-            raise ValueError(f"{file.path}: it holds {what}, which is the layout of neither MMSA, MulT nor GCNet")
-        if mapping is not None:
-            raise ValueError(
-                f"{file.path}: got the mapping {mapping.name}, but {LAYOUTS[layout]} says itself what is what"
-            )
-        return SplitPickle(file, layout)
+        with naming(file.path):
+            if is_gcnet(file.value):
+                return GCNetFolder(file, _names(mapping))
+            layout = split_pickle_layout(file.value)
+            lacking = missing_keys(file.value)
+            if layout is None and lacking:
+                raise ValueError(f"{file.path}: {lacking}, which a pickle of MMSA or MulT has in every part")
+            if layout is None:
+                inside = file.value
+                what = (
+                    f"a dict of {[str(key)[:40] for key in list(inside)[:8]]}"
+                    if isinstance(inside, dict)
+                    else type(inside).__name__
+                )
+                raise ValueError(f"{file.path}: it holds {what}, which is the layout of neither MMSA, MulT nor GCNet")
+            if mapping is not None:
+                raise ValueError(
+                    f"{file.path}: got the mapping {mapping.name}, but {LAYOUTS[layout]} says itself what is what"
+                )
+            return SplitPickle(file, layout)
     except BaseException:
         file.close()
         raise

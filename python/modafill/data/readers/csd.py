@@ -206,13 +206,14 @@ class _Sequence:
             raise ValueError(
                 f"{self.path}: {key!r} has intervals {intervals.shape}, expected seconds ({len(values)}, 2)"
             )
-        return values, intervals
+        # Unsigned seconds would wrap around where a segment ends before it begins.
+        return values, intervals.astype(np.float64)
 
     def dimension_names(self, count: int) -> list[str]:
         """Names of the columns: the file's, MOSEI's, or numbers."""
         try:
             names = json.loads(self._inside(f"{self.root}/metadata/dimension names").asstr()[0])
-        except (ValueError, TypeError, AttributeError, OSError, RuntimeError):
+        except (ValueError, TypeError, IndexError, AttributeError, OSError, RuntimeError):
             names = None
         if isinstance(names, list) and len(names) == count and all(isinstance(name, str) for name in names):
             names = [re.sub(r"\W+", "_", name).strip("_") for name in names]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from modafill.data.npz import load_npy
 from modafill.data.readers.keyed import KeyedSource
 from modafill.data.readers.pickles import PickledArray, PickleFile, as_text
 
+# File systems hold 255 bytes, of which .npy takes four.
+LONGEST_NAME = 251
 # What the folders of features that are in use are made by.
 EXTRACTORS = {
     "text": ("bert", "roberta", "text"),
@@ -79,7 +82,7 @@ class GCNetFolder(KeyedSource):
         self.order = np.array(order)
         self.splits = {"split": np.array([part_of[video] for video in videos])}
         self.task = {"group": "dialogue"}
-        whole = all(float(value).is_integer() for value in values) and min(values) >= 0
+        whole = all(float(value).is_integer() and 0 <= value < 1 << 53 for value in values)
         if whole:
             self.labels = {"emotion": np.array(values, dtype=np.int64)}
             self.task["label"] = {"name": "emotion", "kind": "class"}
@@ -99,7 +102,7 @@ class GCNetFolder(KeyedSource):
         """Its files are open while they are read only."""
 
     def look_up(self, modality: str, key: str) -> np.ndarray | None:
-        if "/" in key or key in (".", ".."):
+        if set(key) & {"/", "\0"} or key in ("", ".", "..") or len(os.fsencode(key)) > LONGEST_NAME:
             raise ValueError(f"{self.path}: the utterance {key!r} is not the name of a file")
         at = self._folders[modality] / f"{key}.npy"
         if at.is_file():
@@ -113,8 +116,9 @@ class GCNetFolder(KeyedSource):
             x = np.stack(frames)
         if x.dtype.kind not in "fiu":
             raise ValueError(f"{at}: {x.dtype}, expected numbers")
-        x = x.reshape(-1, x.shape[-1]) if x.ndim > 1 else x
-        return x.mean(0) if x.ndim == 2 and len(x) else x
+        if not x.size:
+            return None
+        return x.reshape(-1, x.shape[-1]).mean(0) if x.ndim > 1 else x
 
 
 def _find_folders(features: Path, names: Mapping[str, str] | None) -> dict[str, Path]:

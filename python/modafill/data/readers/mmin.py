@@ -80,6 +80,8 @@ class MminFolder(KeyedSource):
         file = self._files[modality]
         try:
             data = get_inside(file, key)
+            if isinstance(data, h5py.Dataset) and data.dtype.kind not in "fiu":
+                raise ValueError(f"{data.dtype} {data.shape}, expected numbers [T, D]")
             return data[()] if isinstance(data, h5py.Dataset) else None
         except KeyError:
             return None
@@ -97,14 +99,22 @@ def _number(name: str) -> tuple[int, str]:
 
 def _read_part(fold: Path, part: str) -> tuple[list[str], np.ndarray]:
     names, labels = load_npy(fold / f"{part}_int2name.npy"), load_npy(fold / f"{part}_label.npy")
-    if names.dtype.kind not in "SU" or names.ndim not in (1, 2) or labels.dtype.kind not in "fiu":
+    if (
+        names.dtype.kind not in "SU"
+        or names.ndim not in (1, 2)
+        or 0 in names.shape[1:]
+        or labels.dtype.kind not in "fiu"
+    ):
         raise ValueError(f"{fold}: {part}_int2name is {names.dtype} {names.shape}, expected texts [N] or [N, k]")
-    if labels.ndim not in (1, 2) or len(names) != len(labels):
+    if labels.ndim not in (1, 2) or 0 in labels.shape[1:] or len(names) != len(labels):
         raise ValueError(f"{fold}: {part} has {len(names)} names and labels {labels.shape}")
     keys = [as_text(name) for name in (names[:, 0] if names.ndim == 2 else names)]
     one_hot = labels.ndim == 2 and labels.shape[1] > 1
     flat = labels.reshape(len(labels), -1)
-    wrong = np.sort(flat, 1) != [0] * (flat.shape[1] - 1) + [1] if one_hot else flat != np.round(flat)
+    if one_hot:
+        wrong = np.sort(flat, 1) != [0] * (flat.shape[1] - 1) + [1]
+    else:
+        wrong = (flat != np.round(flat)) | ~(np.abs(flat) < 1 << 53)
     if wrong.any():
         row = int(wrong.any(1).argmax())
         raise ValueError(
