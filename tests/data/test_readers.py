@@ -707,6 +707,18 @@ def test_wrong_contents_are_named(tmp_path: Path, spoil: Callable[[dict[str, Any
     assert not (tmp_path / "x.h5").exists()
 
 
+def test_errors_begin_with_the_file_however_short_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    value = foreign.mmsa()
+    value["test"]["vision_lengths"][3] = -1
+    dump(Path("e"), value)
+    with pytest.raises(ValueError, match=r"^e: test/vision_lengths are int64"):
+        convert("e", "x.h5")
+    value["test"]["id"][3] = None
+    with pytest.raises(ValueError, match=r"^e: test/id: expected a text"):
+        open_source(dump(Path("e"), value))
+
+
 def test_what_is_no_layout(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("hello")
     with pytest.raises(

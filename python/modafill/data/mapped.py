@@ -130,12 +130,9 @@ class MappedNpz(Source):
             if modality in mapping.lengths:
                 lengths[modality] = np.zeros(n, dtype=np.int64)
                 if present:
-                    name, longest = (
-                        mapping.lengths[modality].replace(SPLIT, part),
-                        self.npz.headers[template.replace(SPLIT, part)].shape[1],
-                    )
+                    name, values = mapping.lengths[modality].replace(SPLIT, part), template.replace(SPLIT, part)
                     given = self.npz.load(name)
-                    check_lengths(f"lengths {name!r}", given, n, longest)
+                    check_lengths(f"lengths {name!r}", given, n, self.npz.headers[values].shape[1])
                     lengths[modality] += given.astype(np.int64)
                 available[:, m] &= lengths[modality] > 0
             available[:, m] &= present
@@ -146,11 +143,11 @@ class MappedNpz(Source):
         groups = {} if mapping.group is None else {column_name(mapping.group): mapping.group}
         label_values = {name: self._column(template, part) for name, template in labels.items()}
         group_values = {name: self._column(template, part) for name, template in groups.items()}
-        order = None if mapping.order is None else self._column(mapping.order, part)
-        if order is not None and not np.isfinite(order).all():
-            raise ValueError(
-                f"array {mapping.order.replace(SPLIT, part)!r} has NaN or infinity, expected places in the group"
-            )
+        order = None
+        if mapping.order is not None:
+            order, name = self._column(mapping.order, part), mapping.order.replace(SPLIT, part)
+            if not np.isfinite(order).all():
+                raise ValueError(f"array {name!r} has NaN or infinity, expected places in the group")
         ids = self._ids(part, n, next(iter(group_values.values()), None), order)
         for start in range(0, n, rows):
             piece = slice(start, start + rows)

@@ -143,11 +143,11 @@ class Source(ABC):
 
 @contextmanager
 def naming(where: object) -> Iterator[None]:
-    """Put ``where`` before the message of a ValueError that does not have it."""
+    """Put ``where`` before the message of a ValueError that does not begin with it, or with a file in it."""
     try:
         yield
     except ValueError as error:
-        raise error if str(where) in str(error) else ValueError(f"{where}: {error}") from None
+        raise error if str(error).startswith(str(where)) else ValueError(f"{where}: {error}") from None
 
 
 def check_lengths(name: str, values: np.ndarray, count: int, longest: int | None = None) -> None:
