@@ -98,6 +98,20 @@ def test_python_m_modafill():
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
+def test_ctrl_c_says_what_goes_on(tiny, tmp_path):
+    command = [sys.executable, "-m", "modafill", *tiny.train_arguments, "--out", str(tmp_path / "run")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as process:
+        while not (tmp_path / "run" / "fold0-seed0").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        err = process.communicate(timeout=120)[1]
+    assert process.returncode == 130
+    assert err.splitlines()[-1].startswith("modafill: interrupted; the same command goes on with a training")
+    assert "Traceback" not in err
+
+
 def test_version(modafill):
     assert modafill("--version") == (0, importlib.metadata.version("modafill") + "\n", "")
 

@@ -827,6 +827,10 @@ def _training_progress() -> Iterator[Any]:
         yield report
 
 
+# What typer answers where Ctrl-C ended a command.
+_INTERRUPTED = 130
+
+
 def main() -> None:
     """Run the command line; a user's mistake is one line on standard error and exit status 2."""
     from modafill.errors import MissingExtra, OutOfMemory
@@ -843,11 +847,10 @@ def main() -> None:
     except (ValueError, OSError, MissingExtra, OutOfMemory, TrainingError, BackendError) as error:
         print(f"modafill: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
-    except (KeyboardInterrupt, typer.Abort):
+    if status == _INTERRUPTED:
         print(
             "modafill: interrupted; the same command goes on with a training or with the shards of a large store, and "
             "begins all else anew",
             file=sys.stderr,
         )
-        raise SystemExit(130) from None
     raise SystemExit(status if isinstance(status, int) else 0)

@@ -74,6 +74,21 @@ def threads_of_each(jobs: int) -> int:
     return max(1, torch.get_num_threads() // jobs)
 
 
+def world_size() -> int:
+    """How many processes torchrun or ``accelerate launch`` began, of which this is one.
+
+    Raises:
+        ValueError: SLURM began several, which do not know each other.
+    """
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if tasks != "1" and "WORLD_SIZE" not in os.environ:
+        raise ValueError(
+            f"SLURM_STEP_NUM_TASKS: got {tasks} processes that do not know each other, expected torchrun in each (srun "
+            "--ntasks-per-node=1 torchrun …), or WORLD_SIZE=1 where each is to work for itself"
+        )
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 _PR_SET_PDEATHSIG = 1
 _GIVEN: Any = None
 _PARENT = 0

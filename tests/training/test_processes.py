@@ -14,7 +14,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from modafill.data import FeatureStore
+from modafill.data import FeatureStore, convert
 from modafill.files import read_tensors
 
 pytestmark = pytest.mark.slow
@@ -191,6 +191,24 @@ with run.open_store() as store:
     )
     assert done.returncode == 0, done.stderr
     assert len(FeatureStore(tmp_path / "out.h5")) == 96
+
+
+@pytest.mark.parametrize("command", ["train", "impute"])
+def test_processes_of_slurm_alone_are_refused(command: str, tiny, tmp_path: Path) -> None:
+    """Each would take itself for the only one."""
+    store = tmp_path / "in.h5"
+    convert(tiny.archive, store, tiny.mapping)
+    arguments = {"train": [*tiny.train_arguments, "--out"], "impute": ["impute", tiny.run, store]}[command]
+    done = subprocess.run(
+        [sys.executable, "-m", "modafill", *map(str, arguments), str(tmp_path / "out.h5")],
+        env={**os.environ, "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "2"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 2
+    assert "SLURM_STEP_NUM_TASKS: got 4 processes that do not know each other, expected torchrun" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["in.h5"]
 
 
 def test_jobs_and_processes_exclude_each_other(tiny, tmp_path: Path) -> None:

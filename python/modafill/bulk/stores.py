@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -24,7 +23,7 @@ from modafill.data import FeatureStore
 from modafill.errors import require
 from modafill.files import replacing
 from modafill.imputer import ModalityImputer
-from modafill.processes import threads_of_each, using_threads
+from modafill.processes import threads_of_each, using_threads, world_size
 
 SHARD_ROWS = 65536
 _FEWEST_SHARDS = 256
@@ -132,7 +131,7 @@ def _check(
         raise ValueError(f"threads: got {threads}, expected None: with torchrun they are set by OMP_NUM_THREADS")
     if workers > 1 and engine == "local" and next(imputer.parameters()).device.type == "cuda":
         raise ValueError(f"workers: got {workers}, expected 1 on a GPU; torchrun starts a process for each")
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = world_size()
     if world > 1 and engine != "torchrun":
         raise ValueError(f"engine: got {engine!r}, expected torchrun where it started {world} processes (WORLD_SIZE)")
     if shard_format is not None and out.suffix in WRITERS:
@@ -170,7 +169,7 @@ def _together(job: Job, out: Path, one_file: bool) -> Iterator[int]:
     """All processes of torchrun; the first one decides what is left, and puts it together."""
     # Who is done first waits for the others, days if need be. It may change the number of threads.
     state = PartialState(cpu=next(job.imputer.parameters()).device.type == "cpu", timeout=timedelta(days=30))
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = world_size()
     if state.num_processes != world:
         raise ValueError(f"engine: torchrun started {world} processes, but accelerate knows {state.num_processes}")
     identity = identify(job.imputer, job.store, torch.get_num_threads())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from contextlib import contextmanager, nullcontext, suppress
@@ -20,7 +19,7 @@ from accelerate.utils import broadcast_object_list
 from modafill.data import FeatureStore, Labels, Split, make_splits, open_data
 from modafill.files import write_json
 from modafill.models.config import ModelConfig
-from modafill.processes import given, holding, stop_if_orphaned, worker_pool
+from modafill.processes import given, holding, stop_if_orphaned, worker_pool, world_size
 from modafill.training.admc import ADMCTrainer
 from modafill.training.cdtp import CDTPTrainer
 from modafill.training.loop import EpochDone, Report, TrainingError
@@ -257,7 +256,7 @@ def train(run: Run, report: Report, jobs: int = 1, announce: Callable[[str], Non
     """
     if jobs < 1:
         raise ValueError(f"jobs: got {jobs}, expected at least 1")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if world_size() > 1:
         if jobs > 1:
             raise ValueError(f"jobs: got {jobs}, expected 1 where several processes train together (WORLD_SIZE)")
         _train_together(run, report, announce)
