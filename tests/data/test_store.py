@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import hashlib
+import json
 import multiprocessing
 import os
 import pickle
@@ -299,7 +301,12 @@ def replace_with(path: str, values: Any) -> Callable[[h5py.File], object]:
         (replace_with("modalities/a/values", np.zeros((103, 2, 2, 2))), "'a' has values float64"),
         (replace_with("modalities/b/offsets", np.arange(104)), "'b' has offsets that do not fit"),
         (replace_with("modalities/b/offsets", np.ones(104, dtype=int)), "'b' has malformed offsets"),
-        (replace_with("generated", np.ones((5, 2), dtype=bool)), r"generated has shape \(5, 2\)"),
+        (replace_with("generated", np.ones((5, 2), dtype=bool)), r"generated is bool \(5, 2\)"),
+        (replace_with("generated", np.ones((103, 2))), r"generated is float64 \(103, 2\), expected bool"),
+        (replace_with("modalities/a/columns", ["x"]), r"modalities/a/columns has shape \(1,\), expected \(3,\)"),
+        (lambda file: file.attrs.__setitem__("modalities", '"ab"'), "modalities: got 'ab', expected a list of texts"),
+        (lambda file: file.attrs.__setitem__("modalities", 5), "attribute modalities: got .*5.*, expected a text"),
+        (lambda file: file.attrs.__setitem__("notes", "{}"), r"notes: got {}, expected a list of texts"),
         (replace_with("labels/y", np.zeros(4)), "labels/y has 4 entries, expected 103"),
         (replace_with("ids", np.zeros(4)), "ids has 4 entries"),
         (replace_with("modalities/b/offsets", np.r_[0, np.zeros(103, dtype=int)]), "do not fit|without frames"),
@@ -314,6 +321,110 @@ def test_inconsistent_files(
         change(file)
     with pytest.raises(ValueError, match=rf"changed\.h5: .*{message}"):
         FeatureStore(path)
+
+
+WRONG_TASKS = [
+    ([], "task: got \\[\\], expected an object"),
+    ({"label": "mood"}, "task: label: got 'mood', expected a label specification"),
+    ({"label": {"kind": "class"}}, "task: got the label {'kind': 'class'}, expected a specification with the name"),
+    ({"label": {"name": "y", "kind": "colour"}}, "task: label: got kind 'colour'"),
+    ({"labels": {"other": []}}, "task: got the label \\[\\], expected a specification"),
+    ({"group": 3}, "task: group: got 3, expected the name of a group column"),
+    ({"window": "4"}, "task: window: got '4', expected a whole number of turns"),
+    ({"folds": "a"}, "task: folds: got 'a', expected a list of names"),
+]
+
+
+@pytest.mark.parametrize("task, message", WRONG_TASKS)
+def test_malformed_tasks(make_store: MakeStore, tmp_path: Path, task: Any, message: str) -> None:
+    path = tmp_path / "changed.h5"
+    shutil.copy(make_store(3).path, path)
+    with h5py.File(path, "r+") as file:
+        file.attrs["task"] = json.dumps(task)
+    with pytest.raises(ValueError, match=rf"changed\.h5: {message}"):
+        FeatureStore(path)
+    if task:
+        with pytest.raises(ValueError, match=message):
+            make_store(3, task=task)
+
+
+def with_texts(make_store: MakeStore) -> FeatureStore:
+    """A store whose columns of texts have words that occur nowhere else."""
+    n = 6
+    features = {name: np.ones((n, 2)) for name in ("a", "b")}
+    return make_store(
+        features=features,
+        ids=[f"clip{i}" for i in range(n)],
+        labels={"mood": np.array(["glad", "glum"] * 3)},
+        groups={"who": np.array(["anne", "bert"] * 3)},
+        splits={"official": np.array(["trainer", "tester"] * 3)},
+        task={"label": {"name": "mood", "kind": "class"}, "group": "who"},
+    )
+
+
+@pytest.mark.parametrize(
+    "column, written, damaged",
+    [
+        ("ids", b"clip3", b"clip4"),
+        ("labels/mood", b"glad", b"glum"),
+        ("groups/who", b"anne", b"bert"),
+        ("splits/official", b"trainer", b"grainer"),
+    ],
+)
+def test_damaged_texts(make_store: MakeStore, column: str, written: bytes, damaged: bytes) -> None:
+    path = with_texts(make_store).path
+    content = path.read_bytes()
+    assert written in content
+    path.write_bytes(content.replace(written, damaged, 1))
+    store = FeatureStore(path)
+    read = {"ids": store.ids, "labels": store.labels, "groups": store.groups, "splits": store.split}
+    with pytest.raises(ValueError, match=rf"{path.name}: cannot read {column}: damaged texts: their SHA-256"):
+        read.pop(column.split("/")[0])()
+    for other in read.values():
+        assert len(other()) == 6
+
+
+@pytest.mark.parametrize("written, damaged", [(b'"class"', b'"score"'), (b'["a", "b"]', b'["b", "a"]')])
+def test_damaged_description(make_store: MakeStore, written: bytes, damaged: bytes) -> None:
+    path = with_texts(make_store).path
+    content = path.read_bytes()
+    assert content.count(written) == 1
+    path.write_bytes(content.replace(written, damaged))
+    with pytest.raises(ValueError, match=rf"{path.name}: damaged modalities, task or notes: their SHA"):
+        FeatureStore(path)
+
+
+def test_digests_by_hand(tmp_path: Path) -> None:
+    """Of blocks, the SHA-256 of all texts; a store without any is read as it is."""
+    path, words = tmp_path / "a.h5", ["ä", "", "b", "c", "ä"]
+    with writer_at(path, columns={"a": ["left", "right"]}) as writer:
+        for block in (words[:2], words[2:]):
+            n = len(block)
+            writer.append({"a": np.ones((n, 2)), "b": np.ones((n, 1, 3))}, labels={"y": np.array(block)})
+        writer.notes = ["a: a flaw"]
+    expected = {
+        "labels/y": words,
+        "ids": list("01234"),
+        "modalities/a/columns": ["left", "right"],
+        "/": ['["a", "b"]', "{}", '["a: a flaw"]'],
+    }
+    with h5py.File(path, "r+") as file:
+        for place, texts in expected.items():
+            told = file[place].attrs["sha256"]
+            assert told == hashlib.sha256("".join(f"{text}\0" for text in texts).encode()).hexdigest().encode()
+            del file[place].attrs["sha256"]
+        del file.attrs["notes"]
+    with FeatureStore(path) as store:
+        assert store.labels("y").tolist() == words
+        assert store.notes == ()
+
+
+@pytest.mark.parametrize("text", [b"bytes", 3, "\udc80"])
+def test_what_is_no_text_is_refused(tmp_path: Path, text: Any) -> None:
+    labels = {"y": np.array(["a", text], dtype=object)}
+    with pytest.raises(ValueError, match=r"labels/y: got .*, (expected a text|which UTF-8 cannot hold)"):  # noqa: SIM117
+        with writer_at(tmp_path / "a.h5") as writer:
+            writer.append({"a": A, "b": B}, labels=labels)
 
 
 def test_observed_sequences_need_frames(make_store: MakeStore, tmp_path: Path) -> None:

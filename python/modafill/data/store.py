@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +19,7 @@ from torch import Tensor
 from modafill.data.batch import Batch
 from modafill.data.hdf5 import get_inside
 from modafill.data.patterns import name_rows
-from modafill.data.writer import FORMAT, VERSION
+from modafill.data.writer import FORMAT, VERSION, check_task, pack_texts
 
 # Bytes of features that iter_batches shuffles among at a time.
 POOL_BYTES = 1 << 26
@@ -33,11 +34,12 @@ class FeatureStore:
     Opening checks the layout. The file is opened once per process: a store may be pickled to a worker or be inherited
     through a fork. Use it as a context manager, or :meth:`close` it.
 
-    Layout (root attributes ``format``, ``version``, ``modalities`` (JSON list), ``task`` (JSON)):
+    Layout (root attributes ``format``, ``version``, and as JSON ``modalities``, ``task`` and ``notes``):
     ``/modalities/<name>/values`` float ``[N, D]`` (vectors), ``[N, T, D]`` (sequences of T steps) or, with ``offsets``
     int64 ``[N + 1]`` beside it, ``[ΣT, D]`` (ragged sequences), and its ``columns`` if they have names; ``/available``
     bool ``[N, M]``; optionally ``/generated`` bool ``[N, M]``, ``/ids``, ``/order``, ``/labels/<name>``,
-    ``/groups/<name>``, ``/splits/<name>``, all of N rows.
+    ``/groups/<name>``, ``/splits/<name>``, all of N rows. Numbers have HDF5's checksums; a column of texts has the
+    attribute ``sha256``, of its texts in UTF-8 with a zero byte behind each, and so has the root, of its JSON.
 
     Attributes:
         path: the file.
@@ -49,6 +51,7 @@ class FeatureStore:
         max_lengths: name → the longest sequence, for sequences.
         label_names, group_names, split_names: what there is.
         task: the description that came with the data: label specification, window, group.
+        notes: flaws of what was converted and what was made of them.
         window: turns per sample if this is a windowed view, else None.
 
     Raises:
@@ -81,10 +84,21 @@ class FeatureStore:
         version = int(file.attrs.get("version", 0))
         if not 1 <= version <= VERSION:
             raise ValueError(f"store version {version}, but this modafill reads versions up to {VERSION}")
-        self.modalities: tuple[str, ...] = tuple(json.loads(file.attrs["modalities"]))
-        self.task: dict[str, Any] = json.loads(file.attrs.get("task", "{}"))
+        described = {name: file.attrs[name] for name in ("modalities", "task", "notes") if name in file.attrs}
+        for name, text in described.items():
+            if not isinstance(text, str):
+                raise ValueError(f"attribute {name}: got {text!r}, expected a text")
+        names, notes = json.loads(described["modalities"]), json.loads(described.get("notes", "[]"))
+        for what, texts in (("modalities", names), ("notes", notes)):
+            if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+                raise ValueError(f"{what}: got {texts!r}, expected a list of texts")
+        self.modalities: tuple[str, ...] = tuple(names)
+        self.notes: tuple[str, ...] = tuple(notes)
+        self.task: dict[str, Any] = json.loads(described.get("task", "{}"))
+        check_task(self.task)
         if not self.modalities:
             raise ValueError("it names no modalities")
+        _check_digest("modalities, task or notes", described.values(), file)
         available = self._dataset("available")
         if available.ndim != 2 or available.dtype != bool or available.shape[1] != len(self.modalities):
             raise ValueError(
@@ -99,8 +113,10 @@ class FeatureStore:
         self._ragged: set[str] = set()
         for name in self.modalities:
             self._read_modality(name)
-        if "generated" in file and self._dataset("generated").shape != available.shape:
-            raise ValueError(f"generated has shape {file['generated'].shape}, expected {available.shape}")
+        if "generated" in file:
+            generated = self._dataset("generated")
+            if generated.shape != available.shape or generated.dtype != bool:
+                raise ValueError(f"generated is {generated.dtype} {generated.shape}, expected bool {available.shape}")
         columns = [name for name in ("ids", "order") if name in file]
         for kind in ("labels", "groups", "splits"):
             columns += [f"{kind}/{name}" for name in file.get(kind, ())]
@@ -127,6 +143,9 @@ class FeatureStore:
             self._ragged.add(name)
         if rows != self._rows:
             raise ValueError(f"modality {name!r} has {rows} samples, expected {self._rows}")
+        columns = f"modalities/{name}/columns"
+        if columns in self._file and self._dataset(columns).shape != values.shape[-1:]:
+            raise ValueError(f"{columns} has shape {self._dataset(columns).shape}, expected {values.shape[-1:]}")
         self.widths[name] = values.shape[-1]
         self.dtypes[name] = str(values.dtype)
         self._shapes[name] = values.shape[1:]
@@ -151,7 +170,12 @@ class FeatureStore:
         """A whole column, kept in memory."""
         if path not in self._cache:
             data = self._dataset(path)
-            self._cache[path] = data.asstr()[()] if h5py.check_string_dtype(data.dtype) else data[()]
+            if h5py.check_string_dtype(data.dtype):
+                values = data.asstr()[()]
+                _check_digest("texts", values.reshape(-1), data)
+            else:
+                values = data[()]
+            self._cache[path] = values
         return self._cache[path]
 
     def _array(self, path: str) -> np.ndarray:
@@ -162,7 +186,7 @@ class FeatureStore:
     def _reading(self, what: str) -> Iterator[None]:
         try:
             yield
-        except (OSError, RuntimeError, UnicodeDecodeError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise ValueError(f"{self.name}: cannot read {what}: {_reason(error)}") from None
         # HDF5 reads zeros behind the end of a file.
         if self._handle is not None and self._bytes_of(self._handle) < self._bytes:
@@ -458,6 +482,13 @@ class FeatureStore:
             if name in self._ragged:
                 batch.features[name] = batch.features[name][:, : max(1, int(lengths.max()))]
         return batch
+
+
+def _check_digest(what: str, texts: Iterable[str], holder: h5py.Group | h5py.Dataset) -> None:
+    """HDF5 has no checksums for texts; what was written without a digest is taken as it is."""
+    expected = holder.attrs.get("sha256")
+    if expected is not None and hashlib.sha256(pack_texts(map(str.encode, texts))).hexdigest().encode() != expected:
+        raise ValueError(f"damaged {what}: their SHA-256 is not that of what was written")
 
 
 def _reason(error: BaseException) -> str:

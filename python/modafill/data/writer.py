@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +16,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from modafill.data.labels import check_label_spec
 from modafill.files import replacing
 
 FORMAT = "modafill-store"
@@ -21,6 +24,37 @@ VERSION = 1
 # A shuffled read fetches whole chunks, a sequential one wants few of them.
 CHUNK_BYTES = 1 << 18
 CHUNK_ROWS = 4096
+
+
+# What a key of the task must be, as a type and in words.
+_TASK: dict[str, tuple[type, str]] = {
+    "label": (dict, "a label specification"),
+    "labels": (dict, "an object: name → label specification"),
+    "group": (str, "the name of a group column"),
+    "window": (int, "a whole number of turns"),
+    "folds": (list, "a list of names of split columns"),
+}
+
+
+def check_task(task: Any) -> None:
+    """Raise ValueError unless ``task`` is what :class:`StoreWriter` keeps with the data."""
+    if not isinstance(task, dict):
+        raise ValueError(f"task: got {task!r}, expected an object")
+    for key, (kind, expected) in _TASK.items():
+        if key in task and not isinstance(task[key], kind):
+            raise ValueError(f"task: {key}: got {task[key]!r}, expected {expected}")
+    for spec in [*([task["label"]] if "label" in task else []), *task.get("labels", {}).values()]:
+        if not isinstance(spec, dict) or not isinstance(spec.get("name"), str):
+            raise ValueError(f"task: got the label {spec!r}, expected a specification with the name of a column")
+        try:
+            check_label_spec(spec)
+        except ValueError as error:
+            raise ValueError(f"task: {error}") from None
+
+
+def pack_texts(texts: Iterable[bytes]) -> bytes:
+    """What the SHA-256 of a column of texts is taken of, block by block: no text has a zero byte."""
+    return b"".join(text + b"\0" for text in texts)
 
 
 class _Sink(io.RawIOBase):
@@ -80,6 +114,10 @@ class StoreWriter:
             ``group``.
         columns: name → D names of feature columns.
         dtype: of the stored values, float32 or float16.
+
+    Attributes:
+        notes: flaws of what the samples come from and what was made of them, kept with the data; may be set until
+            :meth:`close`.
     """
 
     def __init__(
@@ -108,28 +146,34 @@ class StoreWriter:
                 raise ValueError(f"kinds[{name!r}]: got {self.kinds[name]!r}, expected 'vector' or 'sequence'")
             if self.widths[name] < 1 or self.steps.get(name, 1) < 1:
                 raise ValueError(f"widths[{name!r}]: got {self.widths[name]}, expected at least 1 column and 1 step")
+        task = dict(task or {})
+        check_task(task)
         if dtype not in ("float32", "float16"):
             raise ValueError(f"dtype: got {dtype!r}, expected 'float32' or 'float16'")
+        self.notes: Sequence[str] = ()
         self._rows = 0
         self._columns_given: set[str] | None = None
+        self._digests: defaultdict[str, Any] = defaultdict(hashlib.sha256)
         self._replacing = ExitStack()
         temporary = self._replacing.enter_context(replacing(self.path))
         try:
             # The newer format has checksums for its own structures.
             self._sink = _Sink(temporary)
             self._file = h5py.File(self._sink, "w", libver=("v110", "v110"))
-            self._file.attrs.update(
-                format=FORMAT,
-                version=VERSION,
-                modalities=json.dumps(self.modalities),
-                task=json.dumps(dict(task or {})),
-            )
+            self._file.attrs.update(format=FORMAT, version=VERSION)
+            self._describe("modalities", self.modalities)
+            self._describe("task", task)
             for name in self.modalities:
                 self._create_modality(name, dtype, (columns or {}).get(name))
             self._grow("available", np.zeros((0, len(self.modalities)), dtype=bool))
         except BaseException:
             self.abort()
             raise
+
+    def _describe(self, name: str, value: Any) -> None:
+        text = json.dumps(value)
+        self._file.attrs[name] = text
+        self._digests["/"].update(pack_texts([text.encode()]))
 
     def _create_modality(self, name: str, dtype: str, columns: Sequence[str] | None) -> None:
         tail: tuple[int, ...] = (self.widths[name],)
@@ -244,8 +288,10 @@ class StoreWriter:
         self._grow(f"{path}/offsets", offsets[-1] + np.cumsum(np.where(kept, lengths, 0), dtype=np.int64))
 
     def _grow(self, path: str, values: np.ndarray) -> None:
-        if values.dtype.kind in "UO" and any("\0" in str(value) for value in values.reshape(-1)):
-            raise ValueError(f"{path}: got a text with a zero byte, which HDF5 cannot hold")
+        text = values.dtype.kind in "UO"
+        if text:
+            values = _encode(path, values)
+            self._digests[path].update(pack_texts(values.reshape(-1)))
         if path in self._file:
             data = self._file[path]
             if data.shape[1:] != values.shape[1:]:
@@ -257,17 +303,16 @@ class StoreWriter:
             start = len(data)
             data.resize(start + len(values), axis=0)
             if len(values):
-                data[start:] = values.astype(object) if values.dtype.kind == "U" else values
+                data[start:] = values
             return
-        text = values.dtype.kind in "UO"
         row_bytes = 16 if text else values.dtype.itemsize * int(np.prod(values.shape[1:]))
         self._file.create_dataset(
             path,
-            data=values.astype(object) if text else values,
+            data=values,
             dtype=h5py.string_dtype() if text else values.dtype,
             maxshape=(None, *values.shape[1:]),
             chunks=(max(1, min(CHUNK_ROWS, CHUNK_BYTES // row_bytes)), *values.shape[1:]),
-            # A damaged chunk is an error for who reads it, not other values.
+            # A damaged chunk is an error for who reads it, not other values. Texts lie elsewhere, and have a digest.
             fletcher32=not text,
         )
 
@@ -281,6 +326,10 @@ class StoreWriter:
             self.abort()
             raise ValueError(f"{self.path}: no samples were written, expected at least one")
         try:
+            self._describe("notes", list(self.notes))
+            for path, digest in self._digests.items():
+                # Not a text of variable length, which itself would have no checksum.
+                self._file[path].attrs["sha256"] = np.bytes_(digest.hexdigest())
             self._file.close()
             self._sink.check(self.path)
             self._sink.file.close()
@@ -310,3 +359,18 @@ class StoreWriter:
             self.close()
         else:
             self.abort()
+
+
+def _encode(path: str, values: np.ndarray) -> np.ndarray:
+    """Texts as UTF-8, an object array of the same shape."""
+    encoded = np.empty(values.shape, dtype=object)
+    for i, text in np.ndenumerate(values):
+        if not isinstance(text, str):
+            raise ValueError(f"{path}: got {text!r}, expected a text")
+        if "\0" in text:
+            raise ValueError(f"{path}: got a text with a zero byte, which HDF5 cannot hold")
+        try:
+            encoded[i] = text.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{path}: got {text!r}, which UTF-8 cannot hold") from None
+    return encoded
