@@ -170,6 +170,39 @@ def test_convert(modafill, tiny, store, tmp_path):
     assert all(torch.equal(a.features[name], b.features[name]) for name in b.features)
 
 
+def test_flaws_are_said_by_every_command(modafill, tiny, tmp_path, monkeypatch):
+    """In the same words, once, whether the data are converted now, were before, or come converted."""
+    data, mapping = tmp_path / "flawed.npz", tmp_path / "zero.json"
+    with np.load(tiny.archive) as arrays:
+        sound = arrays["sound"].copy()
+        seen = np.flatnonzero(arrays["seen"][:, 1])[:2]
+        sound[seen, 0, 0] = -np.inf
+        np.savez(data, **{**arrays, "sound": sound})
+    mapping.write_text(json.dumps({**json.loads(tiny.mapping.read_text()), "nonfinite": "zero"}))
+    flaw = "audio: 2 values that are NaN or infinite are taken for 0"
+    asked = ["--mapping", mapping]
+
+    assert modafill("convert", data, tmp_path / "converted.h5", *asked)[2] == f"{data}: {flaw}\n"
+    run = tmp_path / "run"
+    train = [*tiny.train_arguments[:2], "--data", data, *asked, *tiny.train_arguments[6:], "--out", run]
+    for _ in range(2):
+        status, _, err = modafill(*train)
+        assert status == 0
+        assert err.splitlines()[0] == f"{data}: {flaw}"
+        assert err.count(flaw) == 1
+        assert modafill("evaluate", run, "--samples", 1)[2] == f"{data}: {flaw}\n"
+    curve = ["curve", run, "--steps", 1, "--solvers", "ddim", "--samples", 2]
+    assert modafill(*curve)[2] == f"{data}: {flaw}\n"
+    for command, suffix in (("impute", "h5"), ("recognise", "csv")):
+        assert modafill(command, run, data, tmp_path / f"a.{suffix}", *asked)[2] == f"{data}: {flaw}\n"
+        converted = tmp_path / "converted.h5"
+        assert modafill(command, run, converted, tmp_path / f"b.{suffix}")[2] == f"{converted}: {flaw}\n"
+        monkeypatch.setenv("RANK", "1")
+        assert modafill(command, run, data, tmp_path / f"c.{suffix}", *asked)[2] == ""
+        monkeypatch.delenv("RANK")
+    assert json.loads(modafill("inspect", tmp_path / "converted.h5", "--json")[1])["notes"] == [flaw]
+
+
 @pytest.mark.parametrize("command", ["convert", "impute", "recognise"])
 def test_nothing_is_overwritten(mistake, tiny, store, tmp_path, command):
     source = shutil.copy(tiny.archive if command == "convert" else store, tmp_path)

@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -249,7 +249,7 @@ def _train(
         own_split=not ignore_split,
     )
     with _training_progress() as report:
-        train(run, report, jobs, _announce)
+        train(run, report, jobs, _announcing(run))
     _say_once(f"trained into {out}; next: modafill evaluate {out}")
 
 
@@ -315,13 +315,16 @@ def evaluate(
     from modafill.evaluation.run import Protocol, metric_names
     from modafill.training import Run
 
-    known = metric_names(Run.load(run))
+    asked = Run.load(run)
+    known = metric_names(asked)
     if metric not in (None, "all", *known):
         raise ValueError(f"metric: got {metric!r}, expected one of {', '.join(known)}, all")
 
     starts, evaluations = _numbers("start-steps", start_steps), _numbers("sampling-steps", sampling_steps)
     rates = tuple(map(MissingRate.parse, missing or []))
     protocol = Protocol(samples, starts, evaluations, part, rates, missing_seed)
+    with asked.open_store() as store:
+        _announce_notes(store)
     tables = _evaluate(run, protocol, jobs, tuple(beside or []))
     if part == "valid":
         out_console.print("On the validation part:")
@@ -361,7 +364,10 @@ def curve(
     Writes curve.json, curve.csv and curve.png into the run's folder.
     """
     from modafill.evaluation.curve import draw_curve, render_curve
+    from modafill.training import Run
 
+    with Run.load(run).open_store() as store:
+        _announce_notes(store)
     with _bar("measuring", None) as advance:
         points = draw_curve(
             run,
@@ -530,7 +536,7 @@ def demo(
         seeds=(seed,),
     )
     with _training_progress() as report:
-        train(run, report, announce=_announce)
+        train(run, report, announce=_announcing(run))
     tables = _evaluate(out)
     _print_tables([table for table in tables if table.metric in ("UA", "NRMSE", "CRPS")])
     picture = out / "embeddings.png"
@@ -717,6 +723,7 @@ def _model_and_store(
         raise ValueError(f"fold: got {fold}, but {run} is one model, not a run")
     imputer = ModalityImputer.from_pretrained(folder, **options)
     with tempfile.TemporaryDirectory() as scratch, open_data(path, Path(scratch), mapping) as store:
+        _announce_notes(store)
         check_store(imputer, store)
         yield imputer, store.windowed(imputer.model.window)
 
@@ -727,6 +734,24 @@ def _say(text: str) -> None:
 
 def _announce(text: str) -> None:
     err_console.print(escape(text), highlight=False, soft_wrap=True)
+
+
+def _announce_notes(store: Any) -> None:
+    """Flaws of the data and what was made of them, in the first of several processes."""
+    if _first_process():
+        for note in store.notes:
+            _announce(f"{store.name}: {note}")
+
+
+def _announcing(run: Any) -> Callable[[str], None]:
+    """What a training announces its data with: their flaws first."""
+
+    def announce(text: str) -> None:
+        with run.open_store() as store:
+            _announce_notes(store)
+        _announce(text)
+
+    return announce
 
 
 def _must_be_new(out: Path, *suffixes: str) -> None:

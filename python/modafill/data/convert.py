@@ -44,6 +44,7 @@ def open_data(
 ) -> FeatureStore:
     """Open a feature store in place, or a foreign file or folder by way of ``cache_dir/<stem>.h5``.
 
+    Flaws of the file and what was made of them are ``notes`` of the store, whether it is converted now or was before.
     The converted file is used again as long as the path, the sizes and times of the files and the mapping are the same.
     A file of that name that is no conversion is never replaced.
 

@@ -41,7 +41,7 @@ def inspect_path(path: str | os.PathLike[str], mapping: MappingLike | None = Non
         A JSON-able dict. Always ``path``, ``format``, ``bytes``; for a store or a mapped archive ``samples``,
         ``modalities`` (kind, width, dtype, lengths, counts of missing samples and of NaN and infinity in observed
         values, constant columns), ``patterns``, ``label``, ``labels`` (names and kinds of further ones), ``groups``,
-        ``splits``; for what is no store ``unmapped`` arrays and ``notes`` (flaws and what is made of them); for an
+        ``splits``, ``notes`` (flaws and what is made of them); for what is no store ``unmapped`` arrays; for an
         archive ``mapping``, and ``problem`` where no mapping fits.
 
     Raises:
@@ -97,6 +97,7 @@ def _inspect_store(store: FeatureStore) -> dict[str, Any]:
         "labels": _further(store.task.get("labels", {})),
         "groups": {name: len(np.unique(store.groups(name))) for name in store.group_names},
         "splits": {name: dict(Counter(map(str, store.split(name)))) for name in store.split_names},
+        "notes": list(store.notes),
     }
 
 

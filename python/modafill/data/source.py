@@ -180,7 +180,7 @@ def write_store(source: Source, out: Path, task: Mapping[str, Any]) -> list[str]
         task: goes into the store's task beside that of the source.
 
     Returns:
-        Flaws of the file and what was made of them.
+        Flaws of the file and what was made of them, which the store keeps too.
 
     Raises:
         ValueError: NaN or infinity in observed features where ``source.nonfinite`` is ``"error"``, or a damaged file.
@@ -222,5 +222,6 @@ def write_store(source: Source, out: Path, task: Mapping[str, Any]) -> list[str]
                 'modality, name a bool array [N, M] as "available" in the mapping, or say "nonfinite": "missing"; '
                 '"zero" takes the values for 0'
             )
-    zeroed = [f"{name}: {n} values that are NaN or infinite are taken for 0" for name, n in bad_values.items()]
-    return [*source.notes, *zeroed]
+        zeroed = [f"{name}: {n} values that are NaN or infinite are taken for 0" for name, n in bad_values.items()]
+        writer.notes = [*source.notes, *zeroed]
+    return writer.notes

@@ -150,7 +150,7 @@ class StoreWriter:
         check_task(task)
         if dtype not in ("float32", "float16"):
             raise ValueError(f"dtype: got {dtype!r}, expected 'float32' or 'float16'")
-        self.notes: Sequence[str] = ()
+        self.notes: list[str] = []
         self._rows = 0
         self._columns_given: set[str] | None = None
         self._digests: defaultdict[str, Any] = defaultdict(hashlib.sha256)
@@ -326,7 +326,7 @@ class StoreWriter:
             self.abort()
             raise ValueError(f"{self.path}: no samples were written, expected at least one")
         try:
-            self._describe("notes", list(self.notes))
+            self._describe("notes", self.notes)
             for path, digest in self._digests.items():
                 # Not a text of variable length, which itself would have no checksum.
                 self._file[path].attrs["sha256"] = np.bytes_(digest.hexdigest())
