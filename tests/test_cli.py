@@ -90,6 +90,12 @@ def test_help(modafill, command):
             assert len(f"{line} {following.split()[0]}") > max(map(len, lines)), "a line that breaks too early"
 
 
+@pytest.mark.parametrize("command", ["inspect", "convert", "train admc", "train cdtp", "impute", "recognise"])
+def test_help_names_every_layout(modafill, command):
+    out = " ".join(re.sub("[│ ]+", " ", modafill(*command.split(), "--help")[1]).split())
+    assert cli.DATA_HELP in out
+
+
 def test_python_m_modafill():
     command = [sys.executable, "-m", "modafill", "evaluate", "nowhere"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

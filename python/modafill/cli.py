@@ -383,7 +383,7 @@ def curve(
 
 
 RunOrModel = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, or of one model.")]
-InPath = Annotated[Path, typer.Argument(metavar="IN", help="A feature store (.h5) or an archive (.npz).")]
+InPath = Annotated[Path, typer.Argument(metavar="IN", help=DATA_HELP)]
 NoiseSeed = Annotated[int, typer.Option(help="Of the noise; a row's noise depends on (seed, row number) alone.")]
 Fold = Annotated[int, typer.Option(help="Which fold's model of a run.")]
 
