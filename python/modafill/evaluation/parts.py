@@ -77,8 +77,6 @@ class Answers:
 
 def trained(run: Run, fold: int, seed: int) -> Trainer:
     """The trainer of a finished part, its networks loaded."""
-    run.part_folder(fold, seed)
-
     trainer = run.trainer(fold, seed, Accelerator(), lambda done: None)
     trainer.load_only = True
     trainer.run()
