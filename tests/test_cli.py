@@ -259,6 +259,9 @@ def test_evaluate(modafill, tiny, tmp_path):
     assert "F1 (higher is better" in out
     assert "UA (higher is better" not in out
     assert "ADMC replace n=3" in out
+    about = json.loads((tmp_path / "run" / "results.json").read_text())["about"]
+    assert out.startswith(f"{about}\n")
+    assert out.count(about) == 1
     assert all((tmp_path / "run" / f"results.{kind}").is_file() for kind in ("json", "csv", "md"))
 
 

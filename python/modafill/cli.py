@@ -309,6 +309,8 @@ def evaluate(
     for −3…3 ACC-7, ACC-2 and F1, "nonzero" without targets of 0 (%). NRMSE is the root mean squared error and CRPS the
     continuous ranked probability score of what was hidden, in units of its standard deviation.
 
+    The protocol stands before the tables: data, split, folds, seeds, sets, missing rates, metrics.
+
     Writes results.json, results.csv and results.md (results-valid.* for the validation part) into the run's folder.
     """
     from modafill.data import MissingRate
@@ -326,10 +328,8 @@ def evaluate(
     with asked.open_store() as store:
         _announce_notes(store)
     tables = _evaluate(run, protocol, jobs, tuple(beside or []))
-    if part == "valid":
-        out_console.print("On the validation part:")
     printed = (*(["UA", "MAE"] if metric is None else [metric]), "NRMSE", "CRPS")
-    _print_tables([table for table in tables if metric == "all" or table.metric in printed])
+    _print_tables(protocol.describe(asked), [table for table in tables if metric == "all" or table.metric in printed])
     stem = "results" if part == "test" else f"results-{part}"
     _say(f"wrote {stem}.json, {stem}.csv and {stem}.md into {run}")
 
@@ -520,6 +520,7 @@ def demo(
     """
     from modafill.data import demo_path
     from modafill.evaluation.admc import draw_embeddings
+    from modafill.evaluation.run import Protocol
     from modafill.models.admc import ADMCConfig
     from modafill.training import Run, train
 
@@ -537,8 +538,9 @@ def demo(
     )
     with _training_progress() as report:
         train(run, report, announce=_announcing(run))
-    tables = _evaluate(out)
-    _print_tables([table for table in tables if table.metric in ("UA", "NRMSE", "CRPS")])
+    protocol = Protocol()
+    tables = _evaluate(out, protocol)
+    _print_tables(protocol.describe(run), [table for table in tables if table.metric in ("UA", "NRMSE", "CRPS")])
     picture = out / "embeddings.png"
     with err_console.status("drawing embeddings"):
         draw_embeddings(run, picture)
@@ -685,14 +687,15 @@ def _numbers(name: str, text: str) -> tuple[int, ...]:
         raise ValueError(f"{name}: got {text!r}, expected numbers with commas, such as 30,80") from None
 
 
-def _evaluate(folder: Path, protocol: Any = None, jobs: int = 1, beside: tuple[Path, ...] = ()) -> list[Any]:
+def _evaluate(folder: Path, protocol: Any, jobs: int = 1, beside: tuple[Path, ...] = ()) -> list[Any]:
     from modafill.evaluation.run import evaluate_run
 
     with _bar("evaluating", None) as advance:
         return evaluate_run(folder, protocol, beside=beside, jobs=jobs, progress=advance)
 
 
-def _print_tables(tables: list[Any]) -> None:
+def _print_tables(about: str, tables: list[Any]) -> None:
+    _say(about)
     for table in tables:
         out_console.print(table.rich(out_console.width))
     _say("What the names mean: modafill evaluate --help")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from modafill.data import FeatureStore, make_splits
+from modafill.data.splits import describe_splits
 
 MakeStore = Callable[..., FeatureStore]
 
@@ -96,6 +97,28 @@ def test_a_split_that_comes_along_can_be_ignored(make_store: MakeStore) -> None:
 def test_without_labels_and_groups(make_store: MakeStore) -> None:
     splits = make_splits(make_store(30), folds=3, seed=1)
     assert sorted(np.concatenate([s.test for s in splits])) == list(range(30))
+
+
+def test_description(make_store: MakeStore) -> None:
+    n, seed = 40, 3
+    task = {"label": {"name": "y", "kind": "class"}}
+    labels, groups = {"y": np.arange(n) % 4}, {"who": np.arange(n) // 4}
+    whole = {"split": np.array(["train"] * 20 + ["dev"] * 8 + ["test"] * 12)}
+    carved = {name: np.array(["train"] * 20 + ["test"] * 20) for name in ("a", "b")}
+    plain, by_class = make_store(n), make_store(n, labels=labels, task=task)
+    by_group = make_store(n, labels=labels, task=task, groups=groups)
+    own = make_store(n, groups=groups, splits=whole)
+    own_folds = make_store(n, groups=groups, splits=carved, task={"folds": ["a", "b"]})
+    for store, folds, own_split, expected in (
+        (plain, 1, True, "a hold-out at random with seed 3"),
+        (by_class, 5, True, "5 folds stratified by 'y', at random with seed 3"),
+        (by_group, 5, True, "5 folds by whole groups of 'who', at random with seed 3"),
+        (own, 1, True, "own split 'split'"),
+        (own, 2, False, "2 folds by whole groups of 'who', at random with seed 3"),
+        (own_folds, 2, True, "own folds 'a', 'b', validation by whole groups of 'who', at random with seed 3"),
+    ):
+        make_splits(store, folds=folds, seed=seed, own_split=own_split)
+        assert describe_splits(store, folds=folds, seed=seed, own_split=own_split) == expected
 
 
 def test_errors(make_store: MakeStore) -> None:

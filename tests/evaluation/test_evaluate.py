@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import accuracy_score, f1_score, log_loss, recall_score
 
+import modafill
 from modafill.data import MissingRate, missing_patterns
 from modafill.evaluation.admc import RECOGNITION, draw_embeddings, evaluate_part
 from modafill.evaluation.metrics import nrmse
@@ -96,13 +97,34 @@ def test_missing_rates(tables, tiny, tmp_path):
 
 def test_files(tables, tiny):
     content = json.loads((tiny.run / "results.json").read_text())
-    assert content["about"].startswith(
-        "tiny.npz: 1 fold(s) × 1 seed(s), test part, K = 3 samples, split seed 0, modafill "
+    assert content["protocol"] == {
+        "data": "tiny.npz",
+        "label": "mood",
+        "window": None,
+        "split": "a hold-out by whole groups of 'clip', at random with seed 0",
+        "part": "test",
+        "folds": 1,
+        "seeds": [0],
+        "patterns": [*COLUMNS[:-1], "full"],
+        "missing": [],
+        "missing_seed": 0,
+        "n_samples": 3,
+        "start_steps": [2],
+        "sampling_steps": [],
+        "metrics": [*METRICS, "NRMSE", "CRPS"],
+    }
+    about = (
+        "tiny.npz, 'mood': test part of a hold-out by whole groups of 'clip', at random with seed 0; 1 fold(s), "
+        "seed(s) 0; K = 3 samples. Observed: {a}, {t}, {v}, {at}, {av}, {tv}, full. Metrics: WA, UA, F1, F1 weighted, "
+        f"NLL, NRMSE, CRPS. modafill {modafill.__version__}, torch {torch.__version__}."
     )
+    assert content["about"] == about
     with open(tiny.run / "results.csv", newline="") as file:
         assert len(list(csv.DictReader(file))) == len(content["records"])
     text = (tiny.run / "results.md").read_text()
-    assert all(table.markdown() in text for table in tables.values())
+    for table in tables.values():
+        assert f"**{table.title}**\n\n{about}\n\n| method |" in text
+        assert table.markdown(about) in text
     for record in content["records"]:
         table = tables[record["question"], record["metric"]]
         assert table.cells[record["method"]][record["available"]] == (record["value"], 0.0)

@@ -68,8 +68,10 @@ def test_text(records):
     assert y == ["y", "50.0 ± 0.0", "50.0 ± 0.0", "–", *["50.0 ± 0.0"] * 3, "–", "–"]
     assert z == ["z", *["–"] * 8]
     assert error.rows() == [["x", "1.500 ± 0.000", "1.500 ± 0.000"]]
-    assert recognition.markdown().splitlines() == [
+    assert recognition.markdown("the protocol").splitlines() == [
         "**Q — UA (higher is better; mean ± std of 2)**",
+        "",
+        "the protocol",
         "",
         "| method | {a} | {t} | {v} | {at} | {av} | {tv} | average | full |",
         "| --- |" + " ---: |" * 8,
@@ -121,6 +123,7 @@ def test_files(records, tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["results.csv", "results.json", "results.md"]
     content = json.loads((tmp_path / "results.json").read_text())
     assert content["about"] == "about it"
+    assert content["protocol"] == {"n_samples": 4}
     assert [Record(**record) for record in content["records"]] == records
     with open(tmp_path / "results.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -128,4 +131,4 @@ def test_files(records, tmp_path):
         Record(**{**r, "fold": int(r["fold"]), "seed": int(r["seed"]), "value": float(r["value"])}) for r in rows
     ] == records
     text = (tmp_path / "results.md").read_text()
-    assert text == "about it\n\n" + "\n".join(table.markdown() for table in make_tables(records))
+    assert text == "\n".join(table.markdown("about it") for table in make_tables(records))

@@ -73,6 +73,22 @@ def make_splits(
     return splits
 
 
+def describe_splits(store: FeatureStore, *, folds: int, seed: int, own_split: bool = True) -> str:
+    """What :func:`make_splits` does with these arguments, in words."""
+    label = store.task.get("label")
+    how = f"at random with seed {seed}"
+    if store.group_names:
+        how = f"by whole groups of {store.task.get('group') or store.group_names[0]!r}, {how}"
+    elif label is not None and label["kind"] != "score":
+        how = f"stratified by {label['name']!r}, {how}"
+    if not (own_split and store.split_names):
+        return f"{f'{folds} folds' if folds > 1 else 'a hold-out'} {how}"
+    columns = [name or store.split_names[0] for name in _own_columns(store, folds, None)]
+    text = f"own {'folds' if folds > 1 else 'split'} {', '.join(map(repr, columns))}"
+    named = {PART_NAMES.get(str(part).lower()) for column in columns for part in store.split(column)}
+    return text if "valid" in named else f"{text}, validation {how}"
+
+
 class _Divider(NamedTuple):
     groups: np.ndarray | None
     strata: np.ndarray | None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 from modafill import __version__
-from modafill.data import MissingRate
+from modafill.data import MissingRate, missing_patterns, pattern_name
+from modafill.data.splits import describe_splits
 from modafill.evaluation import admc, cdtp
 from modafill.evaluation.metrics import figures_of
-from modafill.evaluation.parts import AVERAGED, BY_RATE, PARTS, trained
-from modafill.evaluation.tables import Record, Table, make_tables, save_tables
+from modafill.evaluation.parts import AVERAGED, BY_RATE, PARTS, shown_patterns, trained
+from modafill.evaluation.tables import FULL, Record, Table, make_tables, save_tables
 from modafill.processes import worker_pool
 from modafill.training import Run
 from modafill.training.admc import ADMCTrainer
@@ -26,7 +27,7 @@ from modafill.training.admc import ADMCTrainer
 class Protocol:
     """What a table measures: of which samples, with what hidden; saved with it and printed on it.
 
-    Which data, parts, folds and seeds is the run's.
+    Which data, label, split, folds and seeds is the run's; the sets that are observed are all of its modalities.
 
     Attributes:
         n_samples: K samples per row of the diffusion networks; class probabilities are averaged over them.
@@ -51,21 +52,41 @@ class Protocol:
         if self.n_samples < 1:
             raise ValueError(f"samples: got {self.n_samples}, expected at least 1")
 
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
-        return {**asdict(self), "missing": [str(rate) for rate in self.missing]}
+    def to_dict(self, run: Run) -> dict[str, Any]:
+        """JSON-able, with what the run has decided."""
+        with run.open_store() as store:
+            labels = run.fit_labels(store, run.splits(store)[0])
+            split = describe_splits(store, folds=run.folds, seed=run.split_seed, own_split=run.own_split)
+            names, window = list(store.modalities), store.window
+        patterns = missing_patterns(len(names))
+        return {
+            "data": Path(run.data).name,
+            "label": labels.name,
+            "window": window,
+            "split": split,
+            "part": self.part,
+            "folds": run.folds,
+            "seeds": list(run.seeds),
+            "patterns": [*(pattern_name(patterns[i], names) for i in shown_patterns(names)), FULL],
+            "missing": [str(rate) for rate in self.missing],
+            "missing_seed": self.missing_seed,
+            "n_samples": self.n_samples,
+            "start_steps": list(self.start_steps),
+            "sampling_steps": list(self.sampling_steps),
+            "metrics": [*metric_names(run), "NRMSE", "CRPS"],
+        }
 
     def describe(self, run: Run) -> str:
-        """One line for the head of the tables of ``run``."""
-        with run.open_store() as store:
-            divided = "their own split" if run.own_split and store.split_names else f"split seed {run.split_seed}"
-        line = (
-            f"{Path(run.data).name}: {run.folds} fold(s) × {len(run.seeds)} seed(s), {self.part} part, "
-            f"K = {self.n_samples} samples, {divided}"
+        """:meth:`to_dict` in words, for the tables of ``run``."""
+        said = self.to_dict(run)
+        windows = f" in windows of {said['window']}" if said["window"] else ""
+        rates = f"; missing {'; '.join(said['missing'])} drawn with seed {self.missing_seed}" if self.missing else ""
+        return (
+            f"{said['data']}, {said['label']!r}{windows}: {self.part} part of {said['split']}; {run.folds} fold(s), "
+            f"seed(s) {', '.join(map(str, run.seeds))}; K = {self.n_samples} samples. "
+            f"Observed: {', '.join(said['patterns'])}{rates}. Metrics: {', '.join(said['metrics'])}. "
+            f"modafill {__version__}, torch {torch.__version__}."
         )
-        if self.missing:
-            line += f", missing {'; '.join(map(str, self.missing))} drawn with seed {self.missing_seed}"
-        return f"{line}, modafill {__version__}, torch {torch.__version__}."
 
 
 def evaluate_run(
@@ -116,7 +137,7 @@ def evaluate_run(
             progress(done, len(run.parts))
     records += others
     tables = make_tables(records)
-    save_tables(folder / stem, records, tables, protocol.describe(run), protocol.to_dict())
+    save_tables(folder / stem, records, tables, protocol.describe(run), protocol.to_dict(run))
     return tables
 
 
@@ -161,9 +182,10 @@ def _records_beside(run: Run, folder: Path, stem: str, protocol: Protocol) -> li
     theirs = content.get("protocol")
     if theirs is None:
         raise ValueError(f"beside: {file} does not say its protocol; run `modafill evaluate {folder}` again")
+    ours = protocol.to_dict(run)
     for name in ("missing", "missing_seed") if protocol.missing else ():
-        if theirs[name] != protocol.to_dict()[name]:
-            raise ValueError(f"beside: {folder} has {name} {theirs[name]!r}, expected {protocol.to_dict()[name]!r}")
+        if theirs[name] != ours[name]:
+            raise ValueError(f"beside: {folder} has {name} {theirs[name]!r}, expected {ours[name]!r}")
     by_rate = f", {BY_RATE}"
     wanted = {admc.RECOGNITION: cdtp.RECOGNITION}
     if protocol.missing:

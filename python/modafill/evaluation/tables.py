@@ -66,10 +66,10 @@ class Table:
 
         return [[method, *(text(row.get(column)) for column in self.columns)] for method, row in self.cells.items()]
 
-    def markdown(self) -> str:
-        """GitHub-flavoured Markdown."""
+    def markdown(self, about: str) -> str:
+        """GitHub-flavoured Markdown, with the protocol under the title."""
         lines = [["method", *self.columns], ["---"] + ["---:"] * len(self.columns), *self.rows()]
-        return f"**{self.title}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+        return f"**{self.title}**\n\n{about}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
     def rich(self, width: int) -> RenderableType:
         """For a terminal of ``width`` columns.
@@ -140,7 +140,10 @@ def make_tables(records: Sequence[Record]) -> list[Table]:
 def save_tables(
     stem: Path, records: Sequence[Record], tables: Sequence[Table], about: str, protocol: Mapping[str, Any]
 ) -> None:
-    """Write ``stem`` + ``.json`` (every figure), ``.csv`` (the same, flat) and ``.md`` (the tables)."""
+    """Write ``stem`` + ``.json`` (every figure), ``.csv`` (the same, flat) and ``.md`` (the tables).
+
+    Each table has ``about``, the protocol in words, under its title; ``.json`` has both.
+    """
     content = {"about": about, "protocol": dict(protocol), "records": [asdict(r) for r in records]}
     write_json(stem.with_suffix(".json"), content)
     with replacing(stem.with_suffix(".csv")) as beside, open(beside, "w", newline="", encoding="utf-8") as file:
@@ -148,4 +151,4 @@ def save_tables(
         writer.writeheader()
         writer.writerows(asdict(r) for r in records)
     with replacing(stem.with_suffix(".md")) as beside:
-        beside.write_text(f"{about}\n\n" + "\n".join(t.markdown() for t in tables), encoding="utf-8")
+        beside.write_text("\n".join(t.markdown(about) for t in tables), encoding="utf-8")
