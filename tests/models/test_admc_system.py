@@ -233,6 +233,14 @@ def test_an_unknown_folder(path: str) -> None:
         ADMC.from_pretrained(path)
 
 
+def test_a_name_in_a_folder_that_is_here_is_not_the_hubs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(folder_module, "snapshot_download", None)
+    with pytest.raises(ValueError, match="path: got 'runs/nope', expected an existing folder or a hub id"):
+        ADMC.from_pretrained("runs/nope")
+
+
 @pytest.mark.parametrize("path", ["runs/", "-bad-/name"])
 def test_what_is_no_name_on_the_hub(path: str) -> None:
     with pytest.raises(ValueError, match=f"path: got '{path}', not a folder here, and not to be had from the hub"):

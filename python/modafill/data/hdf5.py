@@ -23,6 +23,20 @@ def open_hdf5(path: Path) -> h5py.File:
         raise ValueError(f"{path}: not a readable HDF5 file: {str(error).splitlines()[0]}") from None
 
 
+def text_attribute(holder: h5py.Group | h5py.Dataset, name: str) -> str | None:
+    """A text, of fixed length or not; None where there is none.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    found = holder.attrs.get(name)
+    if isinstance(found, bytes):
+        return found.decode("utf-8")
+    if found is not None and not isinstance(found, str):
+        raise ValueError(f"attribute {name}: got {found!r}, expected a text")
+    return found
+
+
 def get_inside(group: h5py.Group, path: str) -> h5py.Group | h5py.Dataset:
     """What is at ``path`` in a file, reached through hard links alone.
 

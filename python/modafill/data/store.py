@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from modafill.data.batch import Batch
-from modafill.data.hdf5 import get_inside
+from modafill.data.hdf5 import get_inside, text_attribute
 from modafill.data.patterns import name_rows
 from modafill.data.writer import FORMAT, VERSION, check_task, pack_texts
 
@@ -39,7 +39,7 @@ class FeatureStore:
     int64 ``[N + 1]`` beside it, ``[ΣT, D]`` (ragged sequences), and its ``columns`` if they have names; ``/available``
     bool ``[N, M]``; optionally ``/generated`` bool ``[N, M]``, ``/ids``, ``/order``, ``/labels/<name>``,
     ``/groups/<name>``, ``/splits/<name>``, all of N rows. Numbers have HDF5's checksums; a column of texts has the
-    attribute ``sha256``, of its texts in UTF-8 with a zero byte behind each, and so has the root, of its JSON.
+    attribute ``sha256``, of its texts in UTF-8 with a zero byte behind each.
 
     Attributes:
         path: the file.
@@ -79,15 +79,14 @@ class FeatureStore:
 
     def _read_layout(self) -> None:
         file = self._file
-        if file.attrs.get("format") != FORMAT:
+        if text_attribute(file, "format") != FORMAT:
             raise ValueError(f"an HDF5 file, but not a feature store (no attribute format={FORMAT!r})")
         version = int(file.attrs.get("version", 0))
         if not 1 <= version <= VERSION:
             raise ValueError(f"store version {version}, but this modafill reads versions up to {VERSION}")
-        described = {name: file.attrs[name] for name in ("modalities", "task", "notes") if name in file.attrs}
-        for name, text in described.items():
-            if not isinstance(text, str):
-                raise ValueError(f"attribute {name}: got {text!r}, expected a text")
+        described = {
+            name: text for name in ("modalities", "task", "notes") if (text := text_attribute(file, name)) is not None
+        }
         names, notes = json.loads(described["modalities"]), json.loads(described.get("notes", "[]"))
         for what, texts in (("modalities", names), ("notes", notes)):
             if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
@@ -98,7 +97,6 @@ class FeatureStore:
         check_task(self.task)
         if not self.modalities:
             raise ValueError("it names no modalities")
-        _check_digest("modalities, task or notes", described.values(), file)
         available = self._dataset("available")
         if available.ndim != 2 or available.dtype != bool or available.shape[1] != len(self.modalities):
             raise ValueError(
@@ -172,7 +170,7 @@ class FeatureStore:
             data = self._dataset(path)
             if h5py.check_string_dtype(data.dtype):
                 values = data.asstr()[()]
-                _check_digest("texts", values.reshape(-1), data)
+                _check_digest(values.reshape(-1), data)
             else:
                 values = data[()]
             self._cache[path] = values
@@ -484,11 +482,11 @@ class FeatureStore:
         return batch
 
 
-def _check_digest(what: str, texts: Iterable[str], holder: h5py.Group | h5py.Dataset) -> None:
+def _check_digest(texts: Iterable[str], column: h5py.Dataset) -> None:
     """HDF5 has no checksums for texts; what was written without a digest is taken as it is."""
-    expected = holder.attrs.get("sha256")
-    if expected is not None and hashlib.sha256(pack_texts(map(str.encode, texts))).hexdigest().encode() != expected:
-        raise ValueError(f"damaged {what}: their SHA-256 is not that of what was written")
+    expected = text_attribute(column, "sha256")
+    if expected is not None and hashlib.sha256(pack_texts(map(str.encode, texts))).hexdigest() != expected:
+        raise ValueError("damaged texts: their SHA-256 is not that of what was written")
 
 
 def _reason(error: BaseException) -> str:

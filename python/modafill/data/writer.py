@@ -160,7 +160,7 @@ class StoreWriter:
             # The newer format has checksums for its own structures.
             self._sink = _Sink(temporary)
             self._file = h5py.File(self._sink, "w", libver=("v110", "v110"))
-            self._file.attrs.update(format=FORMAT, version=VERSION)
+            self._file.attrs.update(format=np.bytes_(FORMAT), version=VERSION)
             self._describe("modalities", self.modalities)
             self._describe("task", task)
             for name in self.modalities:
@@ -171,9 +171,8 @@ class StoreWriter:
             raise
 
     def _describe(self, name: str, value: Any) -> None:
-        text = json.dumps(value)
-        self._file.attrs[name] = text
-        self._digests["/"].update(pack_texts([text.encode()]))
+        # Of fixed length: it lies in the header, which has a checksum.
+        self._file.attrs[name] = np.bytes_(json.dumps(value).encode())
 
     def _create_modality(self, name: str, dtype: str, columns: Sequence[str] | None) -> None:
         tail: tuple[int, ...] = (self.widths[name],)
@@ -328,7 +327,6 @@ class StoreWriter:
         try:
             self._describe("notes", self.notes)
             for path, digest in self._digests.items():
-                # Not a text of variable length, which itself would have no checksum.
                 self._file[path].attrs["sha256"] = np.bytes_(digest.hexdigest())
             self._file.close()
             self._sink.check(self.path)

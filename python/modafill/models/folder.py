@@ -47,7 +47,8 @@ def find_folder(path: str | Path) -> Path:
     folder = Path(path)
     if folder.exists():
         return folder
-    if str(path).count("/") != 1:
+    # A name in a folder that is here was not meant for the hub.
+    if str(path).count("/") != 1 or (folder.parent != Path() and folder.parent.exists()):
         raise ValueError(f"path: got {str(path)!r}, expected an existing folder or a hub id 'owner/name'")
     try:
         return Path(snapshot_download(str(path), allow_patterns=["config.json", "model.safetensors"]))

@@ -11,7 +11,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from modafill.data.hdf5 import HDF5_MAGIC, get_inside, open_hdf5
+from modafill.data.hdf5 import HDF5_MAGIC, get_inside, open_hdf5, text_attribute
 from modafill.data.readers.keyed import KeyedSource
 from modafill.data.writer import FORMAT
 
@@ -155,7 +155,7 @@ class _Sequence:
         self.path = path
         self._file = open_hdf5(path)
         try:
-            if self._file.attrs.get("format") == FORMAT:
+            if text_attribute(self._file, "format") == FORMAT:
                 raise ValueError("it is a feature store")
             roots = [name for name in self._file if isinstance(self._inside(name), h5py.Group)]
             if not roots:
