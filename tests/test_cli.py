@@ -6,6 +6,7 @@ import csv
 import importlib.metadata
 import itertools
 import json
+import os
 import re
 import shutil
 import signal
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 
-from modafill import cli
+from modafill import cli, terminal
 from modafill.data import FeatureStore, convert
 from modafill.imputer import ModalityImputer
 from modafill.models.admc import ADMC, ADMCConfig
@@ -228,8 +229,12 @@ def test_nothing_is_overwritten(mistake, tiny, store, tmp_path, command):
 def test_a_log_gets_a_line_now_and_then(modafill, tiny, tmp_path, monkeypatch):
     shutil.copytree(tiny.run, tmp_path / "run")
     assert modafill("evaluate", tmp_path / "run", "--samples", 1)[2] == ""
-    monkeypatch.setattr(cli, "_SECONDS_BETWEEN_LINES", 0.0)
-    assert modafill("evaluate", tmp_path / "run", "--samples", 1)[2] == "evaluating: 0 of 1\nevaluating: 1 of 1\n"
+    monkeypatch.setattr(terminal, "_SECONDS_BETWEEN_LINES", 0.0)
+    said = modafill("evaluate", tmp_path / "run", "--samples", 1)[2].splitlines()
+    shares = [int(re.match(r"evaluating \(%\): (\d+) of 100", line)[1]) for line in said]
+    assert shares == sorted(shares)
+    assert (shares[0], shares[-1]) == (0, 100)
+    assert len(set(shares)) > 20
     err = modafill(*tiny.train_arguments, "--set", "adn_epochs=4", "--out", tmp_path / "new")[2]
     assert err.startswith("96 samples in 24 groups: 64 for training, 12 for validation, 20 for testing (held out at")
     assert "fold0-seed0, stage 5 of 38 (adn-clean), epoch 4 of 4: loss " in err
@@ -237,7 +242,7 @@ def test_a_log_gets_a_line_now_and_then(modafill, tiny, tmp_path, monkeypatch):
 
 
 def test_a_run_of_several_parts_says_how_far_it_is(modafill, tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "_SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(terminal, "_SECONDS_BETWEEN_LINES", 0.0)
     err = modafill(*tiny.train_arguments, "--seeds", 2, "--folds", 2, "--out", tmp_path / "new")[2]
     assert "(on average over 2 folds)" in err
     lines = err.splitlines()
@@ -484,6 +489,37 @@ def test_no_window_without_groups(mistake, make_tiny, tmp_path):
 def test_other_settings_for_the_same_folder(mistake, tiny):
     line = mistake(*tiny.train_arguments, "--set", "adn_epochs=4", "--seeds", "2", "--out", tiny.run)
     assert "holds a run with other config, seeds; choose another folder" in line
+
+
+class Hostile:
+    """An object whose unpickling runs a command."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+def test_no_checkpoint_runs_code(modafill, mistake, tiny, store, tmp_path):
+    """Neither a model's weights nor a stage of a training are ever unpickled."""
+    marker = tmp_path / "ran"
+    shutil.copytree(tiny.run, tmp_path / "run")
+    weights = tmp_path / "run" / "fold0-seed0" / "model" / "model.safetensors"
+    torch.save(Hostile(marker), weights)
+    impute = ("impute", tmp_path / "run", store, tmp_path / "out.h5")
+    assert "model.safetensors: not a readable safetensors file" in mistake(*impute)
+    weights.rename(weights.with_name("pytorch_model.bin"))
+    assert "model.safetensors" in mistake(*impute)
+    shutil.rmtree(weights.parent)
+    stage = tmp_path / "run" / "fold0-seed0" / "stages" / "adn-clean.safetensors"
+    torch.save(Hostile(marker), stage)
+    status, _, said = modafill(*tiny.train_arguments, "--out", tmp_path / "run")
+    assert status == 2
+    assert "adn-clean.safetensors: not a readable safetensors file" in said
+    assert not marker.exists()
+    torch.load(stage.rename(stage.with_suffix(".bin")), weights_only=False)
+    assert marker.exists()
 
 
 def test_damaged_weights(mistake, tiny, store, tmp_path):

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from modafill import __version__
+from modafill.terminal import (
+    announce,
+    announce_notes,
+    announcing,
+    err_console,
+    out_console,
+    progress_bar,
+    say,
+    say_once,
+    training_progress,
+)
 
 app = typer.Typer(
     name="modafill",
@@ -30,8 +37,6 @@ app = typer.Typer(
 )
 train_app = typer.Typer(help="Train a model. A run that was stopped goes on where it stopped.", no_args_is_help=True)
 app.add_typer(train_app, name="train")
-
-out_console, err_console = Console(), Console(stderr=True)
 
 DATA_HELP = (
     "A feature store (.h5), an archive (.npz), MMSA's, MulT's or GCNet's pickle, or the folder of MMIN, MIntRec, GCNet "
@@ -94,8 +99,8 @@ def convert(
 
     _must_be_new(out, ".h5")
     for note in convert_data(path, out, mapping):
-        _announce(f"{path}: {note}")
-    _say(f"wrote {out}")
+        announce(f"{path}: {note}")
+    say(f"wrote {out}")
 
 
 Data = Annotated[Path, typer.Option(help=DATA_HELP)]
@@ -126,7 +131,7 @@ def _list_numbers(context: typer.Context, pairs: list[str] | None) -> list[str] 
     for name in next(iter(presets.values())):
         table.add_row(name, *(escape(json.dumps(numbers[name])) for numbers in presets.values()))
     out_console.print(table)
-    _say(f"What each one is: python -m pydoc {config.__module__}.{config.__qualname__}")
+    say(f"What each one is: python -m pydoc {config.__module__}.{config.__qualname__}")
     raise typer.Exit
 
 
@@ -248,9 +253,9 @@ def _train(
         label=label,
         own_split=not ignore_split,
     )
-    with _training_progress() as report:
-        train(run, report, jobs, _announcing(run))
-    _say_once(f"trained into {out}; next: modafill evaluate {out}")
+    with training_progress() as report:
+        train(run, report, jobs, announcing(run))
+    say_once(f"trained into {out}; next: modafill evaluate {out}")
 
 
 @app.command()
@@ -326,12 +331,12 @@ def evaluate(
     rates = tuple(map(MissingRate.parse, missing or []))
     protocol = Protocol(samples, starts, evaluations, part, rates, missing_seed)
     with asked.open_store() as store:
-        _announce_notes(store)
+        announce_notes(store)
     tables = _evaluate(run, protocol, jobs, tuple(beside or []))
     printed = (*(["UA", "MAE"] if metric is None else [metric]), "NRMSE", "CRPS")
     _print_tables(protocol.describe(asked), [table for table in tables if metric == "all" or table.metric in printed])
     stem = "results" if part == "test" else f"results-{part}"
-    _say(f"wrote {stem}.json, {stem}.csv and {stem}.md into {run}")
+    say(f"wrote {stem}.json, {stem}.csv and {stem}.md into {run}")
 
 
 Steps = Annotated[
@@ -367,8 +372,8 @@ def curve(
     from modafill.training import Run
 
     with Run.load(run).open_store() as store:
-        _announce_notes(store)
-    with _bar("measuring", None) as advance:
+        announce_notes(store)
+    with progress_bar("measuring", None) as advance:
         points = draw_curve(
             run,
             steps=_numbers("steps", steps),
@@ -379,7 +384,7 @@ def curve(
             progress=advance,
         )
     out_console.print(render_curve(points))
-    _say(f"wrote curve.json, curve.csv and curve.png into {run}")
+    say(f"wrote curve.json, curve.csv and curve.png into {run}")
 
 
 RunOrModel = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, or of one model.")]
@@ -454,7 +459,7 @@ def impute(
         raise ValueError(f"{path}: expected a feature store, which every node can read; modafill convert makes one")
     with (
         _model_and_store(run, fold, path, mapping, **options) as (imputer, store),
-        _bar("imputing", len(store)) as advance,
+        progress_bar("imputing", len(store)) as advance,
     ):
         for done in impute_store(
             imputer,
@@ -474,7 +479,7 @@ def impute(
     counts = {name: len(store) - observed.get(name, 0) for name in imputer.modalities}
     generated = ", ".join(f"{name} {count:,}" for name, count in counts.items())
     nothing = "" if any(counts.values()) else " (nothing was missing: these are the embeddings of what is there)"
-    _say_once(f"wrote {out}; generated of {len(store):,}: {generated}{nothing}")
+    say_once(f"wrote {out}; generated of {len(store):,}: {generated}{nothing}")
 
 
 @app.command()
@@ -499,11 +504,11 @@ def recognise(
     _must_be_new(out, ".csv")
     with (
         _model_and_store(run, fold, path, mapping, **options) as (imputer, store),
-        _bar("recognising", len(store)) as advance,
+        progress_bar("recognising", len(store)) as advance,
     ):
         for done in recognise_store(imputer, store, out, n_samples=samples, seed=seed):
             advance(done)
-    _say(f"wrote {out}: {done:,} samples")
+    say(f"wrote {out}: {done:,} samples")
 
 
 @app.command()
@@ -536,15 +541,15 @@ def demo(
         folds=1,
         seeds=(seed,),
     )
-    with _training_progress() as report:
-        train(run, report, announce=_announcing(run))
+    with training_progress() as report:
+        train(run, report, announce=announcing(run))
     protocol = Protocol()
     tables = _evaluate(out, protocol)
     _print_tables(protocol.describe(run), [table for table in tables if table.metric in ("UA", "NRMSE", "CRPS")])
     picture = out / "embeddings.png"
     with err_console.status("drawing embeddings"):
         draw_embeddings(run, picture)
-    _say(f"tables: {out / 'results.md'}   picture: {picture}")
+    say(f"tables: {out / 'results.md'}   picture: {picture}")
 
 
 @app.command()
@@ -665,21 +670,6 @@ def _device(name: str | None) -> Any:
     return found
 
 
-def _first_process() -> bool:
-    """Whether no other process of torchrun or accelerate speaks for this one."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def _say_once(text: str) -> None:
-    """The last word of a command that several processes may share, after which they part."""
-    import torch
-
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    if _first_process():
-        _say(text)
-
-
 def _numbers(name: str, text: str) -> tuple[int, ...]:
     try:
         return tuple(int(n) for n in text.split(",") if n)
@@ -690,15 +680,17 @@ def _numbers(name: str, text: str) -> tuple[int, ...]:
 def _evaluate(folder: Path, protocol: Any, jobs: int = 1, beside: tuple[Path, ...] = ()) -> list[Any]:
     from modafill.evaluation.run import evaluate_run
 
-    with _bar("evaluating", None) as advance:
-        return evaluate_run(folder, protocol, beside=beside, jobs=jobs, progress=advance)
+    with progress_bar("evaluating (%)", 100) as advance:
+        return evaluate_run(
+            folder, protocol, beside=beside, jobs=jobs, progress=lambda share: advance(int(100 * share))
+        )
 
 
 def _print_tables(about: str, tables: list[Any]) -> None:
-    _say(about)
+    say(about)
     for table in tables:
         out_console.print(table.rich(out_console.width))
-    _say("What the names mean: modafill evaluate --help")
+    say("What the names mean: modafill evaluate --help")
 
 
 @contextmanager
@@ -726,35 +718,9 @@ def _model_and_store(
         raise ValueError(f"fold: got {fold}, but {run} is one model, not a run")
     imputer = ModalityImputer.from_pretrained(folder, **options)
     with tempfile.TemporaryDirectory() as scratch, open_data(path, Path(scratch), mapping) as store:
-        _announce_notes(store)
+        announce_notes(store)
         check_store(imputer, store)
         yield imputer, store.windowed(imputer.model.window)
-
-
-def _say(text: str) -> None:
-    out_console.print(escape(text), highlight=False, soft_wrap=True)
-
-
-def _announce(text: str) -> None:
-    err_console.print(escape(text), highlight=False, soft_wrap=True)
-
-
-def _announce_notes(store: Any) -> None:
-    """Flaws of the data and what was made of them, in the first of several processes."""
-    if _first_process():
-        for note in store.notes:
-            _announce(f"{store.name}: {note}")
-
-
-def _announcing(run: Any) -> Callable[[str], None]:
-    """What a training announces its data with: their flaws first."""
-
-    def announce(text: str) -> None:
-        with run.open_store() as store:
-            _announce_notes(store)
-        _announce(text)
-
-    return announce
 
 
 def _must_be_new(out: Path, *suffixes: str) -> None:
@@ -769,90 +735,6 @@ def _must_be_new(out: Path, *suffixes: str) -> None:
 def _must_exist(path: Path) -> None:
     if not path.exists():
         raise ValueError(f"{path}: no such file")
-
-
-# Bars are for terminals; a log gets a line now and then.
-_SECONDS_BETWEEN_LINES = 30.0
-
-
-class _Log:
-    def __init__(self) -> None:
-        self.last = time.monotonic()
-
-    def line(self, text: str) -> None:
-        """Print ``text`` on standard error, unless that is a terminal or the last line is too young."""
-        if not err_console.is_terminal and _first_process() and time.monotonic() - self.last >= _SECONDS_BETWEEN_LINES:
-            print(text, file=sys.stderr, flush=True)
-            self.last = time.monotonic()
-
-
-@contextmanager
-def _bar(what: str, total: int | None) -> Iterator[Any]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
-    log, quiet, begun = _Log(), not err_console.is_terminal or not _first_process(), time.monotonic()
-    before: int | None = None
-    times = (TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, *times, console=err_console, transient=True, disable=quiet) as progress:
-        task = progress.add_task(what, total=total, rate="")
-
-        def advance(done: int, of: int | None = None) -> None:
-            nonlocal before, begun
-            if before is None:
-                before, begun = done, time.monotonic()  # what an earlier process did takes no time
-            seconds, rate, left = time.monotonic() - begun, "", ""
-            total_rows = of or total or done
-            if done > before and seconds:
-                rate = f"{(done - before) / seconds:.3g}/s"
-                minutes = (total_rows - done) * seconds / (done - before) / 60
-                left = f", {rate}, about {math.ceil(minutes)} min left" if done < total_rows else ""
-            progress.update(task, completed=done, total=of, rate=rate)
-            log.line(f"{what}: {done} of {of or total}{left}")
-
-        yield advance
-
-
-@contextmanager
-def _training_progress() -> Iterator[Any]:
-    """A bar per fold and seed that is in training, showing its current stage, and one for all of them."""
-    from modafill.training import EpochDone
-
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=10), MofNCompleteColumn())
-    log, quiet = _Log(), not err_console.is_terminal
-    with Progress(*columns, TextColumn("{task.fields[note]}"), console=err_console, disable=quiet) as progress:
-        bars: dict[str, Any] = {}
-        begun, before = 0.0, 0
-
-        def report(done: EpochDone) -> None:
-            nonlocal begun, before
-            if not begun:
-                begun, before = time.monotonic(), done.parts_done - done.part_done
-            left = ""
-            if before < done.parts_done < done.parts:
-                each = (time.monotonic() - begun) / (done.parts_done - before)
-                left = f"about {math.ceil(each * (done.parts - done.parts_done) / 60)} min left"
-            if done.parts > 1:
-                if "" not in bars:
-                    bars[""] = progress.add_task("trained", total=done.parts, note="")
-                progress.update(bars[""], completed=done.parts_done, note=left)
-            if done.part_done:
-                if done.part in bars:
-                    progress.remove_task(bars.pop(done.part))
-                overall = f"{done.parts_done} of {done.parts}" + (f", {left}" if left else "")
-                log.line(f"{done.part} trained: {overall}")
-                return
-            if done.part not in bars:
-                bars[done.part] = progress.add_task(done.part, note="")
-            loss = f"loss {done.scalars['loss']:.3g}"
-            if "validation_loss" in done.scalars:
-                loss += f", validation {done.scalars['validation_loss']:.3g}"
-            stage = f"{done.part} {done.number}/{done.stages} {done.stage}"
-            progress.update(bars[done.part], description=stage, completed=done.epoch, total=done.epochs, note=loss)
-            log.line(
-                f"{done.part}, stage {done.number} of {done.stages} ({done.stage}), "
-                f"epoch {done.epoch} of {done.epochs}: {loss}"
-            )
-
-        yield report
 
 
 # What typer answers where Ctrl-C ended a command.

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -135,11 +138,19 @@ def test_jobs_must_be_positive(run):
 
 @pytest.mark.slow
 def test_two_jobs_equal_one(run):
+    """Also where a worker was killed on the way."""
     run = replace(run, folds=1)
     reports: list[str] = []
+
+    def kill_one(_: EpochDone) -> None:
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+
     train(run, ignore)
     torch.set_num_threads(2)  # divided among the jobs
     apart = replace(run, folder=run.folder.with_name("apart"))
+    with pytest.raises(ChildProcessError, match=r"a worker process died .*; the same command goes on"):
+        train(apart, kill_one, jobs=2)
+    assert len(apart.finished) < 2
     train(apart, lambda epoch: reports.append(epoch.part), jobs=2)
     for fold, seed in run.parts:
         assert same(weights(run, fold, seed), weights(apart, fold, seed))

@@ -114,10 +114,7 @@ class Labels:
         """
         flat = _flat(self.name, values)
         if self.regression:
-            scores = _as_scores(self.name, flat, None).astype(np.float32)
-            if not np.isfinite(scores).all():
-                raise ValueError(f"label {self.name!r}: got infinity, expected finite scores")
-            return scores
+            return _as_scores(self.name, flat, None).astype(np.float32)
         if self.kind == "quantiles":
             return np.searchsorted(self.thresholds, _as_scores(self.name, flat, self.decimals), side="left")
         classes = _as_classes(self.name, flat)
@@ -159,17 +156,22 @@ def _flat(name: str, values: np.ndarray) -> np.ndarray:
 
 
 def _as_classes(name: str, values: np.ndarray) -> np.ndarray:
-    if values.dtype.kind in "biu":
-        return values.astype(np.int64)
     if values.dtype.kind in "UO":
         return values.astype(str)
-    if values.dtype.kind == "f" and (values == np.round(values)).all():
-        return values.astype(np.int64)
-    raise ValueError(f"label {name!r}: got {values.dtype} with fractions, expected integers or strings as classes")
+    if values.dtype.kind not in "biuf":
+        raise ValueError(f"label {name!r}: got {values.dtype}, expected integers or strings as classes")
+    with np.errstate(invalid="ignore"):
+        classes = values.astype(np.int64)
+    if (wrong := classes != values).any():
+        raise ValueError(f"label {name!r}: got {values[wrong][0]}, expected integers of 64 bits or strings as classes")
+    return classes
 
 
 def _as_scores(name: str, values: np.ndarray, decimals: int | None) -> np.ndarray:
     if values.dtype.kind not in "biuf":
         raise ValueError(f"label {name!r}: got {values.dtype}, expected numbers")
     scores = values.astype(np.float64)
+    with np.errstate(over="ignore"):
+        if not np.isfinite(scores.astype(np.float32)).all():
+            raise ValueError(f"label {name!r}: got infinity, expected finite scores")
     return scores if decimals is None else np.round(scores, decimals)

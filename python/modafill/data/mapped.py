@@ -101,7 +101,7 @@ class MappedNpz(Source):
             )
 
     def columns(self) -> dict[str, list[str]]:
-        return {modality: self.npz.load(name).astype(str).tolist() for modality, name in self.mapping.columns.items()}
+        return {modality: _texts(self.npz.load(name)).tolist() for modality, name in self.mapping.columns.items()}
 
     def _blocks(self, rows: int) -> Iterator[Block]:
         for part in self.mapping.parts:
@@ -171,9 +171,7 @@ class MappedNpz(Source):
 
     def _column(self, template: str, part: str) -> np.ndarray:
         values = self._load(template, part)
-        if values.dtype.kind == "S":
-            return np.char.decode(values, "utf-8")
-        return values.astype(self._column_dtypes[template])
+        return _texts(values) if values.dtype.kind == "S" else values.astype(self._column_dtypes[template])
 
     def _load(self, template: str, part: str) -> np.ndarray:
         return self.npz.load(template.replace(SPLIT, part))
@@ -186,7 +184,7 @@ class MappedNpz(Source):
 
     def _ids(self, part: str, n: int, group: np.ndarray | None, order: np.ndarray | None) -> np.ndarray:
         if self.mapping.id is not None:
-            return self._load(self.mapping.id, part).astype(str)
+            return self._column(self.mapping.id, part).astype(str)
         if group is not None and order is not None:
             return np.array([f"{g}_{o}" for g, o in zip(group.tolist(), order.tolist(), strict=True)])
         prefix = f"{part}_" if part else ""
@@ -200,6 +198,10 @@ def describe_arrays(npz: NpzFile, used: set[str]) -> list[dict[str, Any]]:
         for name, header in npz.headers.items()
         if name not in used
     ]
+
+
+def _texts(values: np.ndarray) -> np.ndarray:
+    return np.char.decode(values, "utf-8") if values.dtype.kind == "S" else values.astype(str)
 
 
 def _in_store(spec: dict[str, Any]) -> dict[str, Any]:

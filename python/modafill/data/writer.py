@@ -140,8 +140,7 @@ class StoreWriter:
         if not self.modalities or len(set(self.modalities)) != len(self.modalities):
             raise ValueError(f"modalities: got {list(modalities)}, expected distinct names")
         for name in self.modalities:
-            if not name or "/" in name or name == ".":
-                raise ValueError(f"modalities: got {name!r}, expected a name without '/'")
+            _check_name("modalities", name)
             if self.kinds[name] not in ("vector", "sequence"):
                 raise ValueError(f"kinds[{name!r}]: got {self.kinds[name]!r}, expected 'vector' or 'sequence'")
             if self.widths[name] < 1 or self.steps.get(name, 1) < 1:
@@ -236,7 +235,9 @@ class StoreWriter:
         if order is not None:
             extra["order"] = np.asarray(order)
         for kind, named in (("labels", labels), ("groups", groups), ("splits", splits)):
-            extra.update({f"{kind}/{name}": np.asarray(values) for name, values in (named or {}).items()})
+            for name, values in (named or {}).items():
+                _check_name(kind, name)
+                extra[f"{kind}/{name}"] = np.asarray(values)
         if self._columns_given is None:
             self._columns_given = set(extra)
         if set(extra) != self._columns_given:
@@ -287,7 +288,10 @@ class StoreWriter:
         self._grow(f"{path}/offsets", offsets[-1] + np.cumsum(np.where(kept, lengths, 0), dtype=np.int64))
 
     def _grow(self, path: str, values: np.ndarray) -> None:
-        text = values.dtype.kind in "UO"
+        """Append to a data set, making it of the dtype of its first block; every later value has to fit in."""
+        text = values.dtype.kind in "SUO"
+        if not text and values.dtype.kind not in "biuf":
+            raise ValueError(f"{path}: got {values.dtype}, expected numbers or texts")
         if text:
             values = _encode(path, values)
             self._digests[path].update(pack_texts(values.reshape(-1)))
@@ -297,8 +301,11 @@ class StoreWriter:
                 raise ValueError(
                     f"{path}: got shape {values.shape}, expected [n, {', '.join(map(str, data.shape[1:]))}]"
                 )
-            if data.dtype == np.float16 and (np.isfinite(values) & (np.abs(values) > np.finfo(np.float16).max)).any():
-                raise ValueError(f"{path}: got values beyond ±65504, expected what float16 can hold")
+            if text != (data.dtype.kind == "O"):
+                got, expected = ("texts", "numbers") if text else (values.dtype, "texts")
+                raise ValueError(f"{path}: got {got}, expected {expected} as before")
+            if not text:
+                values = _fit(path, values, data.dtype)
             start = len(data)
             data.resize(start + len(values), axis=0)
             if len(values):
@@ -359,16 +366,34 @@ class StoreWriter:
             self.abort()
 
 
+def _check_name(what: str, name: Any) -> None:
+    if not isinstance(name, str) or not name or name == "." or set("/\0") & set(name):
+        raise ValueError(f"{what}: got {name!r}, expected a name without '/'")
+
+
+def _fit(path: str, values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Numbers as ``dtype``; features and scores may be rounded, nothing else changes."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        fitted = values.astype(dtype, copy=False)
+        same = dtype == values.dtype or (
+            np.isfinite(fitted) == np.isfinite(values) if dtype.kind == "f" else fitted == values
+        )
+    if not np.all(same):
+        wrong = values[~same].flat[0]
+        raise ValueError(f"{path}: got {wrong!r}, expected what {dtype} can hold")
+    return fitted
+
+
 def _encode(path: str, values: np.ndarray) -> np.ndarray:
     """Texts as UTF-8, an object array of the same shape."""
     encoded = np.empty(values.shape, dtype=object)
     for i, text in np.ndenumerate(values):
-        if not isinstance(text, str):
+        if not isinstance(text, (str, bytes)):
             raise ValueError(f"{path}: got {text!r}, expected a text")
-        if "\0" in text:
-            raise ValueError(f"{path}: got a text with a zero byte, which HDF5 cannot hold")
         try:
-            encoded[i] = text.encode()
-        except UnicodeEncodeError:
-            raise ValueError(f"{path}: got {text!r}, which UTF-8 cannot hold") from None
+            encoded[i] = (text.decode() if isinstance(text, bytes) else text).encode()
+        except UnicodeError:
+            raise ValueError(f"{path}: got {text!r}, which is not UTF-8") from None
+        if b"\0" in encoded[i]:
+            raise ValueError(f"{path}: got a text with a zero byte, which HDF5 cannot hold")
     return encoded

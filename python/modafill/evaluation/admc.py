@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -51,6 +52,7 @@ def evaluate_part(
     part: str = "test",
     missing: tuple[MissingRate, ...] = (),
     missing_seed: int = 0,
+    progress: Callable[[float], None] = lambda share: None,
 ) -> list[Record]:
     """Every figure of a trained fold, on the samples that have every modality, hiding one set after the other.
 
@@ -65,6 +67,7 @@ def evaluate_part(
         part: ``"test"``, or ``"valid"`` to choose settings by; early stopping and the penalties of ridge and logistic
             regression have seen the latter.
         missing, missing_seed: as in :class:`modafill.evaluation.run.Protocol`.
+        progress: called with the share of the work that is done, 0…1.
     """
     errors: list[Record] = []
 
@@ -82,8 +85,9 @@ def evaluate_part(
     answers, everything = Answers(trainer, fold, complete), all_patterns(len(names))[-1]
     linear = LinearModel(trainer)
     scale = trainer.config.latent_scale
-    for method, label, sampling in methods:
-        for index in shown:
+    for number, (method, label, sampling) in enumerate(methods):
+        for place, index in enumerate(shown):
+            progress((number + place / len(shown)) / len(methods))
             pattern, column = patterns[index], pattern_name(patterns[index], names)
             rows = complete
             truth = trainer.tokens[rows]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +57,7 @@ def evaluate_part(
     part: str = "test",
     missing: tuple[MissingRate, ...] = (),
     missing_seed: int = 0,
+    progress: Callable[[float], None] = lambda share: None,
 ) -> list[Record]:
     """Every figure of a trained fold, on the samples that have every modality, hiding one set after the other.
 
@@ -71,6 +72,7 @@ def evaluate_part(
         trainer: has run; its networks are loaded.
         fold: its number, for the records.
         n_samples, sampling_steps, part, missing, missing_seed: as in :class:`modafill.evaluation.run.Protocol`.
+        progress: called with the share of the work that is done, 0…1.
     """
     if sampling_steps and not trainer.diffusing:
         raise ValueError(f"sampling-steps: got {list(sampling_steps)}, but the run trained no variant that diffuses")
@@ -84,8 +86,9 @@ def evaluate_part(
     found, everything = Answers(trainer, fold, rows), all_patterns(len(trainer.names))[-1]
     names, patterns = trainer.names, missing_patterns(len(trainer.names))
     linear, space, seed = LinearModel(trainer), _Space(trainer), derive_seed(trainer.seed, "evaluate")
-    fills = space.fills()
-    for index in shown_patterns(names):
+    fills, shown_sets = space.fills(), shown_patterns(names)
+    batches, done = len(shown_sets) * -(-len(rows) // space.rows_of(n_samples)), 0
+    for index in shown_sets:
         pattern, column = patterns[index], pattern_name(patterns[index], names)
         answers: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
         errors: dict[str, _Errors] = defaultdict(_Errors)
@@ -104,6 +107,8 @@ def evaluate_part(
                 drawn = torch.stack([space.hidden(sample, whole, pattern) for sample in samples])
                 # CDTP's draws take the sources in turn.
                 errors[name].add(guess, drawn, truth, int(pattern.sum()) if name == DIFFUSION else 1)
+            done += 1
+            progress(done / batches)
         for (question, name), parts in answers.items():
             # An average over samples, or another number of steps, is the variant itself where nothing is missing.
             variants = [v for v in VARIANT_NAMES.values() if name == v or name.startswith(f"{v}, ")]

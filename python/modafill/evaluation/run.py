@@ -95,7 +95,7 @@ def evaluate_run(
     *,
     beside: tuple[Path, ...] = (),
     jobs: int = 1,
-    progress: Callable[[int, int], None] = lambda done, parts: None,
+    progress: Callable[[float], None] = lambda share: None,
 ) -> list[Table]:
     """Evaluate every fold and seed of a finished run and write ``results.{json,csv,md}`` into its folder.
 
@@ -105,7 +105,7 @@ def evaluate_run(
         folder: of the run.
         beside: folders of evaluated ADMC runs on the same data and parts, whose figures go into CDTP's tables.
         jobs: folds and seeds evaluated at a time; torch's threads are divided among them.
-        progress: called with the parts done and their number.
+        progress: called with the share of all work that is done, 0…1; of several jobs after each part.
 
     Raises:
         ValueError: the folder is no run, a part of it is not trained yet, an option is of another model, or a run
@@ -129,12 +129,20 @@ def evaluate_run(
     stem = "results" if protocol.part == "test" else f"results-{protocol.part}"
     records: list[Record] = []
     others = [record for other in beside for record in _records_beside(run, other, stem, protocol)]
-    progress(0, len(run.parts))
+    progress(0.0)
     with worker_pool(jobs) as pool:
-        results = (map if pool is None else pool.map)(partial(_evaluate_part, run, protocol), run.parts)
-        for done, found in enumerate(results, 1):
-            records += found
-            progress(done, len(run.parts))
+        if pool is None:
+            for done, part in enumerate(run.parts):
+
+                def in_part(share: float, done: int = done) -> None:
+                    progress((done + share) / len(run.parts))
+
+                records += _evaluate_part(run, protocol, part, in_part)
+        else:
+            for done, found in enumerate(pool.map(partial(_evaluate_part, run, protocol), run.parts), 1):
+                records += found
+                progress(done / len(run.parts))
+    progress(1.0)
     records += others
     tables = make_tables(records)
     save_tables(folder / stem, records, tables, protocol.describe(run), protocol.to_dict(run))
@@ -151,13 +159,19 @@ def metric_names(run: Run) -> tuple[str, ...]:
     return tuple(figures_of(labels)(answers, targets))
 
 
-def _evaluate_part(run: Run, protocol: Protocol, fold_and_seed: tuple[int, int]) -> list[Record]:
+def _evaluate_part(
+    run: Run,
+    protocol: Protocol,
+    fold_and_seed: tuple[int, int],
+    progress: Callable[[float], None] = lambda share: None,
+) -> list[Record]:
     trainer, fold = trained(run, *fold_and_seed), fold_and_seed[0]
     shared: dict[str, Any] = {
         "n_samples": protocol.n_samples,
         "part": protocol.part,
         "missing": protocol.missing,
         "missing_seed": protocol.missing_seed,
+        "progress": progress,
     }
     if isinstance(trainer, ADMCTrainer):
         return admc.evaluate_part(trainer, fold, start_steps=protocol.start_steps, **shared)
