@@ -485,6 +485,16 @@ def test_an_archive_is_converted_once(tmp_path: Path) -> None:
     assert len(open_data(source, cache, MAPPING)) == 12
     (cache / "x.h5").write_bytes(b"\x89HDF\r\n\x1a\n")
     assert len(open_data(source, cache, MAPPING)) == 12, "a broken cache is replaced"
+    store = open_data(source, cache, MAPPING)
+    content = bytearray(store.path.read_bytes())
+    at = content.index(store.read(np.array([3])).features["text"].numpy().tobytes())
+    content[at] ^= 1
+    store.close()
+    store.path.write_bytes(content)
+    with pytest.raises(
+        ValueError, match=rf"^{re.escape(f'{source} (converted into {store.path})')}: cannot read modal"
+    ):
+        open_data(source, cache, MAPPING).read(np.array([3]))
 
 
 def test_a_store_is_opened_in_place(tmp_path: Path) -> None:

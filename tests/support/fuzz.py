@@ -158,6 +158,7 @@ def run(layout: str, count: int, seed: int) -> dict[str, Any]:
             try:
                 if layout == "store":
                     _compare(_columns(at), _columns(base))
+                    report["compared"] += 1
                 else:
                     convert(at, out, NPZ_MAPPING if layout == "npz" else None)
                     report["compared"] += _compare_samples(layout, at, out)
@@ -234,14 +235,10 @@ def _compare_samples(layout: str, at: Path, out: Path) -> bool:
                 got = got[: found[f"lengths/{name}"][row]]
             np.testing.assert_array_equal(got, expected, err_msg=f"{name} of {sample.id}")
         for column, expected in sample.columns.items():
-            if column in found:
-                got = found[column][row]
-                same = (
-                    got == expected
-                    if isinstance(expected, str)
-                    else _equal(got, np.asarray(expected).astype(got.dtype))
-                )
-                assert same, f"{column} of {sample.id}: {got!r}, not {expected!r}"
+            assert column in found, f"{column} is not in the store"
+            got = found[column][row]
+            same = got == expected if isinstance(expected, str) else _equal(got, np.asarray(expected).astype(got.dtype))
+            assert same, f"{column} of {sample.id}: {got!r}, not {expected!r}"
     return True
 
 

@@ -185,10 +185,14 @@ class FeatureStore:
         try:
             yield
         except (OSError, RuntimeError, ValueError) as error:
-            raise ValueError(f"{self.name}: cannot read {what}: {_reason(error)}") from None
+            raise ValueError(f"{self._where}: cannot read {what}: {_reason(error)}") from None
         # HDF5 reads zeros behind the end of a file.
         if self._handle is not None and self._bytes_of(self._handle) < self._bytes:
-            raise ValueError(f"{self.name}: cannot read {what}: the file was truncated while it was open")
+            raise ValueError(f"{self._where}: cannot read {what}: the file was truncated while it was open")
+
+    @property
+    def _where(self) -> str:
+        return self.name if self.name == str(self.path) else f"{self.name} (converted into {self.path})"
 
     @staticmethod
     def _bytes_of(file: h5py.File) -> int:

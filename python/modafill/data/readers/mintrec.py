@@ -99,21 +99,22 @@ def _stack(path: Path, key: str, frames: list[np.ndarray]) -> np.ndarray:
 
 
 def _read_table(path: Path) -> Iterable[tuple[str, str]]:
-    rows: list[tuple[int, list[str]]] = []
-    line = 1
     try:
-        with open(path, encoding="utf-8", newline="") as file:
-            reader = csv.reader(file, delimiter="\t")
-            for row in reader:
-                rows.append((line, row))
-                line = reader.line_num + 1
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: cannot be read as a table: line {line}: {error}") from None
-    if not rows or [name.strip().lower() for name in rows[0][1][:5]] != COLUMNS:
-        raise ValueError(f"{path}: expected the columns {COLUMNS}, got {rows[0][1][:5] if rows else []}")
-    for number, row in rows[1:]:
-        if any("\n" in field or "\r" in field for field in row):
-            raise ValueError(f"{path}: line {number} begins a field with a quote that no field on it ends with")
-        if len(row) < 5:
-            raise ValueError(f"{path}: line {number} has {len(row)} columns, expected {len(COLUMNS)}")
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read as a table: {error}") from None
+    header = lines[0].split("\t")
+    if [name.strip().lower() for name in header[:5]] != COLUMNS:
+        raise ValueError(f"{path}: expected the columns {COLUMNS}, got {header[:5]}")
+    for number, line in enumerate(lines[1:], 2):
+        try:
+            row = next(csv.reader([line], delimiter="\t", strict=True), [])
+        except csv.Error:
+            # Quotes that are part of the sentence.
+            row = line.split("\t")
+            if len(row) != len(header) or any('"' in row[column] for column in (0, 1, 2, 4)):
+                raise ValueError(f"{path}: line {number} has quotes that do not end with a column") from None
+        if len(row) < 5 or "\0" in line:
+            got = "zero bytes" if "\0" in line else f"{len(row)} columns"
+            raise ValueError(f"{path}: line {number} has {got}, expected {len(COLUMNS)} columns of text")
         yield "_".join(row[:3]), row[4]

@@ -164,9 +164,11 @@ def as_text(value: Any) -> str:
     """A text of either Python's, or a number, as ``str``."""
     if isinstance(value, bytes):
         try:
-            return value.decode()
+            value = value.decode()
         except UnicodeDecodeError:
-            return value.decode("latin-1")
+            value = value.decode("latin-1")
+    if isinstance(value, str) and "\0" in value:
+        raise ValueError("expected a text, got one with zero bytes")
     if isinstance(value, (str, int, float)):
         return str(value)
     raise ValueError(f"expected a text, got {_short(value)}")

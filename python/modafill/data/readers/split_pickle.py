@@ -315,7 +315,7 @@ def _array(path: Path, name: str, values: Any) -> np.ndarray:
             return array
         values = array.tolist()
     if isinstance(values, (list, tuple)) and all(isinstance(v, (int, float, str, bytes)) for v in values):
-        array = np.array([as_text(v) if isinstance(v, bytes) else v for v in values])
+        array = np.array([as_text(v) if isinstance(v, (str, bytes)) else v for v in values])
         if array.dtype.kind in "biufU":
             return array
     raise ValueError(f"{path}: {name} is {type(values).__name__}, expected an array or a list of numbers of 64 bits")
