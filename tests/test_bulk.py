@@ -191,7 +191,7 @@ def test_memory_does_not_grow_with_the_store(make_admc: Any, tmp_path: Path) -> 
 def test_progress_has_a_rate_and_the_time_left(imputer: ModalityImputer, tmp_path: Path) -> None:
     imputer.save_pretrained(tmp_path / "model")
     write_store(tmp_path / "in.h5", 3000)
-    code = "import modafill.cli as c; c._SECONDS_BETWEEN_LINES = 0; c.main()"
+    code = "from modafill import cli, terminal; terminal._SECONDS_BETWEEN_LINES = 0; cli.main()"
     command = [sys.executable, "-c", code, "impute", tmp_path / "model", tmp_path / "in.h5", tmp_path / "out.h5"]
     run = subprocess.run(command, capture_output=True, text=True, check=True)
     assert re.search(r"imputing: 2048 of 3000, [\d.e+]+/s, about \d+ min left", run.stderr)

@@ -32,11 +32,18 @@ def convert(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: an unreadable or suspicious file, no layout or mapping that fits, arrays that disagree, or NaN or
-            infinity in observed features of an archive (unless the mapping's ``nonfinite`` says what they mean).
+        ValueError: an unreadable or suspicious file, no layout or mapping that fits, arrays that disagree, NaN or
+            infinity in observed features of an archive (unless the mapping's ``nonfinite`` says what they mean), or an
+            ``out`` that is a folder, the source or in it.
     """
-    with open_source(Path(source), mapping) as samples:
-        return write_store(samples, Path(out), {})
+    path, target = Path(source), Path(out)
+    if is_store(path):
+        raise ValueError(f"{path}: HDF5 and no computational sequence; a feature store needs no conversion")
+    if target.is_dir() or path.resolve() in (target.resolve(), *target.resolve().parents):
+        what = "a folder" if target.is_dir() else f"{path}, which is to be read, or in it"
+        raise ValueError(f"{out}: is {what}; expected another file")
+    with open_source(path, mapping) as samples:
+        return write_store(samples, target, {})
 
 
 def open_data(

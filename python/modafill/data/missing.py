@@ -39,10 +39,10 @@ class MissingRate:
             ValueError: none of these, or a rate outside [0, 1].
         """
         kind, _, rest = text.rpartition(":")
-        pairs = [part.split("=", 1) if "=" in part else ["", part] for part in rest.split(",")]
+        pairs = [(name.strip(), value) for name, _, value in (part.rpartition("=") for part in rest.split(","))]
         named = [name for name, _ in pairs if name]
         try:
-            rates = tuple((name.strip(), float(value)) for name, value in pairs)
+            rates = tuple((name, float(value)) for name, value in pairs)
         except ValueError:
             rates = ()
         fits = kind in ("", *KINDS[:2]) and (len(named) == len(pairs) > 0 if named else len(pairs) == 1)

@@ -41,9 +41,9 @@ def load_npy(path: Path) -> np.ndarray:
             header = _parse_header(file)
             _check_header(header, os.fstat(file.fileno()).st_size - file.tell())
             flat = np.frombuffer(file.read(), dtype=header.dtype)
+            return flat.reshape(header.shape[::-1]).T if header.fortran else flat.reshape(header.shape)
     except (OSError, EOFError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read: {error}") from None
-    return flat.reshape(header.shape[::-1]).T if header.fortran else flat.reshape(header.shape)
 
 
 def _parse_header(stream: IO[bytes]) -> ArrayHeader:

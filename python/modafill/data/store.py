@@ -115,6 +115,8 @@ class FeatureStore:
             generated = self._dataset("generated")
             if generated.shape != available.shape or generated.dtype != bool:
                 raise ValueError(f"generated is {generated.dtype} {generated.shape}, expected bool {available.shape}")
+            if (both := self._load("generated") & self._load("available")).any():
+                raise ValueError(f"{both.sum()} entries are available and generated, expected one of them")
         columns = [name for name in ("ids", "order") if name in file]
         for kind in ("labels", "groups", "splits"):
             columns += [f"{kind}/{name}" for name in file.get(kind, ())]

@@ -83,10 +83,11 @@ class CsdFolder(KeyedSource):
             )
         self._segments: dict[str, tuple[str, float, float]] | None = None
         rows: dict[str, np.ndarray] = {}
-        short = unlabelled = 0
+        short = unlabelled = several = 0
         if all(_split_key(key)[1] is not None for s in (labels, *self._files.values()) for key in s.keys):
             for key in labels.keys:
                 values, _ = labels.read(key)
+                several += len(values) > 1
                 if len(values):
                     rows[key] = values[0]
                 else:
@@ -108,6 +109,8 @@ class CsdFolder(KeyedSource):
         super().__init__(root, order)
         if short:
             self.note(f"{short} segments of the labels end before they begin, or at once; they are left out")
+        if several:
+            self.note(f"{several} entries of the labels have several rows; the first one is taken")
         if unlabelled:
             self.note(f"{unlabelled} entries of the labels are empty; they are left out")
         table = np.array([rows[key] for key in order], dtype=np.float32)
@@ -226,7 +229,7 @@ class _Sequence:
 
 
 def _split_key(key: str) -> tuple[str, int | None]:
-    match = re.fullmatch(r"(.*)\[(\d{1,9})\]", key)
+    match = re.fullmatch(r"(.*)\[(\d{1,9})\]", key, re.DOTALL)
     return (key, None) if match is None else (match[1], int(match[2]))
 
 

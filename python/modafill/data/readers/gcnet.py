@@ -62,11 +62,11 @@ class GCNetFolder(KeyedSource):
         order: list[int] = []
         for video, names_of_turns in utterances.items():
             given = labels.get(video)
-            given = given.load().tolist() if isinstance(given, PickledArray) else given
-            if not isinstance(names_of_turns, (list, tuple)) or not isinstance(given, (list, tuple)):
+            if not isinstance(names_of_turns, (list, tuple)) or not isinstance(given, (list, tuple, PickledArray)):
                 raise ValueError(f"{file.path}: {video!r} has no list of utterances, or none of labels")
             if len(names_of_turns) != len(given):
                 raise ValueError(f"{file.path}: {video!r} has {len(names_of_turns)} utterances and {len(given)} labels")
+            given = given.load().tolist() if isinstance(given, PickledArray) else given
             if as_text(video) in part_of:
                 keys += [as_text(name) for name in names_of_turns]
                 values += given
@@ -77,6 +77,13 @@ class GCNetFolder(KeyedSource):
             if not isinstance(value, (int, float)) or (isinstance(value, int) and not -(1 << 63) <= value < 1 << 63):
                 raise ValueError(f"{file.path}: {key!r} has the label {str(value)[:40]}, expected a number of 64 bits")
         super().__init__(file.path.parent, keys)
+        known = set(map(as_text, utterances))
+        for what, n in (
+            ("dialogues are in no part and were left out", len(known - set(part_of))),
+            ("dialogues of the parts have no utterances", len(set(part_of) - known)),
+        ):
+            if n:
+                self.note(f"{n} {what}")
         self._folders = _find_folders(file.path.parent / "features", names)
         self.groups = {"dialogue": np.array(videos)}
         self.order = np.array(order)
@@ -88,7 +95,7 @@ class GCNetFolder(KeyedSource):
             self.task["label"] = {"name": "emotion", "kind": "class"}
         else:
             scores = np.array(values, dtype=np.float32)
-            self.labels = {"score": scores, "positive": (scores > 0).astype(np.int64)}
+            self.labels = {"score": scores, "positive": np.where(np.isnan(scores), np.nan, scores > 0)}
             self.task["label"] = {"name": "score", "kind": "score", "sentiment": True}
             self.task["labels"] = {"positive": {"name": "positive", "kind": "class"}}
         sessions = sorted({video[:5] for video in videos if video.startswith("Ses") and video[3:5].isdigit()})

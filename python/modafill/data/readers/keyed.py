@@ -61,6 +61,7 @@ class KeyedSource(Source):
     def _blocks(self, rows: int) -> Iterator[Block]:
         ids = np.array(number_repeats(self, self.keys))
         lacking = dict.fromkeys(self.modalities, 0)
+        self._zeros: Counter[str] = Counter()
         samples: list[dict[str, np.ndarray | None]] = []
         steps: dict[str, int] = {}
         start = 0
@@ -79,6 +80,8 @@ class KeyedSource(Source):
                 lacking[name] += x is None
         yield self._block(samples, steps, ids, start)
         for name, n in lacking.items():
+            if self._zeros[name]:
+                self.note(f"{name}: {self._zeros[name]} samples have zeros alone; they lack it")
             if n:
                 self.note(f"{name}: {n} samples without it")
 
@@ -113,6 +116,9 @@ class KeyedSource(Source):
         x = self.look_up(name, key)
         if x is None or not x.size:
             return None
+        if x.dtype.kind in "fiu" and not x.any():
+            self._zeros[name] += 1
+            return None
         if x.dtype.kind not in "fiu" or x.ndim != (2 if self.kinds[name] == "sequence" else 1):
             raise ValueError(f"{self.path}: {name} of {key!r} is {x.dtype} {x.shape}, expected numbers like the others")
         if x.shape[-1] != self.widths[name]:
@@ -124,11 +130,15 @@ class KeyedSource(Source):
 def number_repeats(source: Source, keys: Sequence[str]) -> list[str]:
     """Keys, with ``#2`` behind one's second occurrence, which the source then notes."""
     seen: Counter[str] = Counter()
-    out = []
+    taken, out = set(keys), []
     for key in keys:
         seen[key] += 1
-        out.append(key if seen[key] == 1 else f"{key}#{seen[key]}")
-    repeated = [key for key, n in seen.items() if n > 1]
+        name = key
+        while seen[key] > 1 and (name := f"{key}#{seen[key]}") in taken:
+            seen[key] += 1
+        taken.add(name)
+        out.append(name)
+    repeated = [key for key, n in Counter(keys).items() if n > 1]
     if repeated:
         source.note(f"{len(repeated)} ids stand for more than one sample, such as {repeated[0]!r}; they are numbered")
     return out

@@ -37,8 +37,11 @@ class MIntRecFolder(KeyedSource):
     def __init__(self, root: Path) -> None:
         keys: list[str] = []
         columns: dict[str, list[str]] = {"split": [], "intent": []}
+        part_of: dict[str, str] = {}
         for split, name in TABLES.items():
             for key, intent in _read_table(root / name):
+                if part_of.setdefault(key, split) != split:
+                    raise ValueError(f"{root / name}: {key!r} is in the parts {part_of[key]} and {split}, expected one")
                 keys.append(key)
                 columns["split"].append(split)
                 columns["intent"].append(intent)
@@ -100,7 +103,7 @@ def _stack(path: Path, key: str, frames: list[np.ndarray]) -> np.ndarray:
 
 def _read_table(path: Path) -> Iterable[tuple[str, str]]:
     try:
-        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read as a table: {error}") from None
     header = lines[0].split("\t")

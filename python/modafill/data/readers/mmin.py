@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -46,10 +47,12 @@ class MminFolder(KeyedSource):
         folds = sorted((p for p in targets.iterdir() if (p / "trn_label.npy").is_file()), key=lambda p: _number(p.name))
         columns: dict[str, dict[str, str]] = {}
         labels: dict[str, int] = {}
+        repeated: set[str] = set()
         for fold in folds:
             columns[f"cv{fold.name}"] = {}
             for part, name in PARTS.items():
                 keys, values = _read_part(fold, part)
+                repeated |= {key for key, n in Counter(keys).items() if n > 1}
                 for key, value in zip(keys, values.tolist(), strict=True):
                     if labels.setdefault(key, value) != value:
                         raise ValueError(
@@ -61,6 +64,8 @@ class MminFolder(KeyedSource):
                             f"{columns[f'cv{fold.name}'][key]} and {name}, expected one"
                         )
         super().__init__(root, sorted(labels))
+        if repeated:
+            self.note(f"{len(repeated)} ids come twice in one part, such as {min(repeated)!r}; each is one sample")
         self._files: dict[str, h5py.File] = {}
         try:
             for modality, folder in FOLDERS.items():

@@ -59,8 +59,10 @@ class SplitPickle(Source):
     """MMSA's or MulT's pickle: split → text, audio and vision ``[N, T, D]``, labels and ids.
 
     True lengths are ``audio_lengths`` and ``vision_lengths`` where the file has them, and the attention mask of
-    ``text_bert`` for text (and for all three where the file is aligned word by word). Where it has neither, frames of
-    zeros before and after a sequence are padding: MulT's files pad in front.
+    ``text_bert`` for text (and for all three where the file is aligned word by word). MMSA took for a length where the
+    first frame is whose sum is 0: where frames follow such a one, the sequence is as long as they are, or, if they fit
+    into the length, was padded in front and is moved. Where the file declares nothing, frames of zeros before and after
+    a sequence are padding: MulT's files pad in front.
 
     Args:
         file: the pickle, which this source closes.
@@ -73,8 +75,11 @@ class SplitPickle(Source):
     def __init__(self, file: PickleFile, layout: str) -> None:
         super().__init__(file.path)
         self.file, self.layout = file, layout
-        named = {{"dev": "valid", "val": "valid"}.get(name, name): part for name, part in file.value.items()}
-        self.parts: dict[str, dict[str, Any]] = {name: named[name] for name in SPLITS if name in named}
+        named: dict[str, dict[str, Any]] = {}
+        for name, part in file.value.items():
+            if named.setdefault({"dev": "valid", "val": "valid"}.get(name, name), part) is not part:
+                raise ValueError(f"{self.path}: got the parts {list(file.value)}, expected one for validation")
+        self.parts = {name: named[name] for name in SPLITS if name in named}
         self._sizes = {name: self._check_part(name, part) for name, part in self.parts.items()}
         if not sum(self._sizes.values()):
             raise ValueError(f"{self.path}: it has no samples")
@@ -128,7 +133,7 @@ class SplitPickle(Source):
         ids = part.get("id")
         if ids is None:
             return [f"{split}_{i}" for i in range(self._sizes[split])]
-        rows = ids.load() if isinstance(ids, PickledArray) else ids
+        rows = ids.load().tolist() if isinstance(ids, PickledArray) else ids
         with naming(f"{self.path}: {split}/id"):
             # MulT keeps (video, start, end) for each sample.
             return ["_".join(map(as_text, row)) if _is_row(row) else as_text(row) for row in rows]
@@ -155,9 +160,12 @@ class SplitPickle(Source):
         if self.layout == "mult":
             return self._read_mult_labels()
         out: dict[str, dict[str, np.ndarray]] = {}
-        for name in next(iter(self.parts.values())):
-            named = isinstance(name, str) and "_labels" in name and "/" not in name
-            if named and all(name in part for part in self.parts.values()):
+        names = dict.fromkeys(name for part in self.parts.values() for name in part)
+        for name in names:
+            if isinstance(name, str) and "_labels" in name and "/" not in name:
+                absent = [split for split, part in self.parts.items() if name not in part]
+                if absent:
+                    raise ValueError(f"{self.path}: {', '.join(absent)} has no {name}, which other parts have")
                 out[name] = self._column(name)
         further: dict[str, dict[str, Any]] = {}
         if "classification_labels" in out:
@@ -233,13 +241,7 @@ class SplitPickle(Source):
                 with np.errstate(over="ignore"):
                     features = {name: next(stream).astype(np.float32) for name, stream in streams.items()}
                 lengths = {name: values[piece] for name, values in declared.items()}
-                for name, values in lengths.items():
-                    within = np.arange(features[name].shape[1]) < values[:, None]
-                    zeros = (values > 0) & ~((features[name] != 0).any(2) & within).any(1)
-                    lengths[name] = np.where(zeros, 0, values)
-                    found[f"{name}: # samples have a length, but frames of zeros alone; they lack it"] += int(
-                        zeros.sum()
-                    )
+                self._check_declared({name: features[name] for name in lengths}, lengths, found)
                 self._strip_padding({name: x for name, x in features.items() if name not in lengths}, lengths, found)
                 n = len(features["text"])
                 available = np.stack([lengths[name] > 0 for name in MODALITIES], axis=1)
@@ -267,6 +269,7 @@ class SplitPickle(Source):
             if part.get(f"{name}_lengths") is not None:
                 where, longest = f"{split}/{name}_lengths", part[name].shape[1]
                 values = _array(self.path, where, part[f"{name}_lengths"])
+                values = values.reshape(-1) if values.size == len(values) else values
                 check_lengths(where, values, self._sizes[split])
                 wrong = int((values > longest).sum())
                 if wrong:
@@ -274,14 +277,53 @@ class SplitPickle(Source):
                         f"{name}: {wrong} lengths in {split} are not in 0…{longest}, the array's, and were cut to it"
                     )
                 declared[name] = np.minimum(values, longest).astype(np.int64)
-        bert = part.get("text_bert")
-        if isinstance(bert, PickledArray) and len(bert.shape) == 3 and bert.shape[1] == 3:
-            if bert.dtype.kind not in "fiub":
-                raise ValueError(f"{split}/text_bert is {bert.dtype} {bert.shape}, expected numbers [N, 3, T]")
-            mask = np.concatenate([np.asarray(block[:, 1]) for block in bert.blocks(BLOCK_ROWS)] or [np.empty((0, 0))])
-            if len(mask) == self._sizes[split] and bert.shape[2] == part["text"].shape[1]:
-                declared.update(dict.fromkeys(MODALITIES if self.aligned else ("text",), mask.astype(bool).sum(1)))
+        bert, samples, steps = part.get("text_bert"), self._sizes[split], part["text"].shape[1]
+        if bert is None:
+            return declared
+        if not isinstance(bert, PickledArray) or bert.dtype.kind not in "fiub" or bert.shape[:2] != (samples, 3):
+            got = f"{bert.dtype} {bert.shape}" if isinstance(bert, PickledArray) else type(bert).__name__
+            raise ValueError(f"{split}/text_bert is {got}, expected numbers [{samples}, 3, T]")
+        if bert.shape[2:] != (steps,):
+            self.note(f"text_bert is {bert.shape[2:]} long, text {steps}: its mask is not that of text")
+            return declared
+        mask = np.concatenate([np.asarray(block[:, 1]) for block in bert.blocks(BLOCK_ROWS)] or [np.empty((0, steps))])
+        words = (mask == 1).sum(1)
+        wrong = (mask != (np.arange(steps) < words[:, None])).any(1)
+        if wrong.any():
+            raise ValueError(f"{split}/text_bert has a mask that is not ones and then zeros in row {wrong.argmax()}")
+        declared.update(dict.fromkeys(MODALITIES if self.aligned else ("text",), words))
         return declared
+
+    def _check_declared(
+        self, features: dict[str, np.ndarray], lengths: dict[str, np.ndarray], found: Counter[str]
+    ) -> None:
+        """Correct declared lengths in place by the frames that are not zeros, and move what was padded in front."""
+        filled = {name: (x != 0).any(2) for name, x in features.items()}
+        for name, mask in filled.items():
+            declared, steps = lengths[name], mask.shape[1]
+            extent = np.where(mask.any(1), steps - mask[:, ::-1].argmax(1), 0)
+            # Where words are aligned all modalities are moved by as much.
+            first = (np.logical_or.reduce(list(filled.values())) if self.aligned else mask).argmax(1)
+            beyond = (declared > 0) & (extent > declared)
+            moved = beyond & (first > 0) & (extent - first <= declared)
+            for row in np.flatnonzero(moved):
+                features[name][row] = np.roll(features[name][row], -first[row], axis=0)
+            # What follows the words of a text may be an encoder's answer to padding.
+            beyond &= ~moved & (name != "text")
+            next_frame = features[name][np.arange(len(declared)), np.minimum(declared, steps - 1)]
+            with np.errstate(invalid="ignore"):
+                longer = beyond & (next_frame.sum(1) == 0)
+            length = np.where(longer, extent, declared)
+            within = np.arange(steps) < length[:, None]
+            lacking = (declared > 0) & ~(within & (features[name] != 0).any(2)).any(1)
+            lengths[name] = np.where(lacking, 0, length)
+            for rows, said in (
+                (moved, "are padded in front; they were moved"),
+                (longer, "go on behind the frame of zeros that their length ends at; they are as long as their frames"),
+                (beyond & ~longer, "have frames behind their declared length, which are left out"),
+                (lacking, "have a length, but frames of zeros alone; they lack it"),
+            ):
+                found[f"{name}: # samples {said}"] += int(rows.sum())
 
     def _strip_padding(
         self, features: dict[str, np.ndarray], lengths: dict[str, np.ndarray], found: Counter[str]
