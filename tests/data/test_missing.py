@@ -68,6 +68,7 @@ def test_a_draw_depends_on_the_seed_the_rate_and_the_row_alone() -> None:
         ("0.3,0.4", "expected a rate such as 0.3"),
         ("text=0.3,0.4", "expected a rate such as 0.3"),
         ("text=0.3,text=0.4", "expected a rate such as 0.3"),
+        ("text=0.3, text=0.4", "expected a rate such as 0.3"),
         ("entries:text=0.3", "expected a rate such as 0.3"),
         ("rows:0.3", "expected a rate such as 0.3"),
         ("1.2", r"expected rates in 0…1"),

@@ -144,6 +144,151 @@ def test_frames_of_zeros_alone_are_missing_whatever_length_is_declared(tmp_path:
         assert store.available().sum() == 3 * len(store) - (3 if aligned else 4)
 
 
+def first_zero_frame(x: np.ndarray) -> np.ndarray:
+    """Lengths as MMSA computes them: where the first frame is whose sum is 0, at least 1."""
+    ends = x.sum(2) == 0
+    return np.maximum(1, np.where(ends.any(1), ends.argmax(1), x.shape[1]))
+
+
+def test_lengths_that_end_at_the_first_frame_of_zeros(tmp_path: Path) -> None:
+    value = foreign.mmsa()
+    train = value["train"]
+    x = np.zeros((24, 10, foreign.WIDTHS["vision"]), dtype=np.float32)
+    x[:, :9] = foreign.frames(np.random.default_rng(1), 24 * 9, x.shape[2], 0).reshape(24, 9, -1)
+    x[0, 0] = 0  # no face yet
+    x[1, 3:5] = 0
+    x[2] = np.roll(x[2], 1, axis=0)  # padded in front
+    x[3, 5:] = 0
+    train["vision"], train["vision_lengths"] = x, first_zero_frame(x)
+    train["vision_lengths"][2] = 9
+    train["vision_lengths"][4] = 2
+    assert train["vision_lengths"][:6].tolist() == [1, 3, 9, 5, 2, 9]
+    notes = convert(dump(tmp_path / "x.pkl", value), tmp_path / "x.h5")
+    said = "go on behind the frame of zeros that their length ends at; they are as long as their frames"
+    assert notes == [
+        "vision: 1 samples are padded in front; they were moved",
+        f"vision: 2 samples {said}",
+        "vision: 1 samples have frames behind their declared length, which are left out",
+    ]
+    store = FeatureStore(tmp_path / "x.h5")
+    for row, expected in enumerate((x[0, :9], x[1, :9], x[2, 1:], x[3, :5], x[4, :2], x[5, :9])):
+        np.testing.assert_array_equal(values(store, row)["vision"], expected)
+
+
+def test_aligned_frames_in_front_of_which_there_is_padding(tmp_path: Path) -> None:
+    value = foreign.mmsa(aligned=True)
+    expected = []
+    for split, part in value.items():
+        lengths = part["text_bert"][:, 1].sum(1).astype(int)
+        for row, length in enumerate(lengths):
+            expected.append({name: part[name][row, :length].copy() for name in foreign.WIDTHS})
+            for name in foreign.WIDTHS:
+                part[name][row] = np.roll(part[name][row], 7 - length, axis=0)
+            if split == "test" and length > 2:
+                # The first word has no face; the words stay together.
+                part["vision"][row, 7 - length] = 0
+                expected[-1]["vision"][0] = 0
+    notes = convert(dump(tmp_path / "x.pkl", value), tmp_path / "x.h5")
+    assert len(notes) == 3
+    assert all(note.endswith("are padded in front; they were moved") for note in notes)
+    store = FeatureStore(tmp_path / "x.h5")
+    for row, sample in enumerate(expected):
+        found = values(store, row)
+        for name, x in sample.items():
+            np.testing.assert_array_equal(found[name], x)
+
+
+@pytest.mark.parametrize(
+    "spoil, reason",
+    [
+        (lambda v: v.update(dev=foreign.mmsa()["valid"]), "got the parts ['train', 'valid', 'test', 'dev'], expected"),
+        (lambda v: v["test"].pop("regression_labels"), "test has no regression_labels, which other parts have"),
+        (lambda v: v["train"].update(text_bert=v["test"]["text_bert"]), "text_bert is float32 (9, 3, 7), expected"),
+        (lambda v: v["train"].update(text_bert=[[1]] * 24), "text_bert is list, expected numbers [24, 3, T]"),
+        (lambda v: v["train"]["text_bert"].__setitem__((4, 1, 6), 2), "not ones and then zeros in row 4"),
+        (lambda v: v["train"]["text_bert"].__setitem__((4, 1), np.arange(7) > 3), "not ones and then zeros in row 4"),
+        (lambda v: v["train"]["text_bert"].__setitem__((4, 1, 0), np.nan), "not ones and then zeros in row 4"),
+    ],
+)  # fmt: skip
+def test_what_would_vanish_or_be_guessed_is_refused(
+    tmp_path: Path, spoil: Callable[[dict[str, Any]], object], reason: str
+) -> None:
+    value = foreign.mmsa()
+    spoil(value)
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        convert(dump(tmp_path / "x.pkl", value), tmp_path / "x.h5")
+
+
+def test_ids_and_lengths_of_any_shape(tmp_path: Path) -> None:
+    value = foreign.mmsa()
+    value["train"]["id"] = np.arange(24)
+    value["valid"]["id"] = [("a", "b")] * 8 + ["a_b#2"]
+    value["test"]["audio_lengths"] = np.array(value["test"]["audio_lengths"])[:, None]
+    expected = np.concatenate([value[split]["audio_lengths"] for split in ("train", "valid")])
+    convert(dump(tmp_path / "x.pkl", value), tmp_path / "x.h5")
+    store = FeatureStore(tmp_path / "x.h5")
+    assert store.ids()[:24] == [str(i) for i in range(24)]
+    assert store.ids()[24:33] == ["a_b", *(f"a_b#{i}" for i in range(3, 10)), "a_b#2"]
+    assert store.read(np.arange(33)).lengths["audio"].tolist() == expected.tolist()
+
+
+def test_samples_of_zeros_lack_the_modality_in_folders_too(tmp_path: Path) -> None:
+    truth = foreign.write_gcnet(tmp_path / "x")
+    key = next(iter(truth))
+    np.save(tmp_path / "x" / "features" / "wav2vec-large-c-UTT" / f"{key}.npy", np.zeros(5, dtype=np.float32))
+    notes = convert(tmp_path / "x", tmp_path / "x.h5")
+    assert notes == ["audio: 1 samples have zeros alone; they lack it", "audio: 1 samples without it"]
+    store = FeatureStore(tmp_path / "x.h5")
+    assert values(store, store.ids().index(key)).keys() == {"text", "vision"}
+
+
+def test_gcnet_says_what_it_leaves_out(tmp_path: Path) -> None:
+    foreign.write_gcnet(tmp_path / "x")
+    path = next((tmp_path / "x").glob("*.pkl"))
+    content = list(pickle.loads(path.read_bytes()))
+    content[4].remove("vid0")
+    content[5].add("vid99")
+    content[1]["vid1"][2] = float("nan")
+    notes = convert(dump(path, tuple(content)), tmp_path / "x.h5")
+    assert set(notes) == {
+        "1 dialogues are in no part and were left out",
+        "1 dialogues of the parts have no utterances",
+        "score: 1 labels are NaN, which training refuses",
+        "positive: 1 labels are NaN, which training refuses",
+    }
+    store = FeatureStore(tmp_path / "x.h5")
+    assert np.isnan(store.labels("positive")).tolist() == np.isnan(store.labels("score")).tolist()
+
+
+def test_repeated_rows_are_said(tmp_path: Path) -> None:
+    foreign.write_mmin(tmp_path / "mmin", folds=1)
+    for name in ("label", "int2name"):
+        at = tmp_path / "mmin" / next((tmp_path / "mmin").rglob(f"trn_{name}.npy")).relative_to(tmp_path / "mmin")
+        np.save(at, np.concatenate([np.load(at), np.load(at)[:2]]))
+    (note,) = convert(tmp_path / "mmin", tmp_path / "mmin.h5")
+    assert re.match("2 ids come twice in one part, such as 'Ses0.*'; each is one sample", note)
+    foreign.write_mintrec(tmp_path / "mintrec")
+    train = (tmp_path / "mintrec" / "train.tsv").read_text().splitlines()[1]
+    with open(tmp_path / "mintrec" / "test.tsv", "a", encoding="utf-8") as file:
+        file.write(train)
+    with pytest.raises(ValueError, match=r"test\.tsv: 'S04_Etrain_0' is in the parts train and test, expected one"):
+        convert(tmp_path / "mintrec", tmp_path / "mintrec.h5")
+
+
+def test_a_conversion_replaces_neither_its_source_nor_a_folder(tmp_path: Path) -> None:
+    source = tmp_path / "x"
+    foreign.write_gcnet(source)
+    before = sorted(tmp_path.rglob("*"))
+    path = next(source.glob("*.pkl"))
+    for given, out in ((path, path), (source, source / "out.h5"), (path, source / "features")):
+        with pytest.raises(ValueError, match=rf"^{re.escape(str(out))}: is .*; expected another file"):
+            convert(given, out)
+    assert sorted(tmp_path.rglob("*")) == before
+    convert(source, tmp_path / "x.h5")
+    with pytest.raises(ValueError, match=r"x\.h5: HDF5 and no .* a feature store needs no conversion"):
+        convert(tmp_path / "x.h5", tmp_path / "y.h5")
+
+
 def test_unknown_scores_are_said_and_leave_the_scale_alone(tmp_path: Path) -> None:
     value = foreign.mmsa()
     value["train"]["regression_labels"][[2, 7]] = np.nan

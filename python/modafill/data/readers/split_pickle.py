@@ -310,9 +310,13 @@ class SplitPickle(Source):
                 features[name][row] = np.roll(features[name][row], -first[row], axis=0)
             # What follows the words of a text may be an encoder's answer to padding.
             beyond &= ~moved & (name != "text")
-            next_frame = features[name][np.arange(len(declared)), np.minimum(declared, steps - 1)]
+            # MMSA's shortest length is 1, also of a sequence that begins with zeros.
             with np.errstate(invalid="ignore"):
-                longer = beyond & (next_frame.sum(1) == 0)
+                begins, ends = (
+                    features[name][np.arange(len(declared)), place].sum(1) == 0
+                    for place in (0, np.minimum(declared, steps - 1))
+                )
+            longer = beyond & (ends | (declared == 1) & begins)
             length = np.where(longer, extent, declared)
             within = np.arange(steps) < length[:, None]
             lacking = (declared > 0) & ~(within & (features[name] != 0).any(2)).any(1)
