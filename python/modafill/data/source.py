@@ -104,11 +104,21 @@ class Source(ABC):
     def blocks(self, rows: int = BLOCK_ROWS) -> Iterator[Block]:
         """All samples, at most ``rows`` at a time; ValueError names the file."""
         unknown: Counter[str] = Counter()
+        low = {name: np.full(width, np.inf, dtype=np.float32) for name, width in self.widths.items()}
+        high = {name: -bound for name, bound in low.items()}
         with naming(self.path):
             for block in self._blocks(rows):
+                for m, (name, x) in enumerate(block.features.items()):
+                    seen = x[block.observed(name, m)]
+                    known = np.isfinite(seen)
+                    low[name] = np.minimum(low[name], seen.min(0, initial=np.inf, where=known))
+                    high[name] = np.maximum(high[name], seen.max(0, initial=-np.inf, where=known))
                 for name, values in block.labels.items():
                     unknown[name] += int(np.isnan(values).sum()) if values.dtype.kind == "f" else 0
                 yield block
+        for name, width in self.widths.items():
+            if dead := int((low[name] == high[name]).sum()):
+                self.note(f"{name}: {dead} of {width} columns have the same value throughout")
         for name, n in unknown.items():
             if n:
                 self.note(f"{name}: {n} labels are NaN, which training refuses")

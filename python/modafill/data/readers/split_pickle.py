@@ -174,6 +174,10 @@ class SplitPickle(Source):
             self.task["label"] = _score("regression_labels", out["regression_labels"])
         elif further:
             self.task["label"] = further["class"]
+        for name, x in out.items():
+            if name not in ("classification_labels", "regression_labels"):
+                texts = any(part.dtype.kind == "U" for part in x.values())
+                further[name] = {"name": name, "kind": "class"} if texts else _score(name, x)
         if further:
             self.task["labels"] = further
         return out
