@@ -8,6 +8,7 @@ import re
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from torch import nn
 
 from modafill import cli
 from modafill import nn as modules
-from modafill.data import NpzMapping
+from modafill.data import NpzMapping, demo_path
 from modafill.diffusion import schedulers
 from modafill.ops import backends
 
@@ -57,7 +58,7 @@ def test_every_op_exports(name: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("page", ["index", "train", "impute", "cluster", "benchmark"])
+@pytest.mark.parametrize("page", ["index", "walkthrough", "train", "impute", "cluster", "benchmark"])
 def test_a_page_runs_from_its_first_block_to_its_last(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -115,6 +116,47 @@ def test_examples_run(file: str, contains: str, tmp_path: Path, monkeypatch: pyt
         assert (audio.shape, names["batch"].lengths["audio"].tolist()) == (torch.Size([2, 35, 74]), [20, 35])
     else:
         assert names["x"].isfinite().all()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
+def test_the_readmes_examples_of_a_model_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the demonstration's widths, but trained for seconds."""
+    monkeypatch.chdir(tmp_path)
+    numbers = settings({**SMALLEST, "width": 64, "batch_size": 256})
+    arguments = ["train", "admc", "--data", str(demo_path()), "--out", "modafill-demo", *numbers]
+    monkeypatch.setattr(sys, "argv", ["modafill", *arguments])
+    with pytest.raises(SystemExit):
+        cli.main()
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    names: dict[str, Any] = {}
+    for block in blocks[:2]:
+        assert "modafill-demo/fold0-seed0/model" in block
+        exec(block, names)
+    done = names["done"]
+    assert done.embeddings["zernike"].shape == done.std["zernike"].shape == (32, 64)
+    assert done.generated.shape == (32, 3)
+    answers = names["Classifier"]()(names["features"], done.generated.logical_not())
+    assert answers.shape == (32, 10)
+
+
+COMMANDS = [
+    pytest.param(command, id=f"{path.name}: {command[:60]}")
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+    for command in re.findall(
+        r"^ {4}(?:.* -m )?(modafill .*)$", path.read_text(encoding="utf-8").replace("\\\n", ""), re.MULTILINE
+    )
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_that_are_only_shown_have_their_options(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [*shlex.split(command), "--help"])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert not end.value.code, capsys.readouterr().err
 
 
 def test_the_first_command_on_data_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
