@@ -309,6 +309,7 @@ def replace_with(path: str, values: Any) -> Callable[[h5py.File], object]:
         (lambda file: file.attrs.__setitem__("notes", "{}"), r"notes: got {}, expected a list of texts"),
         (replace_with("labels/y", np.zeros(4)), "labels/y has 4 entries, expected 103"),
         (replace_with("ids", np.zeros(4)), "ids has 4 entries"),
+        (replace_with("splits", np.zeros(103)), "splits is an array, expected a group of them"),
         (replace_with("modalities/b/offsets", np.r_[0, np.zeros(103, dtype=int)]), "do not fit|without frames"),
     ],
 )
@@ -321,6 +322,47 @@ def test_inconsistent_files(
         change(file)
     with pytest.raises(ValueError, match=rf"changed\.h5: .*{message}"):
         FeatureStore(path)
+
+
+LINKED = ["ids", "generated", "labels", "labels/y", "splits", "available", "modalities", "modalities/b",
+          "modalities/b/values", "modalities/b/offsets", "modalities/b/columns"]  # fmt: skip
+
+
+def linked(store: FeatureStore, path: Path, name: str, link: h5py.SoftLink | h5py.ExternalLink) -> Path:
+    shutil.copy(store.path, path)
+    with h5py.File(path, "r+") as file:
+        if name in file:
+            del file[name]
+        file[name] = link
+    return path
+
+
+@pytest.mark.parametrize("name", LINKED)
+def test_links_are_not_followed(make_store: MakeStore, tmp_path: Path, name: str) -> None:
+    store = ragged(make_store)
+    for link in (h5py.SoftLink("/order"), h5py.ExternalLink(str(store.path), name), h5py.ExternalLink("none.h5", "x")):
+        path = linked(store, tmp_path / "linked.h5", name, link)
+        with pytest.raises(ValueError, match=rf"linked\.h5: '{name}.*' is a link to elsewhere, which is not followed"):
+            FeatureStore(path)
+
+
+def test_what_links_name_is_not_opened(make_store: MakeStore, tmp_path: Path) -> None:
+    """A pipe keeps who opens it waiting."""
+    os.mkfifo(tmp_path / "pipe")
+    link = h5py.ExternalLink(str(tmp_path / "pipe"), "x")
+    paths = [linked(ragged(make_store), tmp_path / f"linked{i}.h5", name, link) for i, name in enumerate(LINKED)]
+    process = multiprocessing.get_context("fork").Process(target=_open_all, args=(paths,))
+    process.start()
+    process.join(20)
+    process.kill()
+    process.join()
+    assert process.exitcode == 0
+
+
+def _open_all(paths: list[Path]) -> None:
+    for path in paths:
+        with pytest.raises(ValueError, match="is a link to elsewhere"):
+            FeatureStore(path)
 
 
 WRONG_TASKS = [

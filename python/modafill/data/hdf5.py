@@ -47,9 +47,11 @@ def get_inside(group: h5py.Group, path: str) -> h5py.Group | h5py.Dataset:
     """
     here = group
     for part in path.split("/"):
-        if not isinstance(here, h5py.Group) or part not in here:
+        name = part.encode("utf-8", "surrogateescape")
+        # Only this asks for the link itself: `in` and `get` open what it points to.
+        if not isinstance(here, h5py.Group) or part in ("", ".") or not here.id.links.exists(name):
             raise KeyError(f"{path!r} is not there")
-        if not isinstance(here.get(part, getlink=True), h5py.HardLink):
+        if here.id.links.get_info(name).type != h5py.h5l.TYPE_HARD:
             raise ValueError(f"{path!r} is a link to elsewhere, which is not followed")
         here = here[part]
     if isinstance(here, h5py.Dataset):
@@ -59,3 +61,11 @@ def get_inside(group: h5py.Group, path: str) -> h5py.Group | h5py.Dataset:
         if here.nbytes > max(RATIO_FREE_BYTES, MAX_RATIO * stored):
             raise ValueError(f"{path!r} declares {here.nbytes} bytes, but {stored} are stored: refused")
     return here
+
+
+def find_inside(group: h5py.Group, path: str) -> h5py.Group | h5py.Dataset | None:
+    """As :func:`get_inside`; None where there is nothing."""
+    try:
+        return get_inside(group, path)
+    except KeyError:
+        return None

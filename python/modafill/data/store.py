@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from modafill.data.batch import Batch
-from modafill.data.hdf5 import get_inside, text_attribute
+from modafill.data.hdf5 import find_inside, text_attribute
 from modafill.data.patterns import name_rows
 from modafill.data.writer import FORMAT, VERSION, check_task, pack_texts
 
@@ -111,23 +111,27 @@ class FeatureStore:
         self._ragged: set[str] = set()
         for name in self.modalities:
             self._read_modality(name)
-        if "generated" in file:
+        if self._has("generated"):
             generated = self._dataset("generated")
             if generated.shape != available.shape or generated.dtype != bool:
                 raise ValueError(f"generated is {generated.dtype} {generated.shape}, expected bool {available.shape}")
             if (both := self._load("generated") & self._load("available")).any():
                 raise ValueError(f"{both.sum()} entries are available and generated, expected one of them")
-        columns = [name for name in ("ids", "order") if name in file]
+        columns = [name for name in ("ids", "order") if self._has(name)]
         for kind in ("labels", "groups", "splits"):
-            columns += [f"{kind}/{name}" for name in file.get(kind, ())]
+            named = find_inside(file, kind)
+            if named is not None and not isinstance(named, h5py.Group):
+                raise ValueError(f"{kind} is an array, expected a group of them")
+            columns += [f"{kind}/{name}" for name in named or ()]
         for column in columns:
-            if len(self._dataset(column)) != self._rows:
-                raise ValueError(f"{column} has {len(file[column])} entries, expected {self._rows}")
+            entries = len(self._dataset(column))
+            if entries != self._rows:
+                raise ValueError(f"{column} has {entries} entries, expected {self._rows}")
         self._columns = frozenset(columns)
 
     def _read_modality(self, name: str) -> None:
         values = self._dataset(f"modalities/{name}/values")
-        ragged = f"modalities/{name}/offsets" in self._file
+        ragged = self._has(f"modalities/{name}/offsets")
         if values.dtype.kind != "f" or values.ndim not in ((2,) if ragged else (2, 3)) or 0 in values.shape[1:]:
             raise ValueError(f"modality {name!r} has values {values.dtype} {values.shape}, expected floats [N, (T,) D]")
         rows = len(values)
@@ -144,7 +148,7 @@ class FeatureStore:
         if rows != self._rows:
             raise ValueError(f"modality {name!r} has {rows} samples, expected {self._rows}")
         columns = f"modalities/{name}/columns"
-        if columns in self._file and self._dataset(columns).shape != values.shape[-1:]:
+        if self._has(columns) and self._dataset(columns).shape != values.shape[-1:]:
             raise ValueError(f"{columns} has shape {self._dataset(columns).shape}, expected {values.shape[-1:]}")
         self.widths[name] = values.shape[-1]
         self.dtypes[name] = str(values.dtype)
@@ -160,8 +164,11 @@ class FeatureStore:
             self._bytes = self._bytes_of(self._handle)
         return self._handle
 
+    def _has(self, path: str) -> bool:
+        return find_inside(self._file, path) is not None
+
     def _dataset(self, path: str) -> h5py.Dataset:
-        data = get_inside(self._file, path) if path in self._file else None
+        data = find_inside(self._file, path)
         if not isinstance(data, h5py.Dataset):
             raise ValueError(f"it has no array {path!r}")
         return data
@@ -276,7 +283,7 @@ class FeatureStore:
 
     def generated(self, rows: np.ndarray | None = None) -> np.ndarray:
         """bool ``[N, M]`` (or of ``rows``), True = filled in; never True where available."""
-        if "generated" not in self._file:
+        if not self._has("generated"):
             return np.zeros_like(self.available(rows))
         whole = self._array("generated")
         return whole.copy() if rows is None else whole[self._check_rows(rows)]
@@ -305,7 +312,7 @@ class FeatureStore:
     def columns(self, modality: str) -> list[str] | None:
         """The names of a modality's D columns, where the file has them."""
         path = f"modalities/{modality}/columns"
-        return [str(name) for name in self._array(path)] if path in self._file else None
+        return [str(name) for name in self._array(path)] if self._has(path) else None
 
     def _check_rows(self, rows: np.ndarray) -> np.ndarray:
         index = np.asarray(rows)
