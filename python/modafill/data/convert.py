@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from modafill.data.hdf5 import HDF5_MAGIC
 from modafill.data.mapping import MappingLike, builtin_mappings, load_mapping
 from modafill.data.readers import open_source
 from modafill.data.readers.csd import is_csd
+from modafill.data.readers.pickles import looks_like_pickle
 from modafill.data.source import write_store
 from modafill.data.store import FeatureStore
 
@@ -52,7 +54,8 @@ def open_data(
     """Open a feature store in place, or a foreign file or folder by way of ``cache_dir/<stem>.h5``.
 
     Flaws of the file and what was made of them are ``notes`` of the store, whether it is converted now or was before.
-    The converted file is used again as long as the path, the sizes and times of the files and the mapping are the same.
+    The converted file is used again as long as the path, the sizes and times of the files (those behind
+    links too) and the mapping are the same.
     A file of that name that is no conversion is never replaced.
 
     Args:
@@ -70,7 +73,9 @@ def open_data(
     used = None if mapping is None else load_mapping(mapping)
     # Without a mapping any of those that come with the package may be what fits.
     mappings = [m.to_dict() for m in builtin_mappings().values()] if used is None else used.to_dict()
-    digest = hashlib.sha256(json.dumps([str(source.resolve()), _stamp(source), mappings]).encode()).hexdigest()
+    named = [] if used is None else [*used.modalities.values(), *([] if used.label is None else [used.label["name"]])]
+    stamp = [str(source.resolve()), _stamp(source, named), mappings]
+    digest = hashlib.sha256(json.dumps(stamp).encode()).hexdigest()
     out = Path(cache_dir) / f"{source.stem}.h5"
     if out.exists():
         try:
@@ -110,11 +115,34 @@ def _is_hdf5(path: Path) -> bool:
         return file.read(len(HDF5_MAGIC)) == HDF5_MAGIC
 
 
-def _stamp(path: Path) -> list[list[Any]]:
-    """Names, sizes and times of the files that a source is made of."""
-    # GCNet's pickle has its features in a folder beside it.
-    folder = path if path.is_dir() else path.parent / "features"
-    files = [path] if path.is_file() else []
-    if path.is_dir() or (path.suffix == ".pkl" and folder.is_dir()):
-        files += sorted(file for file in folder.rglob("*") if file.is_file())
-    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+def _stamp(path: Path, named: Iterable[str]) -> list[list[Any]]:
+    """Names, sizes and times of the files that a source is made of; ``named``: files and folders a mapping names."""
+    base = path if path.is_dir() else path.parent
+    roots = [path, *(folder / name for name in named for folder in (base, base / "features"))]
+    # GCNet's pickle, whatever it is called, has its features in a folder beside it.
+    roots += [root.parent / "features" for root in roots if root.is_file() and looks_like_pickle(root)]
+    seen: set[str] = set()
+    return [entry for root in dict.fromkeys(roots) for entry in _walk(root, seen)]
+
+
+def _walk(root: Path, seen: set[str]) -> Iterator[list[Any]]:
+    """Every file once, behind links too; ``seen`` has the folders that were walked, so that a cycle ends."""
+    if root.is_file():
+        yield _describe(str(root))
+    for folder, folders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        # Where a link leads is part of the stamp: what is behind it may have been listed already.
+        yield [folder, real]
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        paths = (os.path.join(folder, name) for name in sorted(files))
+        yield from (_describe(path) for path in paths if os.path.isfile(path))
+
+
+def _describe(file: str) -> list[Any]:
+    """The name, where it leads if it is a link, the size and the time."""
+    found = os.stat(file)
+    return [file, os.path.realpath(file) if os.path.islink(file) else file, found.st_size, found.st_mtime_ns]
