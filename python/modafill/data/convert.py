@@ -117,8 +117,10 @@ def _is_hdf5(path: Path) -> bool:
 
 def _stamp(path: Path, named: Iterable[str]) -> list[list[Any]]:
     """Names, sizes and times of the files that a source is made of; ``named``: files and folders a mapping names."""
-    base = path if path.is_dir() else path.parent
-    roots = [path, *(folder / name for name in named for folder in (base, base / "features"))]
+    roots = [path]
+    if path.is_dir() or looks_like_pickle(path):
+        base = path if path.is_dir() else path.parent
+        roots += [folder / name for name in named for folder in (base, base / "features")]
     # GCNet's pickle, whatever it is called, has its features in a folder beside it.
     roots += [root.parent / "features" for root in roots if root.is_file() and looks_like_pickle(root)]
     seen: set[str] = set()
@@ -129,6 +131,8 @@ def _walk(root: Path, seen: set[str]) -> Iterator[list[Any]]:
     """Every file once, behind links too; ``seen`` has the folders that were walked, so that a cycle ends."""
     if root.is_file():
         yield _describe(str(root))
+    if not root.is_dir():
+        return
     for folder, folders, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
         # Where a link leads is part of the stamp: what is behind it may have been listed already.
