@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from modafill import files
-from modafill.files import derive_seed, read_tensors, replacing, write_json, write_tensors
+from modafill.files import derive_seed, read_json, read_tensors, replacing, write_json, write_tensors
 
 
 def names(folder: Path) -> list[str]:
@@ -112,6 +112,36 @@ def test_json_round_trip(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         write_json(tmp_path / "a.json", {"bad": object()})
     assert (tmp_path / "a.json").read_text(encoding="utf-8") == text
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"", "not valid JSON"),
+        (b"{", "not valid JSON"),
+        (b"\xff{}", "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b"[]", "got a list, expected an object"),
+    ],
+    ids=["empty", "half", "bytes", "deep", "list"],
+)
+def test_what_is_no_json_object_is_named(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"a\.json: {message}"):
+        read_json(tmp_path / "a.json")
+    write_json(tmp_path / "a.json", {"a": 1})
+    assert read_json(tmp_path / "a.json") == {"a": 1}
+
+
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o007, 0o660)])
+def test_who_may_read_decides_the_umask(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        write_tensors(tmp_path / "a.safetensors", {"a": torch.ones(1)})
+        write_json(tmp_path / "a.json", {})
+    finally:
+        os.umask(before)
+    assert [path.stat().st_mode & 0o777 for path in tmp_path.iterdir()] == [mode, mode]
 
 
 def test_tensors_round_trip(tmp_path: Path) -> None:

@@ -77,14 +77,29 @@ def write_json(path: Path, value: Any) -> None:
         beside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. What is no JSON, or no object, raises ValueError naming the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: got a {type(value).__name__}, expected an object")
+    return value
+
+
 def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any] | None = None) -> None:
     """Write named tensors and a JSON-able description as one safetensors file, whole or not at all."""
     with replacing(path) as beside:
         contiguous = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        beside.touch()
+        mode = beside.stat().st_mode
         try:
             save_file(contiguous, beside, metadata={"about": json.dumps(about or {})})
         except SafetensorError as error:
             raise OSError(f"{path}: cannot be written ({error})") from error
+        # safetensors lets nobody but the owner read, whatever the umask.
+        beside.chmod(mode)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

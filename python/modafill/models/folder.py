@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
 from torch import nn
 
-from modafill.files import read_tensors, replacing, write_json, write_tensors
+from modafill.files import read_json, read_tensors, replacing, write_json, write_tensors
 
 FORMAT_VERSION = 2
 
@@ -29,12 +28,7 @@ def read_config(path: Path) -> dict[str, Any]:
         models = sorted(path.glob("fold*-seed*/model"))
         hint = f"; this is a run, its models are folders such as {models[0]}" if models else ""
         raise ValueError(f"{path}: no config.json there, expected a folder written by save_pretrained{hint}")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file}: not valid JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{file}: got a {type(config).__name__}, expected an object")
+    config = read_json(file)
     if config.get("format_version") != FORMAT_VERSION:
         raise ValueError(
             f"{file}: format version {config.get('format_version')}, this modafill reads version {FORMAT_VERSION}"
