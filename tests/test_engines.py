@@ -292,6 +292,31 @@ def test_a_shard_that_does_not_fit_its_checksum_is_made_again(make_admc: Any, tm
     assert same(tmp_path / "whole.h5", tmp_path / "out.h5")
 
 
+def test_damaged_files_of_a_plan_are_made_again_or_named(make_admc: Any, tmp_path: Path) -> None:
+    imputer, options = ModalityImputer(make_admc("clean")), {"batch_size": 4, "shard_rows": 8}
+    shards = tmp_path / ".out.h5.shards"
+    with FeatureStore(write_store(tmp_path / "in.h5")) as store:
+        list(impute_store(imputer, store, tmp_path / "whole.h5", **options))
+        progress = impute_store(imputer, store, tmp_path / "out.h5", **options)
+        while next(progress) < 28:
+            pass
+        progress.close()
+        call, whole = shards / "call.json", (shards / "call.json").read_text()
+        for content in ("", "{", "[]"):
+            call.write_text(content)
+            with pytest.raises(ValueError, match=r"call\.json: .*; remove the folder .*\.out\.h5\.shards"):
+                next(impute_store(imputer, store, tmp_path / "out.h5", **options))
+        call.write_text(whole)
+        empty, text, folder = sorted(shards.glob("*.sha256"))
+        empty.write_text("")
+        text.write_bytes(b"\xff\n")
+        (shards / "shards" / folder.stem).unlink()
+        (shards / "shards" / folder.stem / "more").mkdir(parents=True)
+        assert next(impute_store(imputer, store, tmp_path / "out.h5", **options)) == 4
+        list(impute_store(imputer, store, tmp_path / "out.h5", **options))
+    assert same(tmp_path / "whole.h5", tmp_path / "out.h5")
+
+
 def test_what_a_killed_process_left_behind_goes(make_admc: Any, tmp_path: Path) -> None:
     imputer, options = ModalityImputer(make_admc("clean")), {"batch_size": 4, "shard_rows": 8}
     with FeatureStore(write_store(tmp_path / "in.h5")) as store, pytest.MonkeyPatch.context() as patch:

@@ -40,7 +40,7 @@ def replacing(path: Path) -> Iterator[Path]:
     for left in path.parent.iterdir():
         found = ours.fullmatch(left.name)
         if found and (left == beside or not _runs(int(found[1]))):
-            _remove(left)
+            remove(left)
     try:
         yield beside
         for written in beside.iterdir() if beside.is_dir() else (beside,):
@@ -53,7 +53,7 @@ def replacing(path: Path) -> Iterator[Path]:
             os.replace(beside, path)
         _sync(path.parent)
     except BaseException:
-        _remove(beside)
+        remove(beside)
         raise
 
 
@@ -67,7 +67,8 @@ def _runs(process: int) -> bool:
     return True
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """A file or a folder with all that it holds, if it is there."""
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 

@@ -17,7 +17,7 @@ import torch
 
 from modafill import __version__
 from modafill.data import FeatureStore
-from modafill.files import replacing, write_json
+from modafill.files import read_json, remove, replacing, write_json
 from modafill.imputer import ModalityImputer
 from modafill.ops import backends
 from modafill.processes import holding
@@ -82,7 +82,11 @@ class Plan:
 
     def sha256(self, shard: range) -> str:
         """Of a finished shard, as it was written."""
-        return self._checksum(shard).read_text(encoding="utf-8").split()[0]
+        return self._checksum(shard).read_bytes()[:64].decode("ascii", "replace")
+
+    def _fits(self, shard: range) -> bool:
+        path = self.path(shard)
+        return path.is_file() and self._checksum(shard).is_file() and _sha256(path) == self.sha256(shard)
 
     def finished(self) -> list[range]:
         """Shards that are whole."""
@@ -99,19 +103,22 @@ class Plan:
         (self.folder / _SHARDS).mkdir(parents=True, exist_ok=True)
         with _holding(self.folder):
             file, finished = self.folder / _CALL_FILE, self.finished()
-            if file.exists():
-                differing = self.differing(json.loads(file.read_text(encoding="utf-8")))
-                if differing and finished:
+            if file.exists() and finished:
+                try:
+                    differing = self.differing(read_json(file))
+                except (OSError, ValueError) as error:
+                    raise ValueError(f"{error}; remove the folder {self.folder}") from error
+                if differing:
                     raise ValueError(
                         f"{self.folder}: holds shards of a call with other {', '.join(differing)}; repeat that call or "
                         "remove the folder"
                     )
             # What nobody knows, was begun, or was changed.
-            known = [s for s in finished if file.exists() and _sha256(self.path(s)) == self.sha256(s)]
+            known = [s for s in finished if file.exists() and self._fits(s)]
             kept = {path for s in known for path in (self.path(s), self._checksum(s))}
             for path in (*(self.folder / _SHARDS).iterdir(), *self.folder.glob("*.sha256")):
                 if path not in kept:
-                    path.unlink(missing_ok=True)
+                    remove(path)
             write_json(file, self.call)
             try:
                 yield
