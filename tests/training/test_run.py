@@ -213,6 +213,26 @@ def test_other_data_under_a_run_are_refused(tiny, tmp_path, changed):
         train(run, ignore)
 
 
+def test_a_run_has_one_data_set(tiny, tmp_path, monkeypatch):
+    """What is finished is of the data that the rest is to be trained on; a file that was only touched is the same."""
+    shutil.copytree(tiny.run, tmp_path / "run")
+    (tmp_path / "run" / "run.json").unlink()
+    data = shutil.copy(tiny.archive, tmp_path)
+    run = replace(Run.load(tiny.run), folder=tmp_path / "run", data=str(data), seeds=(0, 1))
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(run_module, "train_part", lambda run, fold, seed, report: asked.append((fold, seed)))
+    train(run, ignore)
+    os.utime(data)
+    train(run, ignore)
+    assert asked == [(0, 1), (0, 1)]
+    with np.load(data) as archive:
+        arrays = dict(archive)
+    np.savez(data, **arrays | {"faces": -arrays["faces"]})
+    with pytest.raises(ValueError, match=r"run/fold0-seed0: made with other data; train into another folder"):
+        train(run, ignore)
+    assert len(asked) == 2
+
+
 def test_lengths_and_the_order_of_turns_are_data_too(run, tmp_path):
     """Where a step is all zeros only the length tells it from padding, and windows are made of turns in their order."""
     with np.load(run.data) as archive:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -76,16 +76,8 @@ class PartTrainer(ABC):
     @cached_property
     def key(self) -> dict[str, Any]:
         """What every result depends on: a stage that was made with something else is refused."""
-        digest = hashlib.sha256(str(self.store.window).encode())
-        for array in (*self.split, self.target.cpu().numpy(), self.available.numpy()):
-            digest.update(array.tobytes())
-        for batch in self.store.unwindowed().iter_batches(np.arange(len(self.store)), 1024):
-            for features in (*batch.features.values(), *batch.lengths.values()):
-                digest.update(features.numpy().tobytes())
-        if self.store.window:
-            turns = [self.store.order(), *map(self.store.groups, self.store.group_names)]
-            digest.update(repr((self.store.task.get("group"), [np.asarray(turn).tolist() for turn in turns])).encode())
-        return {**self.config.to_dict(), "seed": self.seed, "data": digest.hexdigest()[:16]}
+        (digest,) = digest_data(self.store, [(self.split, self.labels)])
+        return {**self.config.to_dict(), "seed": self.seed, "data": digest}
 
     @property
     def stages(self) -> Path:
@@ -138,6 +130,23 @@ class PartTrainer(ABC):
             self.report(replace(done, number=self._number, stages=self.n_stages))
 
         train_stage(stage, self.stages, self.accelerator, seed=self.seed, report=report)
+
+
+def digest_data(store: FeatureStore, parts: Sequence[tuple[Split, Labels]]) -> list[str]:
+    """For each fold, given as its split and labels, a digest of all that its results depend on, in one pass."""
+    digests = [hashlib.sha256(str(store.window).encode()) for _ in parts]
+    for digest, (split, labels) in zip(digests, parts, strict=True):
+        for array in (*split, labels.encode(store.labels(labels.name)), store.available()):
+            digest.update(array.tobytes())
+    for batch in store.unwindowed().iter_batches(np.arange(len(store)), 1024):
+        for features in (*batch.features.values(), *batch.lengths.values()):
+            for digest in digests:
+                digest.update(features.numpy().tobytes())
+    if store.window:
+        turns = [np.asarray(turn).tolist() for turn in (store.order(), *map(store.groups, store.group_names))]
+        for digest in digests:
+            digest.update(repr((store.task.get("group"), turns)).encode())
+    return [digest.hexdigest()[:16] for digest in digests]
 
 
 def check_rows(what: str, train: Any, valid: Any) -> None:

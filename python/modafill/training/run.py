@@ -17,12 +17,13 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 
 from modafill.data import FeatureStore, Labels, Split, make_splits, open_data
-from modafill.files import write_json
+from modafill.files import read_tensors, write_json
 from modafill.models.config import ModelConfig
 from modafill.processes import given, holding, stop_if_orphaned, worker_pool, world_size
 from modafill.training.admc import ADMCTrainer
 from modafill.training.cdtp import CDTPTrainer
-from modafill.training.loop import EpochDone, Report, TrainingError
+from modafill.training.loop import FORMAT, EpochDone, Report, TrainingError, check_key
+from modafill.training.part import digest_data
 
 RUN_FILE = "run.json"
 FORMAT_VERSION = 2
@@ -197,6 +198,21 @@ class Run:
                 how = "held out at random; more --folds test on more"
             return f"{len(store):,} {unit}: {train} for training, {valid} for validation, {test} for testing ({how})"
 
+    def check_finished(self) -> None:
+        """Raise ValueError where a part was trained with other data than there are now: a run has one data set."""
+        stages = {part: sorted((self.part_folder(*part) / "stages").glob("*.safetensors")) for part in self.finished}
+        folds = sorted({fold for (fold, _), files in stages.items() if files})
+        if not folds:
+            return
+        with self.open_store() as store:
+            splits = self.splits(store)
+            digests = digest_data(store, [(splits[fold], self.fit_labels(store, splits[fold])) for fold in folds])
+        for part, files in stages.items():
+            if files:
+                found = read_tensors(files[0])[1].get("key", {})
+                digest = digests[folds.index(part[0])]
+                check_key(self.part_folder(*part), found, {**found, "format": FORMAT, "data": digest})
+
 
 @contextmanager
 def _only_one(folder: Path) -> Iterator[None]:
@@ -224,7 +240,9 @@ def _begin(run: Run, announce: Callable[[str], None]) -> None:
     converted = run.folder / f"{Path(run.data).stem}.h5"
     existed = converted.exists()
     try:
-        announce(run.check_data())
+        said = run.check_data()
+        run.check_finished()
+        announce(said)
     except BaseException:
         if not existed:
             converted.unlink(missing_ok=True)
