@@ -314,9 +314,13 @@ def evaluate(
     for −3…3 ACC-7, ACC-2 and F1, "nonzero" without targets of 0 (%). NRMSE is the root mean squared error and CRPS the
     continuous ranked probability score of what was hidden, in units of its standard deviation.
 
-    The protocol stands before the tables: data, split, folds, seeds, sets, missing rates, metrics.
+    All figures are of the samples that have every modality, of which some are hidden: the others' truth is not known.
 
-    Writes results.json, results.csv and results.md (results-valid.* for the validation part) into the run's folder.
+    The protocol stands before the tables: data, split, how many samples of it are measured (of all folds together),
+    folds, seeds, sets, missing rates, metrics.
+
+    Writes results.json, results.csv and results.md (results-valid.* for the validation part) into the run's folder, in
+    place of those of an earlier call.
     """
     from modafill.data import MissingRate
     from modafill.evaluation.run import Protocol, metric_names

@@ -96,6 +96,11 @@ def test_missing_rates(tables, tiny, tmp_path):
 
 
 def test_files(tables, tiny):
+    run = Run.load(tiny.run)
+    with run.open_store() as store:
+        (split,) = run.splits(store)
+        complete = int(store.available(split.test).all(1).sum())
+    assert 0 < complete < len(split.test) == 20
     content = json.loads((tiny.run / "results.json").read_text())
     assert content["protocol"] == {
         "data": "tiny.npz",
@@ -103,6 +108,8 @@ def test_files(tables, tiny):
         "window": None,
         "split": "a hold-out by whole groups of 'clip', at random with seed 0",
         "part": "test",
+        "part_samples": 20,
+        "complete_samples": complete,
         "folds": 1,
         "seeds": [0],
         "patterns": [*COLUMNS[:-1], "full"],
@@ -114,7 +121,8 @@ def test_files(tables, tiny):
         "metrics": [*METRICS, "NRMSE", "CRPS"],
     }
     about = (
-        "tiny.npz, 'mood': test part of a hold-out by whole groups of 'clip', at random with seed 0; 1 fold(s), "
+        "tiny.npz, 'mood': test part of a hold-out by whole groups of 'clip', at random with seed 0, of which "
+        f"{complete} of 20 samples have every modality and are measured; 1 fold(s), "
         "seed(s) 0; K = 3 samples. Observed: {a}, {t}, {v}, {at}, {av}, {tv}, full. Metrics: WA, UA, F1, F1 weighted, "
         f"NLL, NRMSE, CRPS. modafill {modafill.__version__}, torch {torch.__version__}."
     )

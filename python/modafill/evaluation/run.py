@@ -55,7 +55,9 @@ class Protocol:
     def to_dict(self, run: Run) -> dict[str, Any]:
         """JSON-able, with what the run has decided."""
         with run.open_store() as store:
-            labels = run.fit_labels(store, run.splits(store)[0])
+            splits = run.splits(store)
+            labels, complete = run.fit_labels(store, splits[0]), store.available().all(1)
+            rows = [getattr(part_of_fold, self.part) for part_of_fold in splits]
             split = describe_splits(store, folds=run.folds, seed=run.split_seed, own_split=run.own_split)
             names, window = list(store.modalities), store.window
         patterns = missing_patterns(len(names))
@@ -65,6 +67,8 @@ class Protocol:
             "window": window,
             "split": split,
             "part": self.part,
+            "part_samples": sum(map(len, rows)),
+            "complete_samples": sum(int(complete[chosen].sum()) for chosen in rows),
             "folds": run.folds,
             "seeds": list(run.seeds),
             "patterns": [*(pattern_name(patterns[i], names) for i in shown_patterns(names)), FULL],
@@ -82,8 +86,9 @@ class Protocol:
         windows = f" in windows of {said['window']}" if said["window"] else ""
         rates = f"; missing {'; '.join(said['missing'])} drawn with seed {self.missing_seed}" if self.missing else ""
         return (
-            f"{said['data']}, {said['label']!r}{windows}: {self.part} part of {said['split']}; {run.folds} fold(s), "
-            f"seed(s) {', '.join(map(str, run.seeds))}; K = {self.n_samples} samples. "
+            f"{said['data']}, {said['label']!r}{windows}: {self.part} part of {said['split']}, of which "
+            f"{said['complete_samples']:,} of {said['part_samples']:,} samples have every modality and are measured; "
+            f"{run.folds} fold(s), seed(s) {', '.join(map(str, run.seeds))}; K = {self.n_samples} samples. "
             f"Observed: {', '.join(said['patterns'])}{rates}. Metrics: {', '.join(said['metrics'])}. "
             f"modafill {__version__}, torch {torch.__version__}."
         )
