@@ -12,10 +12,12 @@ from collections.abc import Iterator
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 
 
 @contextmanager
@@ -78,7 +80,7 @@ def world_size() -> int:
     """How many processes torchrun or ``accelerate launch`` began, of which this is one.
 
     Raises:
-        ValueError: SLURM began several, which do not know each other.
+        ValueError: SLURM began several, which do not know each other; or ``WORLD_SIZE`` is no number of processes.
     """
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")
     if tasks != "1" and "WORLD_SIZE" not in os.environ:
@@ -86,7 +88,27 @@ def world_size() -> int:
             f"SLURM_STEP_NUM_TASKS: got {tasks} processes that do not know each other, expected torchrun in each (srun "
             "--ntasks-per-node=1 torchrun …), or WORLD_SIZE=1 where each is to work for itself"
         )
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    size = os.environ.get("WORLD_SIZE", "1")
+    if not size.isdecimal() or int(size) < 1:
+        raise ValueError(f"WORLD_SIZE: got {size!r}, expected a number of processes, as torchrun sets it")
+    return int(size)
+
+
+def join_processes(cpu: bool) -> PartialState:
+    """Make this process known to the others that torchrun or ``accelerate launch`` began.
+
+    They wait for each other for days if need be: one may read all data meanwhile. Where the caller has made the state
+    of accelerate before, its timeout stays.
+
+    Raises:
+        ValueError: a variable that tells them apart is not set.
+    """
+    absent = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if absent:
+        raise ValueError(
+            f"WORLD_SIZE: got {world_size()} processes, but {', '.join(absent)} is not set; begin them with torchrun"
+        )
+    return PartialState(cpu=cpu, timeout=timedelta(days=30))
 
 
 _PR_SET_PDEATHSIG = 1

@@ -167,7 +167,11 @@ def test_who_trained_together_can_impute_together(tiny, tmp_path: Path) -> None:
     script = tmp_path / "both.py"
     script.write_text(
         f"""
+from datetime import timedelta
 from pathlib import Path
+
+import torch
+import torch.distributed.distributed_c10d as c10d
 
 from modafill import ModalityImputer
 from modafill.bulk import impute_store
@@ -176,6 +180,8 @@ from modafill.training import Run, train
 
 run = Run.load(Path({str(tiny.run)!r}))
 train(run, print)
+# The others wait while the first one converts and reads all data.
+assert c10d._get_default_group()._get_backend(torch.device("cpu")).options._timeout >= timedelta(days=1)
 imputer = ModalityImputer.from_pretrained(run.part_folder(*run.parts[0]) / "model", steps=2)
 with run.open_store() as store:
     for _ in impute_store(imputer, store, Path({str(tmp_path / "out.h5")!r}), engine="torchrun"):

@@ -136,6 +136,35 @@ def test_jobs_must_be_positive(run):
         train(run, ignore, jobs=0)
 
 
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "got 'bf16' .*expected 'no': .* --set precision=bfloat16"),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS: got '4'"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, "ACCELERATE_DYNAMO_BACKEND: got 'INDUCTOR'"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "ACCELERATE_USE_FSDP: got 'true'"),
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE: got 'abc', expected a number of processes"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE: got 2 processes, but RANK, .*MASTER_ADDR, .* is not set"),
+    ],
+)
+def test_what_a_launcher_asks_for_and_is_not_done_is_refused(run, monkeypatch, variables, message):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        train(run, ignore)
+    assert not run.folder.exists()
+
+
+@pytest.mark.parametrize("backend", ["no", "NO"])
+def test_a_launcher_that_asks_for_nothing(run, monkeypatch, backend):
+    for name, value in {**run_module.LAUNCHER_OPTIONS, "ACCELERATE_DYNAMO_BACKEND": backend}.items():
+        monkeypatch.setenv(name, value)
+    asked = []
+    monkeypatch.setattr(run_module, "train_part", lambda run, fold, seed, report: asked.append((fold, seed)))
+    train(run, ignore)
+    assert asked == run.parts
+
+
 @pytest.mark.slow
 def test_two_jobs_equal_one(run):
     """Also where a worker was killed on the way."""

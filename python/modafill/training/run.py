@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from contextlib import contextmanager, nullcontext, suppress
@@ -13,13 +14,13 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from modafill.data import FeatureStore, Labels, Split, make_splits, open_data
 from modafill.files import read_tensors, write_json
 from modafill.models.config import ModelConfig
-from modafill.processes import given, holding, stop_if_orphaned, worker_pool, world_size
+from modafill.processes import given, holding, join_processes, stop_if_orphaned, worker_pool, world_size
 from modafill.training.admc import ADMCTrainer
 from modafill.training.cdtp import CDTPTrainer
 from modafill.training.loop import FORMAT, EpochDone, Report, TrainingError, check_key
@@ -29,6 +30,16 @@ RUN_FILE = "run.json"
 FORMAT_VERSION = 2
 Trainer = ADMCTrainer | CDTPTrainer
 TRAINERS: dict[str, type[ADMCTrainer] | type[CDTPTrainer]] = {"admc": ADMCTrainer, "cdtp": CDTPTrainer}
+
+# What `accelerate launch` asks for and training does not do, with the value that asks for nothing.
+LAUNCHER_OPTIONS = {
+    "ACCELERATE_MIXED_PRECISION": "no",
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "1",
+    "ACCELERATE_DYNAMO_BACKEND": "no",
+    **dict.fromkeys(
+        (f"ACCELERATE_USE_{what}" for what in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")), "false"
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -271,9 +282,20 @@ def train(run: Run, report: Report, jobs: int = 1, announce: Callable[[str], Non
         report: called after each epoch.
         jobs: processes that train different parts at a time; torch's threads are divided among them.
         announce: called once with a line that says how the data are divided.
+
+    Raises:
+        ValueError: data that cannot be trained on, a folder that holds something else, or an option of ``accelerate
+            launch`` that would be without effect.
     """
     if jobs < 1:
         raise ValueError(f"jobs: got {jobs}, expected at least 1")
+    for name, without in LAUNCHER_OPTIONS.items():
+        value = os.environ.get(name, without)
+        if value.lower() != without:
+            raise ValueError(
+                f"{name}: got {value!r} from `accelerate launch` or its configuration, expected {without!r}: training "
+                "does not do that; --set precision=bfloat16 and --set batch_size=... are its own options"
+            )
     if world_size() > 1:
         if jobs > 1:
             raise ValueError(f"jobs: got {jobs}, expected 1 where several processes train together (WORLD_SIZE)")
@@ -324,7 +346,7 @@ def train(run: Run, report: Report, jobs: int = 1, announce: Callable[[str], Non
 def _train_together(run: Run, report: Report, announce: Callable[[str], None]) -> None:
     """Every part in turn, by all processes that torchrun, ``accelerate launch`` or SLURM began; the first writes."""
     # Asked for by name: without a GPU accelerate takes each process for the only one otherwise.
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    state = join_processes(cpu=not torch.accelerator.is_available())
     with _only_one(run.folder) if state.is_main_process else nullcontext():
         if state.is_main_process:
             _begin(run, announce)
