@@ -277,6 +277,7 @@ def test_a_loss_that_is_not_finite_stops(tiny_cdtp, tmp_path):
     run = Run.load(tiny_cdtp.run)
     run = replace(run, folder=tmp_path / "run", config=replace(run.config, learning_rate=10.0, epochs=30))
     trainer = run.trainer(0, 0, Accelerator(cpu=True), ignore)
+    assert trainer.key  # of the labels as they are
     trainer.target = trainer.target.float() * torch.nan
     trainer.labels = replace(trainer.labels, kind="score")
     with pytest.raises(TrainingError, match="backbone: the loss of batch 1 of 4 in epoch 1 is nan"):

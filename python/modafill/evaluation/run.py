@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from modafill import __version__
@@ -56,7 +57,8 @@ class Protocol:
         """JSON-able, with what the run has decided."""
         with run.open_store() as store:
             splits = run.splits(store)
-            labels, complete = run.fit_labels(store, splits[0]), store.available().all(1)
+            labels = run.fit_labels(store, splits[0])
+            complete = np.logical_and.reduce(store.available(), 1)
             rows = [getattr(part_of_fold, self.part) for part_of_fold in splits]
             split = describe_splits(store, folds=run.folds, seed=run.split_seed, own_split=run.own_split)
             names, window = list(store.modalities), store.window
