@@ -97,7 +97,7 @@ class MappedNpz(Source):
                     what = "numbers" if kinds == "iuf" else "numbers or texts"
                     raise ValueError(f"array {name!r} is {header.dtype} {header.shape}, expected {what} [N]")
             self._column_dtypes[template] = common_dtype(
-                f"arrays {names}", [self.npz.headers[name].dtype for name in names]
+                f"arrays {names}", [self.npz.headers[name].dtype for name in names], len(self)
             )
 
     def columns(self) -> dict[str, list[str]]:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from modafill.data.patterns import name_rows
+from modafill.data.texts import check_texts
 from modafill.data.writer import StoreWriter
 
 BLOCK_ROWS = 1024
@@ -172,13 +173,17 @@ def check_lengths(name: str, values: np.ndarray, count: int, longest: int | None
         raise ValueError(f"{name} are {values.dtype}, {expected}; row {row} has {values[row]}")
 
 
-def common_dtype(name: str, dtypes: Sequence[np.dtype]) -> np.dtype:
-    """What holds a column of all parts, where the first would cut what the others have."""
+def common_dtype(name: str, dtypes: Sequence[np.dtype], count: int) -> np.dtype:
+    """What holds a column of all parts, ``count`` values, where the first would cut what the others have."""
     if len({dtype.kind in "SU" for dtype in dtypes}) > 1:
         raise ValueError(
             f"{name} are {', '.join(map(str, dtypes))} in the parts, expected texts or numbers in all of them"
         )
-    return np.result_type(*dtypes)
+    found = np.result_type(*dtypes)
+    if found.kind in "SU":
+        with naming(name):
+            check_texts(count, found.itemsize // np.dtype(f"{found.kind}1").itemsize)
+    return found
 
 
 def write_store(source: Source, out: Path, task: Mapping[str, Any]) -> list[str]:

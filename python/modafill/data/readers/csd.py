@@ -13,6 +13,7 @@ import numpy as np
 
 from modafill.data.hdf5 import HDF5_MAGIC, get_inside, open_hdf5, text_attribute
 from modafill.data.readers.keyed import KeyedSource
+from modafill.data.texts import check_texts
 from modafill.data.writer import FORMAT
 
 MAKERS = {
@@ -94,9 +95,11 @@ class CsdFolder(KeyedSource):
                     unlabelled += 1
         else:
             self._segments = {}
+            longest = max(map(len, labels.keys))
             for video in labels.keys:
                 values, intervals = labels.read(video)
                 unlabelled += not len(values)
+                check_texts(len(rows) + len(values), longest)
                 for k, (value, (start, end)) in enumerate(zip(values, intervals, strict=True)):
                     if end - start >= SHORTEST_SECONDS:
                         self._segments[f"{video}[{k}]"] = (video, float(start), float(end))

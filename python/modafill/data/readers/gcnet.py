@@ -12,6 +12,7 @@ import numpy as np
 from modafill.data.npz import load_npy
 from modafill.data.readers.keyed import KeyedSource
 from modafill.data.readers.pickles import PickledArray, PickleFile, as_text
+from modafill.data.texts import text_column
 
 # File systems hold 255 bytes, of which .npy takes four.
 LONGEST_NAME = 251
@@ -60,12 +61,17 @@ class GCNetFolder(KeyedSource):
         videos: list[str] = []
         values: list[Any] = []
         order: list[int] = []
+        listed: dict[int, Any] = {}
         for video, names_of_turns in utterances.items():
             given = labels.get(video)
-            if not isinstance(names_of_turns, (list, tuple)) or not isinstance(given, (list, tuple, PickledArray)):
+            flat = isinstance(given, PickledArray) and len(given.shape) == 1
+            if not isinstance(names_of_turns, (list, tuple)) or not (flat or isinstance(given, (list, tuple))):
                 raise ValueError(f"{file.path}: {video!r} has no list of utterances, or none of labels")
             if len(names_of_turns) != len(given):
                 raise ValueError(f"{file.path}: {video!r} has {len(names_of_turns)} utterances and {len(given)} labels")
+            if names_of_turns and listed.setdefault(id(names_of_turns), video) is not video:
+                both = f"{listed[id(names_of_turns)]!r} and {video!r}"
+                raise ValueError(f"{file.path}: {both} share one list of utterances, expected one for each")
             given = given.load().tolist() if isinstance(given, PickledArray) else given
             if as_text(video) in part_of:
                 keys += [as_text(name) for name in names_of_turns]
@@ -85,7 +91,7 @@ class GCNetFolder(KeyedSource):
             if n:
                 self.note(f"{n} {what}")
         self._folders = _find_folders(file.path.parent / "features", names)
-        self.groups = {"dialogue": np.array(videos)}
+        self.groups = {"dialogue": np.array(text_column(videos))}
         self.order = np.array(order)
         self.splits = {"split": np.array([part_of[video] for video in videos])}
         self.task = {"group": "dialogue"}

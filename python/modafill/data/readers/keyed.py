@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from modafill.data.source import Block, Source
+from modafill.data.source import Block, Source, naming
+from modafill.data.texts import text_column
 
 # One long sample pads all others of its block to its length.
 BLOCK_BYTES = 1 << 26
@@ -27,7 +28,8 @@ class KeyedSource(Source):
 
     def __init__(self, path: Path, keys: Sequence[str]) -> None:
         super().__init__(path)
-        self.keys = list(keys)
+        with naming(path):
+            self.keys = text_column(keys)
         if not self.keys:
             raise ValueError(f"{path}: no samples are named")
         self.labels: dict[str, np.ndarray] = {}

@@ -11,6 +11,8 @@ import numpy as np
 
 from modafill.data.readers.keyed import KeyedSource
 from modafill.data.readers.pickles import PickledArray, PickleFile
+from modafill.data.source import naming
+from modafill.data.texts import check_texts, text_column
 
 TABLES = {"train": "train.tsv", "valid": "dev.tsv", "test": "test.tsv"}
 COLUMNS = ["season", "episode", "clip", "text", "label"]
@@ -46,7 +48,7 @@ class MIntRecFolder(KeyedSource):
                 columns["split"].append(split)
                 columns["intent"].append(intent)
         super().__init__(root, keys)
-        intents = np.array(columns["intent"])
+        intents = np.array(text_column(columns["intent"]))
         self.labels = {
             "intent": intents,
             "coarse": np.where(np.isin(intents, list(EMOTIONAL)), "Emotion", "Goal"),
@@ -63,6 +65,7 @@ class MIntRecFolder(KeyedSource):
                     self._files[modality] = file = PickleFile(root / name)
                     if not isinstance(file.value, dict):
                         raise ValueError(f"{file.path}: it holds {type(file.value).__name__}, expected id → features")
+                    file.check_named(_all_frames(file.value))
             if len(self._files) < 2:
                 raise ValueError(f"{root}: expected {' and '.join(list(PICKLES.values())[1:])}")
             if "text" not in self._files:
@@ -87,6 +90,11 @@ class MIntRecFolder(KeyedSource):
     def close(self) -> None:
         for file in self._files.values():
             file.close()
+
+
+def _all_frames(value: dict[Any, Any]) -> Iterable[Any]:
+    for frames in value.values():
+        yield from frames if isinstance(frames, (list, tuple)) else (frames,)
 
 
 def _frame(path: Path, key: str, value: Any) -> np.ndarray:
@@ -120,4 +128,7 @@ def _read_table(path: Path) -> Iterable[tuple[str, str]]:
         if len(row) < 5 or "\0" in line:
             got = "zero bytes" if "\0" in line else f"{len(row)} columns"
             raise ValueError(f"{path}: line {number} has {got}, expected {len(COLUMNS)} columns of text")
-        yield "_".join(row[:3]), row[4]
+        key = "_".join(row[:3])
+        with naming(f"{path}: line {number}"):
+            check_texts(1, max(len(key), len(row[4])))
+        yield key, row[4]

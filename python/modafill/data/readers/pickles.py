@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import codecs
+import math
 import os
 import re
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
+
+from modafill.data.npz import RATIO_FREE_BYTES
+from modafill.data.texts import check_texts
 
 # A payload beyond this stays in the file until it is asked for.
 INLINE_BYTES = 1 << 12
@@ -21,6 +25,10 @@ LONGEST_INTEGER = 64
 LONGEST_KEY = 64
 # Containers, numbers, short texts, places of the memo; each takes some sixty bytes and may take one of the file.
 MAX_OBJECTS = 1 << 24
+# What is stored once may be named often; calls may copy their arguments' bytes this many times the file's.
+MAX_COPIES = 4
+# Rows of an array without values, as many as the objects they may be read as.
+MAX_EMPTY_ROWS = 1 << 20
 
 
 class PickledArray:
@@ -46,9 +54,9 @@ class PickledArray:
         if not isinstance(dtype, _DType):
             raise ValueError(f"an array has the dtype {_short(dtype)}")
         self.shape, self.dtype, self._fortran = shape, dtype.numpy, bool(fortran) and len(shape) > 1
-        count = 1
-        for n in shape:
-            count *= n
+        count = math.prod(shape)
+        if not count and math.prod(shape[: shape.index(0)]) > MAX_EMPTY_ROWS:
+            raise ValueError(f"an array without values declares the shape {shape}")
         if self.dtype.hasobject:
             if not isinstance(data, list) or len(data) != count:
                 raise ValueError(f"an array of {count} objects has {_short(data)}")
@@ -56,7 +64,7 @@ class PickledArray:
             data = data.encode("latin-1") if isinstance(data, str) else data
             if not isinstance(data, (bytes, _Stored)):
                 raise ValueError(f"an array has {_short(data)} for its bytes")
-            declared = count * self.dtype.itemsize
+            declared = self.nbytes
             if declared != len(data) and not (isinstance(data, _Stored) and data.text and len(data) >= declared):
                 raise ValueError(f"an array declares {self.dtype} {shape}, {declared} bytes, but has {len(data)}")
         self._data = data
@@ -71,9 +79,14 @@ class PickledArray:
             for i, value in enumerate(self._data):
                 flat[i] = value
         else:
-            stored = self._data.read_all(self._bytes) if isinstance(self._data, _Stored) else self._data
+            stored = self._data.read_all(self.nbytes) if isinstance(self._data, _Stored) else self._data
             flat = np.frombuffer(stored, dtype=self.dtype)
         return flat.reshape(self.shape[::-1]).T if self._fortran else flat.reshape(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """The declared size; that of the references for an array of objects."""
+        return self.dtype.itemsize * math.prod(self.shape)
 
     def blocks(self, rows: int) -> Iterator[np.ndarray]:
         """The array in blocks of ``rows`` along its first axis, with only one of them in memory."""
@@ -82,18 +95,11 @@ class PickledArray:
             yield from (whole[start : start + rows] for start in range(0, len(whole), rows))
             return
         tail = self.shape[1:]
-        row_bytes = self._bytes // max(1, len(self))
+        row_bytes = self.nbytes // max(1, len(self))
         sizes = [min(rows, len(self) - start) for start in range(0, len(self), rows)]
         pieces = self._data.pieces([n * row_bytes for n in sizes])
         for n, piece in zip(sizes, pieces, strict=True):
             yield np.frombuffer(piece, dtype=self.dtype).reshape(n, *tail)
-
-    @property
-    def _bytes(self) -> int:
-        count = self.dtype.itemsize
-        for n in self.shape:
-            count *= n
-        return count
 
 
 class PickleFile:
@@ -110,7 +116,7 @@ class PickleFile:
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: not a pickle, truncated, one that refers to code, declared sizes that contradict each other or the
-            file, or more than :data:`MAX_OBJECTS` objects.
+            file, more than :data:`MAX_OBJECTS` objects, or copies of more than :data:`MAX_COPIES` times the file.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -132,6 +138,14 @@ class PickleFile:
         except BaseException:
             self.close()
             raise
+
+    def check_named(self, values: Iterable[Any]) -> None:
+        """Raise ValueError where arrays come to far more than the file has, as each is stored once and named often."""
+        most, found = max(RATIO_FREE_BYTES, MAX_COPIES * self.path.stat().st_size), 0
+        for value in values:
+            found += 1 + (value.nbytes if isinstance(value, PickledArray) else 0)
+            if found > most:
+                raise ValueError(f"{self.path}: its arrays are named so often that they come to more than {most} bytes")
 
     def close(self) -> None:
         """Close the file; arrays that were not read can no longer be."""
@@ -167,6 +181,8 @@ def as_text(value: Any) -> str:
             value = value.decode()
         except UnicodeDecodeError:
             value = value.decode("latin-1")
+    if isinstance(value, (str, _Stored)):
+        check_texts(1, len(value))
     if isinstance(value, str) and "\0" in value:
         raise ValueError("expected a text, got one with zero bytes")
     if isinstance(value, (str, int, float)):
@@ -332,7 +348,7 @@ class _Machine:
         self.size = os.fstat(file.fileno()).st_size
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
-        self.objects = 0
+        self.objects = self.copied = 0
 
     @property
     def at(self) -> int:
@@ -352,10 +368,20 @@ class _Machine:
             raise ValueError(f"it ends with {len(self.stack)} values on the stack")
         return self.pop()
 
-    def count(self) -> None:
-        self.objects += 1
+    def count(self, n: int = 1) -> None:
+        self.objects += n
         if self.objects > MAX_OBJECTS:
             raise ValueError(f"more than {MAX_OBJECTS} objects")
+
+    def charge(self, arguments: Iterable[Any]) -> None:
+        """Count what may be copied: items as objects, and bytes."""
+        for value in arguments:
+            if isinstance(value, (list, tuple, set, dict)):
+                self.count(len(value))
+            elif isinstance(value, (str, bytes, _Stored)):
+                self.copied += len(value)
+        if self.copied > MAX_COPIES * self.size:
+            raise ValueError(f"it copies more than {MAX_COPIES} times the {self.size} bytes of the file")
 
     def pop(self) -> Any:
         value = self.stack.pop()
@@ -435,12 +461,14 @@ class _Machine:
         if not isinstance(name, _Name) or not isinstance(arguments, tuple):
             raise ValueError(f"it calls {_short(name)}, which is not data; refused, nothing was run")
         assert name.build is not None
+        self.charge(arguments)
         return name.build(*arguments)
 
     def build(self) -> Any:
         state = self.pop()
         target = self.stack[-1]
         if isinstance(target, PickledArray) and isinstance(state, tuple) and len(state) in (4, 5):
+            self.charge(state[-1:])
             target.fill(*state[-4:])
         elif isinstance(target, _DType):
             target.set_state(state)

@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 
 from modafill.data.readers.keyed import number_repeats, whole_groups
-from modafill.data.readers.pickles import PickledArray, PickleFile, as_text
+from modafill.data.readers.pickles import LONGEST_KEY, PickledArray, PickleFile, as_text
 from modafill.data.source import BLOCK_ROWS, Block, Source, check_lengths, common_dtype, naming
+from modafill.data.texts import check_texts, text_column
 
 MODALITIES = ("text", "audio", "vision")
 SPLITS = ("train", "valid", "test")
 EMOTIONS = ("neutral", "happy", "sad", "angry")
+MAX_LABEL_BYTES = 1 << 30
 # What the authors of MMSA published: samples of the three parts, whether aligned, and the SHA-256 of the file.
 PUBLISHED = {
     "MOSI aligned_50": ((1284, 229, 686), True, "d3994fd25681f9c7ad6e9c6596a6fe9b4beb85ff7d478ba978b124139002e5f9"),
@@ -135,14 +137,13 @@ class SplitPickle(Source):
             return [f"{split}_{i}" for i in range(self._sizes[split])]
         rows = ids.load().tolist() if isinstance(ids, PickledArray) else ids
         with naming(f"{self.path}: {split}/id"):
-            # MulT keeps (video, start, end) for each sample.
-            return ["_".join(map(as_text, row)) if _is_row(row) else as_text(row) for row in rows]
+            return text_column(map(_id, rows))
 
     def _choose_group(self) -> None:
         """The video, where ids name it and the file's own parts keep videos together."""
         self._groups: dict[str, np.ndarray] = {}
         marker = "$_$" if self.layout == "mmsa" else None
-        ids = [i for part in self._ids.values() for i in part]
+        ids = text_column(i for part in self._ids.values() for i in part)
         if marker is None or not all(marker in i for i in ids):
             return
         groups = {name: np.array([i.split(marker)[0] for i in part]) for name, part in self._ids.items()}
@@ -160,6 +161,7 @@ class SplitPickle(Source):
         if self.layout == "mult":
             return self._read_mult_labels()
         out: dict[str, dict[str, np.ndarray]] = {}
+        held = 0
         names = dict.fromkeys(name for part in self.parts.values() for name in part)
         for name in names:
             if isinstance(name, str) and "_labels" in name and "/" not in name:
@@ -167,6 +169,9 @@ class SplitPickle(Source):
                 if absent:
                     raise ValueError(f"{self.path}: {', '.join(absent)} has no {name}, which other parts have")
                 out[name] = self._column(name)
+                held += sum(x.nbytes for x in out[name].values())
+                if held > MAX_LABEL_BYTES:
+                    raise ValueError(f"{self.path}: its labels come to more than {MAX_LABEL_BYTES} bytes")
         further: dict[str, dict[str, Any]] = {}
         if "classification_labels" in out:
             further["class"] = {"name": "classification_labels", "kind": "class"}
@@ -188,7 +193,7 @@ class SplitPickle(Source):
         for split, x in found.items():
             if x.size != len(x):
                 raise ValueError(f"{self.path}: {split}/{name} has the shape {x.shape}, expected one value per sample")
-        dtype = common_dtype(name, [x.dtype for x in found.values()])
+        dtype = common_dtype(name, [x.dtype for x in found.values()], sum(map(len, found.values())))
         return {split: x.reshape(-1).astype(dtype) for split, x in found.items()}
 
     def _read_mult_labels(self) -> dict[str, dict[str, np.ndarray]]:
@@ -354,8 +359,13 @@ class SplitPickle(Source):
             lengths[name] = np.where(seen[name], length, 0) if self.aligned else length
 
 
-def _is_row(value: Any) -> bool:
-    return isinstance(value, (list, tuple, np.ndarray))
+def _id(value: Any) -> str:
+    """MulT keeps (video, start, end) for each sample."""
+    if not isinstance(value, (list, tuple, np.ndarray)):
+        return as_text(value)
+    if len(value) > LONGEST_KEY:
+        raise ValueError(f"expected up to {LONGEST_KEY} texts for an id, got {len(value)}")
+    return as_text("_".join(map(as_text, value)))
 
 
 def _array(path: Path, name: str, values: Any) -> np.ndarray:
@@ -365,7 +375,10 @@ def _array(path: Path, name: str, values: Any) -> np.ndarray:
             return array
         values = array.tolist()
     if isinstance(values, (list, tuple)) and all(isinstance(v, (int, float, str, bytes)) for v in values):
-        array = np.array([as_text(v) if isinstance(v, (str, bytes)) else v for v in values])
+        with naming(f"{path}: {name}"):
+            values = [as_text(v) if isinstance(v, (str, bytes)) else v for v in values]
+            check_texts(len(values), max((len(v) for v in values if isinstance(v, str)), default=0))
+        array = np.array(values)
         if array.dtype.kind in "biufU":
             return array
     raise ValueError(f"{path}: {name} is {type(values).__name__}, expected an array or a list of numbers of 64 bits")
