@@ -108,8 +108,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {}).get("about", "{}"))
+            if not isinstance(about, dict):
+                raise ValueError(f"its description is a {type(about).__name__}, expected an object")
             return {name: file.get_tensor(name) for name in file.keys()}, about  # noqa: SIM118 (no iteration protocol)
-    except SafetensorError as error:
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
 
 

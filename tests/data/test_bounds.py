@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import re
 import struct
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 from support import foreign
 from support.limits import error_within
 
-from modafill.data import FeatureStore, convert
+from modafill.data import FeatureStore, StoreWriter, convert
+from modafill.data.labels import check_label_spec
+from modafill.data.mapping import load_mapping
+from modafill.data.npz import NpzFile, load_npy
 from modafill.data.readers import open_source, pickles, split_pickle
 from modafill.data.readers.pickles import PickleFile
 
 ROOM = 1 << 30
 N = 3000
+AB: dict[str, Any] = {
+    "modalities": ["a", "b"],
+    "widths": {"a": 1, "b": 1},
+    "kinds": {"a": "vector", "b": "vector"},
+}
 
 
 def write(path: Path, content: bytes) -> Path:
@@ -184,3 +195,96 @@ def test_what_is_long_but_no_column_is_read(tmp_path: Path) -> None:
         convert(write(tmp_path / "x.pkl", pickle.dumps(value, protocol)), tmp_path / "x.h5")
         with FeatureStore(tmp_path / "x.h5") as store:
             assert store.ids() == ids
+
+
+def test_texts_of_a_store(tmp_path: Path) -> None:
+    """Each of a million ids is the same megabyte, which the file has once."""
+    path = tmp_path / "x.h5"
+    x = np.zeros((N, 1), dtype=np.float32)
+    with StoreWriter(path, **AB) as writer:
+        writer.append({"a": x, "b": x}, ids=[str(i) for i in range(N)])
+    with h5py.File(path, "r+") as file:
+        del file["ids"]
+        ids = file.create_dataset("ids", (N,), h5py.string_dtype(), chunks=(1,))
+        ids[0] = "x" * (1 << 20)
+        first = ids.id.get_chunk_info(0)
+        with open(path, "rb") as raw:
+            raw.seek(first.byte_offset)
+            reference = raw.read(first.size)
+        for i in range(1, N):
+            ids.id.write_direct_chunk((i,), reference)
+    with FeatureStore(path) as store:
+        message = error_within(ROOM, store.ids)
+    assert message.startswith(f"{path}: cannot read ids: it names its texts so often that they come to more than ")
+
+
+@pytest.mark.parametrize("change", ["group", "texts", "intervals"])
+def test_features_of_an_entry(tmp_path: Path, change: str) -> None:
+    """What is no array of numbers is not read."""
+    root = tmp_path / "x"
+    foreign.write_csd(root)
+    path = next(root.glob("*[Ll]abel*.csd"))
+    with h5py.File(path, "r+") as file:
+        data = file[f"{next(iter(file))}/data"]
+        for entry in data.values():
+            if change == "intervals":
+                del entry["intervals"]
+                entry["intervals"] = ["x"] * len(entry["features"])
+                continue
+            rows = len(entry["features"])
+            del entry["features"]
+            if change == "group":
+                entry.create_group("features")
+            else:
+                entry.create_dataset("features", (rows, 4), h5py.string_dtype())[:] = "x"
+    with pytest.raises(ValueError, match=f"{path}: "):
+        convert(root, tmp_path / "x.h5")
+
+
+def test_archive_with_damaged_lzma(tmp_path: Path) -> None:
+    path = tmp_path / "x.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
+        buffer = io.BytesIO()
+        np.save(buffer, np.arange(4000.0))
+        archive.writestr("a.npy", buffer.getvalue())
+    content = bytearray(path.read_bytes())
+    at = content.index(b"a.npy") + len(b"a.npy") + 4
+    content[at : at + 40] = b"\xff" * 40
+    with pytest.raises(ValueError, match=f"{path}: cannot read array 'a'"):
+        NpzFile(write(path, bytes(content)))
+
+
+@pytest.mark.parametrize("header", ["(" * 300, "-" * 60_000 + "1", "[" * 60_000])
+def test_header_that_python_cannot_parse(tmp_path: Path, header: str) -> None:
+    text = header.encode() + b"\n"
+    path = write(tmp_path / "x.npy", b"\x93NUMPY\x02\x00" + struct.pack("<I", len(text)) + text)
+    with pytest.raises(ValueError, match=f"{path}: cannot be read"):
+        load_npy(path)
+
+
+def test_mapping_of_many_levels(tmp_path: Path) -> None:
+    path = tmp_path / "m.json"
+    path.write_text("[" * 200_000)
+    with pytest.raises(ValueError, match=f"{path}: not a JSON file"):
+        load_mapping(path)
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason"),
+    [
+        ({"classes": 10**9}, "expected 2 to 1000 quantiles"),
+        ({"classes": 3, "round": 10**30}, "expected a whole number of decimals"),
+        ({"classes": 3, "round": 0.5}, "expected a whole number of decimals"),
+    ],
+)
+def test_numbers_of_a_label(spec: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        check_label_spec({"name": "y", "kind": "quantiles", **spec})
+
+
+def test_windows_longer_than_memory(tmp_path: Path) -> None:
+    x = np.zeros((N, 1), dtype=np.float32)
+    with StoreWriter(tmp_path / "x.h5", **AB) as writer:
+        writer.append({"a": x, "b": x}, groups={"g": np.zeros(N, np.int64)}, order=np.arange(N))
+    with FeatureStore(tmp_path / "x.h5") as store, pytest.raises(ValueError, match="expected 1 to 16384 turns"):
+        store.windowed(10**9)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import h5py
+import numpy as np
 
 from modafill.data.npz import MAX_RATIO, RATIO_FREE_BYTES
+from modafill.data.texts import MAX_COPIES
 
 HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 
@@ -61,6 +63,25 @@ def get_inside(group: h5py.Group, path: str) -> h5py.Group | h5py.Dataset:
         if here.nbytes > max(RATIO_FREE_BYTES, MAX_RATIO * stored):
             raise ValueError(f"{path!r} declares {here.nbytes} bytes, but {stored} are stored: refused")
     return here
+
+
+def read_texts(data: h5py.Dataset) -> np.ndarray:
+    """All texts of a column.
+
+    Raises:
+        ValueError: they come to far more than the file has, as one that is stored once may be named for each row.
+    """
+    size = data.file.id.get_filesize()
+    most, found = max(RATIO_FREE_BYTES, MAX_COPIES * size), 0
+    # A text may be as long as the file.
+    rows = max(64, RATIO_FREE_BYTES // size)
+    texts = np.empty(data.shape, dtype=object)
+    for start in range(0, len(data), rows):
+        texts[start : start + rows] = block = data.asstr()[start : start + rows]
+        found += sum(map(len, block.reshape(-1)))
+        if found > most:
+            raise ValueError(f"it names its texts so often that they come to more than {most} characters")
+    return texts
 
 
 def find_inside(group: h5py.Group, path: str) -> h5py.Group | h5py.Dataset | None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 KINDS = ("class", "quantiles", "score")
+MAX_QUANTILES = 1000
 
 
 def check_label_spec(spec: Mapping[str, Any]) -> None:
@@ -23,8 +24,11 @@ def check_label_spec(spec: Mapping[str, Any]) -> None:
     if not isinstance(spec.get("sentiment", False), bool):
         raise ValueError(f"label: got sentiment {spec['sentiment']!r}, expected true or false")
     k = spec.get("classes")
-    if kind == "quantiles" and (not isinstance(k, int) or isinstance(k, bool) or k < 2):
-        raise ValueError(f"label: got classes {k!r}, expected at least 2 quantiles")
+    if kind == "quantiles" and (type(k) is not int or not 2 <= k <= MAX_QUANTILES):
+        raise ValueError(f"label: got classes {k!r}, expected 2 to {MAX_QUANTILES} quantiles")
+    decimals = spec.get("round")
+    if decimals is not None and (type(decimals) is not int or not -15 <= decimals <= 15):
+        raise ValueError(f"label: got round {decimals!r}, expected a whole number of decimals from -15 to 15")
 
 
 @dataclass(frozen=True)

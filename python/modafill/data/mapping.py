@@ -205,7 +205,7 @@ def load_mapping(given: MappingLike) -> NpzMapping:
         raise ValueError(f"mapping: got {str(given)!r}, expected a JSON file or one of {list(builtin)}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a JSON file: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected a JSON object")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lzma
 import os
 import tokenize
 import zipfile
@@ -53,7 +54,7 @@ def _parse_header(stream: IO[bytes]) -> ArrayHeader:
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     try:
         shape, fortran, dtype = read(stream)
-    except (SyntaxError, TypeError, RecursionError, tokenize.TokenError) as error:
+    except (SyntaxError, TypeError, MemoryError, RecursionError, tokenize.TokenError) as error:
         raise ValueError(f"a malformed header ({type(error).__name__})") from None
     return ArrayHeader(shape, dtype, fortran and len(shape) > 1)
 
@@ -176,7 +177,7 @@ class NpzFile:
     def _errors(self, name: str) -> Iterator[None]:
         try:
             yield
-        except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, ValueError) as error:
+        except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, EOFError, RuntimeError, ValueError) as error:
             raise ValueError(f"{self.path}: cannot read array {name!r}: {error}") from None
 
     def close(self) -> None:

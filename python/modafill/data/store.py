@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from modafill.data.batch import Batch
-from modafill.data.hdf5 import find_inside, text_attribute
+from modafill.data.hdf5 import find_inside, read_texts, text_attribute
 from modafill.data.patterns import name_rows
 from modafill.data.writer import FORMAT, VERSION, check_task, pack_texts
 
@@ -26,6 +26,8 @@ POOL_BYTES = 1 << 26
 POOL_ROWS = 8192
 # Reading over a gap of this many rows is cheaper than another call into HDF5.
 GAP_ROWS = 32
+# Each window is as long in memory, however short its group.
+MAX_WINDOW = 1 << 14
 
 
 class FeatureStore:
@@ -178,7 +180,7 @@ class FeatureStore:
         if path not in self._cache:
             data = self._dataset(path)
             if h5py.check_string_dtype(data.dtype):
-                values = data.asstr()[()]
+                values = read_texts(data)
                 _check_digest(values.reshape(-1), data)
             else:
                 values = data[()]
@@ -335,18 +337,18 @@ class FeatureStore:
         is left out. Sequence modalities are unchanged. Nothing is copied.
 
         Args:
-            length: turns, at least 1; None for no windows.
+            length: turns, 1 to :data:`MAX_WINDOW`; None for no windows.
             group: the group column (default: the task's, or the only one).
 
         Raises:
-            ValueError: no group or order column, or no vector modality.
+            ValueError: another length, no group or order column, or no vector modality.
         """
         view = FeatureStore.__new__(FeatureStore)
         view.__dict__.update(self.__getstate__(), window=length)
         if length is None:
             return view
-        if length < 1:
-            raise ValueError(f"length: got {length}, expected at least 1")
+        if not 1 <= length <= MAX_WINDOW:
+            raise ValueError(f"length: got {length}, expected 1 to {MAX_WINDOW} turns")
         if not any(self._is_vector(name) for name in self.modalities):
             raise ValueError(f"{self.name}: windows are made of vectors, and every modality here is a sequence")
         order = self.order()

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 LONGEST_TEXT = 1 << 12
 # Numpy keeps each text of a column as long as the longest, in four bytes a character.
 MAX_CHARACTERS = 1 << 27
+# What is stored once may be named often; the copies may take this many times the bytes of the file.
+MAX_COPIES = 4
 
 
 def check_texts(count: int, longest: int) -> None:

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from modafill.data import FeatureStore, Labels, Split, make_splits, open_data
-from modafill.files import read_tensors, write_json
+from modafill.files import read_json, read_tensors, write_json
 from modafill.models.config import ModelConfig
 from modafill.processes import given, holding, join_processes, stop_if_orphaned, worker_pool, world_size
 from modafill.training.admc import ADMCTrainer
@@ -102,11 +102,8 @@ class Run:
         file = folder / RUN_FILE
         if not file.is_file():
             raise ValueError(f"{folder}: no {RUN_FILE} there, expected a folder written by `modafill train`")
-        try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file}: not valid JSON ({error})") from error
-        if not isinstance(values, dict) or "format_version" not in values:
+        values = read_json(file)
+        if "format_version" not in values:
             raise ValueError(f"{file}: not a run, expected an object with a format_version")
         version = values.pop("format_version")
         if version != FORMAT_VERSION:
@@ -116,16 +113,19 @@ class Run:
         expected = {f.name for f in fields(cls)} - {"folder"}
         if set(values) != expected:
             raise ValueError(f"{file}: not a run, expected an object with {', '.join(sorted(expected))}")
-        values["config"] = TRAINERS[values["model"]].CONFIG.from_dict(values["config"])
-        for name in ("variants", "seeds"):
-            values[name] = tuple(values[name])
-        return cls(folder=folder, **values)
+        try:
+            values["config"] = TRAINERS[values["model"]].CONFIG.from_dict(values["config"])
+            for name in ("variants", "seeds"):
+                values[name] = tuple(values[name])
+            return cls(folder=folder, **values)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{file}: {error}") from error
 
     def write(self) -> None:
         """Write ``run.json``, or check that the folder holds this very run, which is then resumed."""
         file = self.folder / RUN_FILE
         if file.is_file():
-            found = json.loads(file.read_text(encoding="utf-8"))
+            found = read_json(file)
             differing = [k for k, v in self.describe().items() if found.get(k) != v]
             if differing:
                 raise ValueError(f"{self.folder}: holds a run with other {', '.join(differing)}; choose another folder")

@@ -190,30 +190,34 @@ class _Sequence:
 
     def is_numbers(self) -> bool:
         first = next(iter(self.keys), None)
-        return first is not None and self._inside(f"{self.root}/data/{first}/features").dtype.kind in "fiu"
+        features = None if first is None else self._inside(f"{self.root}/data/{first}/features")
+        return isinstance(features, h5py.Dataset) and features.dtype.kind in "fiu"
 
     def read(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """(features ``[T, D]``, intervals ``[T, 2]`` in seconds) of an entry."""
         features, seconds = (self._inside(f"{self.root}/data/{key}/{name}") for name in ("features", "intervals"))
         if not isinstance(features, h5py.Dataset) or not isinstance(seconds, h5py.Dataset):
             raise ValueError(f"{self.path}: {key!r} has no features or no intervals")
+        if not features.size:
+            return np.zeros((0, 1), dtype=np.float32), np.zeros((0, 2))
+        # Before it is read: entries of varying length may each be as long as the file.
+        if features.dtype.kind not in "fiu" or features.ndim < 2:
+            raise ValueError(
+                f"{self.path}: {key!r} has features {features.dtype} {features.shape}, expected numbers [T, D]"
+            )
+        if seconds.dtype.kind not in "fiu" or seconds.shape != (len(features), 2):
+            raise ValueError(
+                f"{self.path}: {key!r} has intervals {seconds.dtype} {seconds.shape}, expected seconds "
+                f"({len(features)}, 2)"
+            )
         try:
             values, intervals = features[()], seconds[()]
         except (ValueError, OSError, RuntimeError) as error:
             raise ValueError(f"{self.path}: cannot read {key!r}: {error}") from None
-        if not values.size:
-            return np.zeros((0, 1), dtype=np.float32), np.zeros((0, 2))
-        if values.dtype.kind not in "fiu" or values.ndim < 2:
-            raise ValueError(
-                f"{self.path}: {key!r} has features {values.dtype} {values.shape}, expected numbers [T, D]"
-            )
-        values = values.reshape(len(values), -1)
-        if intervals.dtype.kind not in "fiu" or intervals.shape != (len(values), 2) or np.isnan(intervals).any():
-            raise ValueError(
-                f"{self.path}: {key!r} has intervals {intervals.shape}, expected seconds ({len(values)}, 2)"
-            )
+        if np.isnan(intervals).any():
+            raise ValueError(f"{self.path}: {key!r} has NaN among its intervals, expected seconds")
         # Unsigned seconds would wrap around where a segment ends before it begins.
-        return values, intervals.astype(np.float64)
+        return values.reshape(len(values), -1), intervals.astype(np.float64)
 
     def dimension_names(self, count: int) -> list[str]:
         """Names of the columns: the file's, MOSEI's, or numbers."""

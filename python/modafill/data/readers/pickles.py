@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from modafill.data.npz import RATIO_FREE_BYTES
-from modafill.data.texts import check_texts
+from modafill.data.texts import MAX_COPIES, check_texts
 
 # A payload beyond this stays in the file until it is asked for.
 INLINE_BYTES = 1 << 12
@@ -25,8 +25,6 @@ LONGEST_INTEGER = 64
 LONGEST_KEY = 64
 # Containers, numbers, short texts, places of the memo; each takes some sixty bytes and may take one of the file.
 MAX_OBJECTS = 1 << 24
-# What is stored once may be named often; calls may copy their arguments' bytes this many times the file's.
-MAX_COPIES = 4
 # Rows of an array without values, as many as the objects they may be read as.
 MAX_EMPTY_ROWS = 1 << 20
 
@@ -116,7 +114,8 @@ class PickleFile:
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: not a pickle, truncated, one that refers to code, declared sizes that contradict each other or the
-            file, more than :data:`MAX_OBJECTS` objects, or copies of more than :data:`MAX_COPIES` times the file.
+            file, more than :data:`MAX_OBJECTS` objects, or copies of more than
+            :data:`~modafill.data.texts.MAX_COPIES` times the file.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
