@@ -20,8 +20,8 @@ import pytest
 import torch
 from support.bulk import contents, same, write_store
 
-from modafill import ModalityImputer
-from modafill.bulk import clean_up, impute_store
+from modafill import ModalityImputer, cli
+from modafill.bulk import check_shards, clean_up, impute_store, read_manifest
 from modafill.bulk.plan import Plan, identify
 from modafill.bulk.shards import Job
 from modafill.data import FeatureStore, convert
@@ -231,6 +231,39 @@ def test_a_folder_of_shards_has_a_manifest_that_fits(folder: Path, tmp_path: Pat
     for shard in manifest["shards"]:
         assert digest(tmp_path / "out" / shard["file"]) == shard["sha256"]
         assert (tmp_path / "out" / shard["file"]).stat().st_size == shard["bytes"]
+
+
+def test_a_folder_of_shards_is_inspected(
+    folder: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    run(folder, out, "--shard-rows", "300")
+    monkeypatch.setattr(sys, "argv", ["modafill", "inspect", str(out)])
+    with pytest.raises(SystemExit, match="^0$"):
+        cli.main()
+    said = capsys.readouterr().out
+    assert said == f"{out}: {ROWS:,} completed samples in 6 shards, all as in _manifest.json\n"
+    manifest = json.loads((out / "_manifest.json").read_text())
+    first, second, third = (out / shard["file"] for shard in manifest["shards"][:3])
+    damaged = bytearray(first.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    first.write_bytes(damaged)
+    second.unlink()
+    third.write_bytes(third.read_bytes()[:-1])
+    (out / "other.h5").touch()
+    wrong = f"{first.name} is damaged, {second.name} is absent, {third.name} is damaged"
+    with pytest.raises(ValueError, match=f"^{out}: {wrong}, other.h5 is not in _manifest.json$"):
+        list(check_shards(out, read_manifest(out)))
+    for change, reason in (
+        ({"version": 2}, "version 2, expected 'modafill-shards', version 1"),
+        ({"rows": ROWS + 1}, f"its shards have {ROWS} rows, expected {ROWS + 1}"),
+        ({"shards": manifest["shards"][1:]}, "expected those from 0"),
+        ({"shards": [{"file": "../x", "rows": [0, ROWS]}]}, "expected the name of a file in the folder"),
+        ({"shards": None}, "its shards have 0 rows"),
+    ):
+        (out / "_manifest.json").write_text(json.dumps({**manifest, **change}))
+        with pytest.raises(ValueError, match=reason):
+            read_manifest(out)
 
 
 @pytest.mark.parametrize("shards", [False, True], ids=["one table", "a folder"])

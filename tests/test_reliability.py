@@ -49,7 +49,14 @@ def limit(imputer: ModalityImputer, monkeypatch: pytest.MonkeyPatch, most: int, 
 CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried …")
 
 
-@pytest.mark.parametrize("error", [CPU, MemoryError()], ids=["PyTorch's", "Python's"])
+CUBLAS = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [CPU, MemoryError(), RuntimeError("std::bad_alloc"), RuntimeError("CUDA error: out of memory"), CUBLAS],
+    ids=["PyTorch's", "Python's", "C++'s", "CUDA's", "cuBLAS's"],
+)
 def test_where_memory_runs_out_it_goes_on_with_less(
     imputer: ModalityImputer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any, error: Exception
 ) -> None:

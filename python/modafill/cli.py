@@ -75,9 +75,24 @@ def info(as_json: AsJson = False) -> None:
 
 @app.command()
 def inspect(path: DataPath, mapping: Mapping = None, as_json: AsJson = False) -> None:
-    """Modalities, shapes, missing counts, labels, NaN and constant columns of a file."""
+    """Modalities, shapes, missing counts, labels, NaN and constant columns of a file.
+
+    Of a folder of shards that **modafill impute** wrote: whether each file is as its manifest says.
+    """
+    from modafill.bulk import MANIFEST_FILE, check_shards, read_manifest
     from modafill.data import inspect_path, render_inspection
 
+    if (path / MANIFEST_FILE).is_file():
+        manifest = read_manifest(path)
+        with progress_bar("comparing", manifest["rows"]) as advance:
+            for done in check_shards(path, manifest):
+                advance(done)
+        if as_json:
+            print(json.dumps(manifest, indent=2, ensure_ascii=False))
+        else:
+            count, rows = len(manifest["shards"]), manifest["rows"]
+            say(f"{path}: {rows:,} completed samples in {count:,} shards, all as in {MANIFEST_FILE}")
+        return
     report = inspect_path(path, mapping)
     if as_json:
         print(json.dumps(report, indent=2, ensure_ascii=False))
@@ -435,8 +450,8 @@ def impute(
     shard_rows: Annotated[
         int | None,
         typer.Option(
-            help="Rows of a shard; finished ones outlive a process that dies. Default: 65,536, or for several workers "
-            "a sixteenth of a smaller store."
+            help="Rows of a shard; finished ones outlive a process that dies. Default: 65,536, and where several work "
+            "no more than a 256th of all."
         ),
     ] = None,
     shard_format: Annotated[

@@ -24,6 +24,7 @@ from modafill.processes import holding
 
 # No reader of a folder of Parquet files takes a name with _ for one.
 MANIFEST_FILE = "_manifest.json"
+MANIFEST_VERSION = 1
 _CALL_FILE, _SHARDS = "call.json", "shards"
 
 
@@ -153,9 +154,52 @@ class Plan:
         folder = self.folder / _SHARDS
         for left in folder.glob(".*.tmp"):
             left.unlink(missing_ok=True)
-        manifest = {"format": "modafill-shards", "version": 1, **self.call, "shards": shards}
+        manifest = {"format": "modafill-shards", "version": MANIFEST_VERSION, **self.call, "shards": shards}
         write_json(folder / MANIFEST_FILE, manifest)
         os.replace(folder, out)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What :meth:`Plan.publish` wrote; ValueError names what is wrong with it."""
+    file = folder / MANIFEST_FILE
+    manifest = read_json(file)
+    if manifest.get("format") != "modafill-shards" or manifest.get("version") != MANIFEST_VERSION:
+        found = f"{manifest.get('format')!r}, version {manifest.get('version')!r}"
+        raise ValueError(f"{file}: got {found}, expected 'modafill-shards', version {MANIFEST_VERSION}")
+    shards = manifest.get("shards")
+    row = 0
+    for shard in shards if isinstance(shards, list) else ():
+        rows = shard.get("rows") if isinstance(shard, dict) else None
+        name = shard.get("file") if isinstance(shard, dict) else None
+        if not isinstance(name, str) or name != Path(name).name:
+            raise ValueError(f"{file}: got the shard {shard!r}, expected the name of a file in the folder")
+        if not isinstance(rows, list) or rows[:1] != [row] or len(rows) != 2 or not isinstance(rows[1], int):
+            raise ValueError(f"{file}: {name} has the rows {rows!r}, expected those from {row}")
+        row = rows[1]
+    if not isinstance(shards, list) or row != manifest.get("rows"):
+        raise ValueError(f"{file}: its shards have {row} rows, expected {manifest.get('rows')}")
+    return manifest
+
+
+def check_shards(folder: Path, manifest: dict[str, Any]) -> Iterator[int]:
+    """Compare every file with the manifest; yields the rows done so far.
+
+    Raises:
+        ValueError: at the end, the files that are absent, damaged, or not in the manifest.
+    """
+    wrong: list[str] = []
+    for shard in manifest["shards"]:
+        path = folder / shard["file"]
+        if not path.is_file():
+            wrong.append(f"{shard['file']} is absent")
+        elif path.stat().st_size != shard.get("bytes") or _sha256(path) != shard.get("sha256"):
+            wrong.append(f"{shard['file']} is damaged")
+        yield shard["rows"][1]
+    known = {MANIFEST_FILE, *(shard["file"] for shard in manifest["shards"])}
+    wrong += [f"{path.name} is not in {MANIFEST_FILE}" for path in sorted(folder.iterdir()) if path.name not in known]
+    if wrong:
+        more = f", and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise ValueError(f"{folder}: {', '.join(wrong[:5])}{more}")
 
 
 def folder_beside(out: Path) -> Path:

@@ -70,16 +70,19 @@ def through(
                 raise OutOfMemory(f"{store.name}: out of memory with row {start} alone ({error})") from error
             batch_size = len(part) // 2
             _log.warning("out of memory with %d rows at a time; going on with %d", len(part), batch_size)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+        else:
+            yield part, done
+            start += len(part)
             continue
-        yield part, done
-        start += len(part)
+        # Only now is the error gone, and what its frames held with it.
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def _out_of_memory(error: Exception) -> bool:
-    # PyTorch has no type of its own for the CPU's memory.
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
+    # PyTorch has no type of its own for the CPU's memory, nor for that of CUDA's libraries.
+    said = ("can't allocate memory", "bad_alloc", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in str(error) for words in said)
 
 
 def _read(imputer: ModalityImputer, store: FeatureStore, rows: np.ndarray) -> Batch:

@@ -50,6 +50,10 @@ def impute_store(
     died begins behind those that were finished, and ends with the same bytes. Where memory runs out, a worker goes on
     with half as many rows at a time, which is logged; the last digits may then differ.
 
+    Several ``workers`` of ``"local"`` are fresh processes, which import the main module: in a script the call belongs
+    under ``if __name__ == "__main__":``. On Linux they end with the thread that began them, so read this in one that
+    lives until the last row.
+
     Args:
         imputer: whose device does the work.
         store: what to complete, as the model reads it (:meth:`FeatureStore.windowed`).
