@@ -239,7 +239,7 @@ def test_a_folder_of_shards_is_inspected(
     out = tmp_path / "out"
     run(folder, out, "--shard-rows", "300")
     monkeypatch.setattr(sys, "argv", ["modafill", "inspect", str(out)])
-    with pytest.raises(SystemExit, match="^0$"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         cli.main()
     said = capsys.readouterr().out
     assert said == f"{out}: {ROWS:,} completed samples in 6 shards, all as in _manifest.json\n"
