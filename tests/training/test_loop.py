@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from modafill.files import read_tensors
+from modafill.files import read_tensors, write_tensors
 from modafill.training import Stage, TrainingError, loop, train_stage
 
 
@@ -268,6 +268,39 @@ def test_finished_stage_is_loaded_and_not_trained(tmp_path, accelerator):
 def test_damaged_result_is_named(tmp_path, accelerator):
     (tmp_path / "s.safetensors").write_bytes(b"\0" * 20)
     with pytest.raises(ValueError, match=r"s\.safetensors: not a readable safetensors file"):
+        train_stage(make_stage(), tmp_path, accelerator, seed=0, report=ignore)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors, about: tensors.pop("model.1.weight"),
+        lambda tensors, about: tensors.update({"model.1.weight": torch.zeros(7)}),
+        lambda tensors, about: tensors.update({"adam.x.step": torch.zeros(1)}),
+        lambda tensors, about: about.pop("state"),
+        lambda tensors, about: about.update(state=[1]),
+        lambda tensors, about: about["state"].pop("stale"),
+        lambda tensors, about: about.update(param_groups=[]),
+    ],
+)
+def test_damaged_checkpoint_is_named(tmp_path, accelerator, change):
+    train = partial(train_stage, folder=tmp_path, accelerator=accelerator, seed=0, checkpoint_seconds=0)
+    with pytest.raises(KeyboardInterrupt):
+        train(make_stage(), report=stop_at(3))
+    checkpoint = tmp_path / "s.resume.safetensors"
+    tensors, about = read_tensors(checkpoint)
+    change(tensors, about)
+    write_tensors(checkpoint, tensors, about)
+    with pytest.raises(ValueError, match=rf"{checkpoint}: damaged \(.*\); remove it, and its stage begins anew"):
+        train(make_stage(), report=ignore)
+
+
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize("about", [{}, {"key": 3}])
+def test_foreign_checkpoint_is_named(tmp_path, accelerator, finished, about):
+    file = tmp_path / ("s.safetensors" if finished else "s.resume.safetensors")
+    write_tensors(file, {"1.weight": torch.zeros(1, 3)}, about)
+    with pytest.raises(ValueError, match=f"{file}: format None, expected {loop.FORMAT}"):
         train_stage(make_stage(), tmp_path, accelerator, seed=0, report=ignore)
 
 

@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator
 
 from modafill.data import convert
+from modafill.errors import OutOfMemory
 from modafill.files import read_tensors
 from modafill.models.admc import ADMC, ADMCConfig
 from modafill.training import EpochDone, Run, train
@@ -95,6 +96,28 @@ def test_other_version_is_refused(run, change, named):
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(ValueError, match=rf"run\.json: {named}"):
         Run.load(run.folder)
+
+
+@pytest.mark.parametrize("change", [{"config": 3}, {"seeds": 3}, {"config": {"width": "8"}}, {"window": "x"}])
+def test_damaged_run_is_named(run, change):
+    run.write()
+    file = run.folder / "run.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(ValueError, match=f"^{file}: "):
+        Run.load(run.folder)
+    for text in ("{", "[" * 100_000, "3"):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=f"^{file}: "):
+            Run.load(run.folder)
+        with pytest.raises(ValueError, match=f"^{file}: "):
+            run.write()
+
+
+def test_a_model_that_does_not_fit_the_memory_is_named(run):
+    """Its first layer alone is larger than what a process can address."""
+    run = replace(run, config=replace(run.config, mlp_hidden=1 << 42))
+    with pytest.raises(OutOfMemory, match=r"fold0-seed4: out of memory \(.*\); the last checkpoint is kept"):
+        train(run, ignore)
 
 
 def test_one_at_a_time(run, monkeypatch):

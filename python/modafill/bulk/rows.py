@@ -11,7 +11,7 @@ import torch
 
 from modafill.data import Batch, FeatureStore
 from modafill.data.patterns import name_rows
-from modafill.errors import OutOfMemory
+from modafill.errors import OutOfMemory, is_out_of_memory
 from modafill.imputer import ModalityImputer
 from modafill.models.cdtp import CDTP
 
@@ -64,7 +64,7 @@ def through(
         try:
             done = work(_read(imputer, store, part))
         except (MemoryError, RuntimeError) as error:
-            if not _out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             if len(part) == 1:
                 raise OutOfMemory(f"{store.name}: out of memory with row {start} alone ({error})") from error
@@ -77,12 +77,6 @@ def through(
         # Only now is the error gone, and what its frames held with it.
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-
-def _out_of_memory(error: Exception) -> bool:
-    # PyTorch has no type of its own for the CPU's memory, nor for that of CUDA's libraries.
-    said = ("can't allocate memory", "bad_alloc", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in str(error) for words in said)
 
 
 def _read(imputer: ModalityImputer, store: FeatureStore, rows: np.ndarray) -> Batch:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,8 +133,9 @@ def train_stage(
     finished, begun = broadcast_object_list([result.is_file(), resume.is_file()])
     if finished:
         tensors, about = read_tensors(result)
-        check_key(result, about["key"], key)
-        stage.model.load_state_dict(tensors)
+        check_key(result, about.get("key"), key)
+        with _reading(result):
+            stage.model.load_state_dict(tensors)
         stage.model.eval()
         if accelerator.is_main_process:
             resume.unlink(missing_ok=True)  # still there if the process died between the two
@@ -146,19 +147,20 @@ def train_stage(
     state: dict[str, Any] = {"epoch": 0, "lowest": math.inf, "stale": 0}
     if begun:
         tensors, about = read_tensors(resume)
-        check_key(resume, about["key"], key)
-        state = about["state"]
-        schedule.load_state_dict(about["schedule"])
-        best = _take(tensors, "best.")
-        stage.model.load_state_dict(_take(tensors, "model."))
-        if ema is not None:
-            ema.load(_take(tensors, "ema."))
-        moments = _take(tensors, "adam.")
-        parameters: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in moments.items():
-            index, moment = name.split(".", 1)
-            parameters.setdefault(int(index), {})[moment] = tensor
-        optimizer.load_state_dict({"state": parameters, "param_groups": about["param_groups"]})
+        check_key(resume, about.get("key"), key)
+        with _reading(resume):
+            state = {name: about["state"][name] for name in state}
+            schedule.load_state_dict(about["schedule"])
+            best = _take(tensors, "best.")
+            stage.model.load_state_dict(_take(tensors, "model."))
+            if ema is not None:
+                ema.load(_take(tensors, "ema."))
+            moments = _take(tensors, "adam.")
+            parameters: dict[int, dict[str, Tensor]] = {}
+            for name, tensor in moments.items():
+                index, moment = name.split(".", 1)
+                parameters.setdefault(int(index), {})[moment] = tensor
+            optimizer.load_state_dict({"state": parameters, "param_groups": about["param_groups"]})
     model, weights = stage.model, list(stage.model.parameters())
     saved, warm = time.monotonic(), False
     while state["epoch"] < stage.epochs and (stage.patience is None or state["stale"] < stage.patience):
@@ -290,12 +292,23 @@ class _Average:
             tensor.copy_(state[f"module.{name}"])
 
 
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """What PyTorch says of a checkpoint that lacks something, or has another shape, as an error that names it."""
+    try:
+        yield
+    except (KeyError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: damaged ({reason}); remove it, and its stage begins anew") from error
+
+
 def _take(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def check_key(path: Path, found: dict[str, Any], expected: dict[str, Any]) -> None:
+def check_key(path: Path, found: Any, expected: dict[str, Any]) -> None:
     """Raise ValueError, naming what differs, if ``path`` was made from something else."""
+    found = found if isinstance(found, dict) else {}
     differing = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
     if differing:
         if "format" in differing:

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from modafill.data import FeatureStore, Labels, Split, make_splits, open_data
+from modafill.errors import OutOfMemory, is_out_of_memory
 from modafill.files import read_json, read_tensors, write_json
 from modafill.models.config import ModelConfig
 from modafill.processes import given, holding, join_processes, stop_if_orphaned, worker_pool, world_size
@@ -220,7 +221,8 @@ class Run:
             digests = digest_data(store, [(splits[fold], self.fit_labels(store, splits[fold])) for fold in folds])
         for part, files in stages.items():
             if files:
-                found = read_tensors(files[0])[1].get("key", {})
+                found = read_tensors(files[0])[1].get("key")
+                found = found if isinstance(found, dict) else {}
                 digest = digests[folds.index(part[0])]
                 check_key(self.part_folder(*part), found, {**found, "format": FORMAT, "data": digest})
 
@@ -262,12 +264,24 @@ def _begin(run: Run, announce: Callable[[str], None]) -> None:
 
 
 def train_part(run: Run, fold: int, seed: int, report: Report) -> None:
-    """Train one fold and seed, going on where an earlier process stopped."""
+    """Train one fold and seed, going on where an earlier process stopped.
+
+    Raises:
+        OutOfMemory: the model, or a batch of it, does not fit.
+    """
     folder = run.part_folder(fold, seed)
     accelerator = Accelerator(log_with="tensorboard", project_dir=str(folder))
     accelerator.init_trackers("tensorboard")
     try:
         run.trainer(fold, seed, accelerator, lambda done: report(replace(done, part=folder.name))).run()
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise OutOfMemory(
+            f"{folder}: out of memory ({reason}); the last checkpoint is kept, and a smaller model or a smaller "
+            "--set batch_size=... needs less"
+        ) from error
     finally:
         # Not end_training, after which processes that train together no longer know each other.
         for tracker in accelerator.trackers:
