@@ -268,9 +268,11 @@ def _train(
         label=label,
         own_split=not ignore_split,
     )
+    whole = len(run.finished) == len(run.parts)
     with training_progress() as report:
         train(run, report, jobs, announcing(run))
-    say_once(f"trained into {out}; next: modafill evaluate {out}")
+    said = f"{out} holds this run, trained before" if whole else f"trained into {out}"
+    say_once(f"{said}; next: modafill evaluate {out}")
 
 
 @app.command()
