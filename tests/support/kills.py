@@ -21,10 +21,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import h5py
+import numpy as np
 from support.smallest import SMALLEST, settings
 
-from modafill.data import convert, demo_path
+from modafill.data import FeatureStore, convert, demo_path
 from modafill.files import read_tensors
 
 
@@ -49,8 +49,13 @@ def begin(*arguments: object) -> subprocess.Popen[bytes]:
 
 
 def corrupt(folder: Path) -> list[Path]:
-    """Files under their final names that cannot be read."""
+    """Files under their final names that cannot be read, and shards that do not fit their checksum."""
     found = []
+    for checksum in folder.glob(".*.shards/*.sha256"):
+        expected, name = checksum.read_text(encoding="utf-8").split()
+        shard = checksum.parent / name
+        if not shard.is_file() or hashlib.sha256(shard.read_bytes()).hexdigest() != expected:
+            found.append(shard)
     for path in folder.rglob("*"):
         if path.name.endswith(".tmp") or any(part.endswith(".tmp") for part in path.parts):
             continue
@@ -60,8 +65,8 @@ def corrupt(folder: Path) -> list[Path]:
             elif path.suffix == ".safetensors":
                 read_tensors(path)
             elif path.suffix == ".h5":
-                with h5py.File(path) as file:
-                    file["available"][()]
+                with FeatureStore(path) as store:
+                    store.read(np.arange(len(store)), generated=True)
         except (OSError, ValueError):
             found.append(path)
     return found

@@ -72,8 +72,7 @@ def _split_pickle(at: Path) -> Iterator[Sample]:
             for modality in MODALITIES:
                 x = part[modality][row]
                 if part.get(f"{modality}_lengths") is not None:
-                    length = int(np.clip(part[f"{modality}_lengths"][row], 0, len(x)))
-                    frames[modality] = x[:length]
+                    frames[modality] = _declared(x, int(np.clip(part[f"{modality}_lengths"][row], 0, len(x))))
                 elif modality == "text" and "text_bert" in part:
                     frames[modality] = x[: int(part["text_bert"][row, 1].astype(bool).sum())]
                 else:
@@ -88,6 +87,18 @@ def _split_pickle(at: Path) -> Iterator[Sample]:
             given = part["id"][row] if "id" in part else f"{split}_{row}"
             several = isinstance(given, (list, tuple, np.ndarray))
             yield Sample("_".join(map(as_text, given)) if several else as_text(given), frames, columns)
+
+
+def _declared(x: np.ndarray, length: int) -> np.ndarray:
+    """A padded sequence, where a length may be where MMSA's own code takes it to end: at the first frame of sum 0."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        filled, sums = np.flatnonzero(np.any(x.astype(np.float32), axis=1)), x.astype(np.float32).sum(1)
+    if 0 < length < len(x) and len(filled) and filled[-1] >= length:
+        if filled[0] > 0 and len(range(filled[0], filled[-1] + 1)) <= length:
+            return x[filled[0] :]
+        if sums[length] == 0 or (length == 1 and sums[0] == 0):
+            return x[: filled[-1] + 1]
+    return x[:length]
 
 
 def _mmin(at: Path) -> Iterator[Sample]:
