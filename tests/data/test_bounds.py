@@ -241,16 +241,25 @@ def test_features_of_an_entry(tmp_path: Path, change: str) -> None:
         convert(root, tmp_path / "x.h5")
 
 
-def test_archive_with_damaged_lzma(tmp_path: Path) -> None:
+@pytest.mark.parametrize("compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_archive_with_a_compression_that_is_unpacked_without_bounds(tmp_path: Path, compression: int) -> None:
     path = tmp_path / "x.npz"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
+    with zipfile.ZipFile(path, "w", compression) as archive:
         buffer = io.BytesIO()
         np.save(buffer, np.arange(4000.0))
         archive.writestr("a.npy", buffer.getvalue())
+    with pytest.raises(ValueError, match=f"{path}: array 'a.npy' has compression {compression}, expected none or"):
+        NpzFile(path)
+
+
+def test_archive_whose_directory_lies_about_what_is_stored(tmp_path: Path) -> None:
+    path = tmp_path / "x.npz"
+    np.savez_compressed(path, a=np.zeros(20 << 20))
     content = bytearray(path.read_bytes())
-    at = content.index(b"a.npy") + len(b"a.npy") + 4
-    content[at : at + 40] = b"\xff" * 40
-    with pytest.raises(ValueError, match=f"{path}: cannot read array 'a'"):
+    size = zipfile.ZipFile(path).infolist()[0].compress_size
+    at = content.rindex(struct.pack("<I", size))
+    content[at : at + 4] = struct.pack("<I", 20 << 20)
+    with pytest.raises(ValueError, match=f"{path}: declares {20 << 20} compressed bytes, but has {len(content)}"):
         NpzFile(write(path, bytes(content)))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import lzma
 import os
 import tokenize
 import zipfile
@@ -111,7 +110,16 @@ class NpzFile:
         total = sum(info.file_size for info in infos)
         if total > max_bytes:
             raise ValueError(f"{self.path}: {total} bytes uncompressed, more than the limit of {max_bytes}")
+        packed, size = sum(info.compress_size for info in infos), self.path.stat().st_size
+        if packed > size:
+            raise ValueError(f"{self.path}: declares {packed} compressed bytes, but has {size}")
         for info in infos:
+            # Of the others, Python unpacks a whole chunk at a time, however large it becomes.
+            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                raise ValueError(
+                    f"{self.path}: array {info.filename!r} has compression {info.compress_type}, expected none or "
+                    "deflate, as numpy writes"
+                )
             if info.file_size > max(RATIO_FREE_BYTES, MAX_RATIO * info.compress_size):
                 raise ValueError(
                     f"{self.path}: array {info.filename!r} grows from {info.compress_size} to {info.file_size} bytes, "
@@ -177,7 +185,7 @@ class NpzFile:
     def _errors(self, name: str) -> Iterator[None]:
         try:
             yield
-        except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, EOFError, RuntimeError, ValueError) as error:
+        except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, ValueError) as error:
             raise ValueError(f"{self.path}: cannot read array {name!r}: {error}") from None
 
     def close(self) -> None:
