@@ -497,6 +497,16 @@ def test_an_archive_is_converted_once(tmp_path: Path) -> None:
         open_data(source, cache, MAPPING).read(np.array([3]))
 
 
+def test_integers_of_parts_that_only_a_float_would_hold(tmp_path: Path) -> None:
+    n = 2
+    signed, unsigned = np.array([2**53, 2**53 + 1]), np.array([0, 2**63], dtype=np.uint64)
+    values = {f"{name}_{part}": np.ones((n, 2)) for name in ("a", "b") for part in ("train", "test")}
+    np.savez(tmp_path / "x.npz", **values, who_train=signed, who_test=unsigned)
+    mapping = {"modalities": {"a": "a_{split}", "b": "b_{split}"}, "splits": ["train", "test"], "group": "who_{split}"}
+    with pytest.raises(ValueError, match="are int64, uint64 in the parts, expected integers that fit into 64 bits"):
+        convert(tmp_path / "x.npz", tmp_path / "x.h5", mapping)
+
+
 def test_a_store_is_opened_in_place(tmp_path: Path) -> None:
     convert(simple(tmp_path / "x.npz"), tmp_path / "x.h5", MAPPING)
     assert open_data(tmp_path / "x.h5", tmp_path / "cache").path == tmp_path / "x.h5"

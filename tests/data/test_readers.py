@@ -517,6 +517,7 @@ def test_mintrec(tmp_path: Path, text: bool) -> None:
         ('S04\tE9\t1\topen\t"Greet', "line 14 has quotes that do not end with a column"),
         ("S04\tE9\t1\tGreet", "line 14 has 4 columns, expected 5"),
         ("S04\tE9\t1\topen\tGreet\0", "line 14 has zero bytes, expected 5 columns of text"),
+        ("S04\tE9\t1\topen\tok\tGreet", "line 14 has 6 columns, expected 5 columns of text"),
     ):
         (source / "test.tsv").write_text(table + wrong)
         with pytest.raises(ValueError, match=rf"test\.tsv: {message}"):

@@ -6,10 +6,12 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import signal
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 import h5py
@@ -22,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from modafill.data import Batch, FeatureStore, StoreWriter
 from modafill.data import store as store_module
+from modafill.data import writer as writer_module
 
 MakeStore = Callable[..., FeatureStore]
 NAMES = ("text", "audio", "vision")
@@ -592,3 +595,63 @@ def test_half_precision_and_column_names(tmp_path: Path) -> None:
         writer_at(tmp_path / "b.h5", dtype="float16") as writer,
     ):
         writer.append({"a": A * 7e4, "b": B})
+
+
+def read_all(path: Path) -> None:
+    with FeatureStore(path) as store:
+        store.read(np.arange(len(store)), generated=True)
+        store.order()
+        for read, columns in ((store.labels, store.label_names), (store.groups, store.group_names)):
+            for column in columns:
+                read(column)
+
+
+def test_chunks_of_zeros_are_damage(make_store: MakeStore) -> None:
+    """What a lost block of a disk looks like: neither values nor checksum."""
+    path = with_texts(make_store).path
+    content, places = path.read_bytes(), {}
+
+    def find(name: str, data: h5py.Dataset | h5py.Group) -> None:
+        if isinstance(data, h5py.Dataset) and not h5py.check_string_dtype(data.dtype):
+            places[name] = [data.id.get_chunk_info(i) for i in range(data.id.get_num_chunks())]
+
+    with h5py.File(path) as file:
+        file.visititems(find)
+    assert {"available", "modalities/a/values", "modalities/b/values"} <= places.keys()
+    for chunks in places.values():
+        for chunk in chunks:
+            spoilt = bytearray(content)
+            spoilt[chunk.byte_offset : chunk.byte_offset + chunk.size] = bytes(chunk.size)
+            path.write_bytes(spoilt)
+            with pytest.raises(ValueError, match=path.name):
+                read_all(path)
+
+
+def test_ctrl_c_within_a_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """h5py drops what is raised while it writes: the interrupt comes behind it, and no file does."""
+    write, path = writer_module._Sink.write, tmp_path / "a.h5"
+    count = SimpleNamespace(calls=0, last=0)
+
+    def interrupted(sink: Any, data: Any) -> int:
+        count.calls += 1
+        if count.calls == count.last:
+            os.kill(os.getpid(), signal.SIGINT)
+        return write(sink, data)
+
+    monkeypatch.setattr(writer_module._Sink, "write", interrupted)
+
+    def append() -> None:
+        with writer_at(path) as writer:
+            for _ in range(3):
+                writer.append({"a": np.ones((2, 2)), "b": np.ones((2, 1, 3))}, labels={"y": np.arange(2)})
+
+    append()
+    needed = count.calls
+    assert needed > 10
+    path.unlink()
+    for count.last in range(1, needed + 1):
+        count.calls = 0
+        with pytest.raises(KeyboardInterrupt):
+            append()
+        assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

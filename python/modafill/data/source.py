@@ -180,6 +180,10 @@ def common_dtype(name: str, dtypes: Sequence[np.dtype], count: int) -> np.dtype:
             f"{name} are {', '.join(map(str, dtypes))} in the parts, expected texts or numbers in all of them"
         )
     found = np.result_type(*dtypes)
+    if found.kind == "f" and all(dtype.kind in "iu" for dtype in dtypes):
+        raise ValueError(
+            f"{name} are {', '.join(map(str, dtypes))} in the parts, expected integers that fit into 64 bits together"
+        )
     if found.kind in "SU":
         with naming(name):
             check_texts(count, found.itemsize // np.dtype(f"{found.kind}1").itemsize)

@@ -40,7 +40,7 @@ class FeatureStore:
     ``/modalities/<name>/values`` float ``[N, D]`` (vectors), ``[N, T, D]`` (sequences of T steps) or, with ``offsets``
     int64 ``[N + 1]`` beside it, ``[ΣT, D]`` (ragged sequences), and its ``columns`` if they have names; ``/available``
     bool ``[N, M]``; optionally ``/generated`` bool ``[N, M]``, ``/ids``, ``/order``, ``/labels/<name>``,
-    ``/groups/<name>``, ``/splits/<name>``, all of N rows. Numbers have HDF5's checksums; a column of texts has the
+    ``/groups/<name>``, ``/splits/<name>``, all of N rows. Numbers have zlib's checksums; a column of texts has the
     attribute ``sha256``, of its texts in UTF-8 with a zero byte behind each.
 
     Attributes:

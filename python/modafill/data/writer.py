@@ -17,7 +17,7 @@ import h5py
 import numpy as np
 
 from modafill.data.labels import check_label_spec
-from modafill.files import replacing
+from modafill.files import replacing, uninterrupted
 
 FORMAT = "modafill-store"
 VERSION = 1
@@ -58,7 +58,10 @@ def pack_texts(texts: Iterable[bytes]) -> bytes:
 
 
 class _Sink(io.RawIOBase):
-    """Where HDF5 writes to. It crashes where a disk is full, so what fails is kept for :meth:`check` and forgotten."""
+    """Where HDF5 writes to. It crashes where a disk is full, so what fails is kept for :meth:`check` and forgotten.
+
+    h5py drops some of what is raised in here, so whoever calls HDF5 does it :func:`~modafill.files.uninterrupted`.
+    """
 
     def __init__(self, path: Path) -> None:
         self.file = open(path, "w+b", buffering=0)  # noqa: SIM115 (closed with the store)
@@ -156,15 +159,16 @@ class StoreWriter:
         self._replacing = ExitStack()
         temporary = self._replacing.enter_context(replacing(self.path))
         try:
-            # The newer format has checksums for its own structures.
-            self._sink = _Sink(temporary)
-            self._file = h5py.File(self._sink, "w", libver=("v110", "v110"))
-            self._file.attrs.update(format=np.bytes_(FORMAT), version=VERSION)
-            self._describe("modalities", self.modalities)
-            self._describe("task", task)
-            for name in self.modalities:
-                self._create_modality(name, dtype, (columns or {}).get(name))
-            self._grow("available", np.zeros((0, len(self.modalities)), dtype=bool))
+            with uninterrupted():
+                # The newer format has checksums for its own structures.
+                self._sink = _Sink(temporary)
+                self._file = h5py.File(self._sink, "w", libver=("v110", "v110"))
+                self._file.attrs.update(format=np.bytes_(FORMAT), version=VERSION)
+                self._describe("modalities", self.modalities)
+                self._describe("task", task)
+                for name in self.modalities:
+                    self._create_modality(name, dtype, (columns or {}).get(name))
+                self._grow("available", np.zeros((0, len(self.modalities)), dtype=bool))
         except BaseException:
             self.abort()
             raise
@@ -249,13 +253,14 @@ class StoreWriter:
                 raise ValueError(f"{column}: got {len(values)} entries, expected {n}")
 
         kept = available if generated is None else available | generated
-        for m, name in enumerate(self.modalities):
-            self._append_values(name, features[name], kept[:, m], (lengths or {}).get(name), n)
-        self._grow("available", available)
-        for column, values in extra.items():
-            self._grow(column, values)
-        self._rows += n
-        self._sink.check(self.path)
+        with uninterrupted():
+            for m, name in enumerate(self.modalities):
+                self._append_values(name, features[name], kept[:, m], (lengths or {}).get(name), n)
+            self._grow("available", available)
+            for column, values in extra.items():
+                self._grow(column, values)
+            self._rows += n
+            self._sink.check(self.path)
 
     def _append_values(
         self, name: str, values: np.ndarray | Sequence[np.ndarray], kept: np.ndarray, lengths: np.ndarray | None, n: int
@@ -318,8 +323,9 @@ class StoreWriter:
             dtype=h5py.string_dtype() if text else values.dtype,
             maxshape=(None, *values.shape[1:]),
             chunks=(max(1, min(CHUNK_ROWS, CHUNK_BYTES // row_bytes)), *values.shape[1:]),
-            # A damaged chunk is an error for who reads it, not other values. Texts lie elsewhere, and have a digest.
-            fletcher32=not text,
+            # A damaged chunk is an error for who reads it, not other values; level 0 does not compress, but has zlib's
+            # checksum, which a chunk of zeros does not fit. Texts lie elsewhere, and have a digest.
+            **({} if text else {"compression": "gzip", "compression_opts": 0}),
         )
 
     def close(self) -> None:
@@ -332,12 +338,13 @@ class StoreWriter:
             self.abort()
             raise ValueError(f"{self.path}: no samples were written, expected at least one")
         try:
-            self._describe("notes", self.notes)
-            for path, digest in self._digests.items():
-                self._file[path].attrs["sha256"] = np.bytes_(digest.hexdigest())
-            self._file.close()
-            self._sink.check(self.path)
-            self._sink.file.close()
+            with uninterrupted():
+                self._describe("notes", self.notes)
+                for path, digest in self._digests.items():
+                    self._file[path].attrs["sha256"] = np.bytes_(digest.hexdigest())
+                self._file.close()
+                self._sink.check(self.path)
+                self._sink.file.close()
         except BaseException:
             self.abort()
             raise
@@ -346,10 +353,11 @@ class StoreWriter:
     def abort(self) -> None:
         """Throw away what was written."""
         try:
-            if hasattr(self, "_file"):
-                self._file.close()
-            if hasattr(self, "_sink"):
-                self._sink.file.close()
+            with uninterrupted():
+                if hasattr(self, "_file"):
+                    self._file.close()
+                if hasattr(self, "_sink"):
+                    self._sink.file.close()
         finally:
             # Told of an error, it removes the temporary file instead of moving it.
             self._replacing.__exit__(GeneratorExit, GeneratorExit(), None)

@@ -125,9 +125,9 @@ def _read_table(path: Path) -> Iterable[tuple[str, str]]:
             row = line.split("\t")
             if len(row) != len(header) or any('"' in row[column] for column in (0, 1, 2, 4)):
                 raise ValueError(f"{path}: line {number} has quotes that do not end with a column") from None
-        if len(row) < 5 or "\0" in line:
+        if len(row) != len(header) or "\0" in line:
             got = "zero bytes" if "\0" in line else f"{len(row)} columns"
-            raise ValueError(f"{path}: line {number} has {got}, expected {len(COLUMNS)} columns of text")
+            raise ValueError(f"{path}: line {number} has {got}, expected {len(header)} columns of text")
         key = "_".join(row[:3])
         with naming(f"{path}: line {number}"):
             check_texts(1, max(len(key), len(row[4])))
