@@ -40,14 +40,21 @@ def test_a_rate_of_entries(names: tuple[str, ...], share: float) -> None:
 
 
 def test_a_rate_for_each_modality() -> None:
-    """Independent draws, given that something stays: probabilities of the seven sets in closed form."""
+    """The rates are met although something always stays; draws are independent otherwise."""
     observed = draw("text=0.5,vision=0.8")
     assert observed[:, 1].all()
     np.testing.assert_allclose((~observed).mean(0), [0.5, 0, 0.8], atol=0.005)
-    observed = draw("text=0.5,audio=0.5,vision=0.8")
-    for seen in np.unique(observed, axis=0):
-        odds = np.where(seen, [0.5, 0.5, 0.2], [0.5, 0.5, 0.8]).prod() / (1 - 0.5 * 0.5 * 0.8)
-        assert abs((observed == seen).all(1).mean() - odds) < 0.005
+    for rates in ((0.5, 0.5, 0.8), (0.1, 0.9, 0.9), (0.3, 0, 0.5)):
+        observed = draw(",".join(f"{name}={rate}" for name, rate in zip(NAMES, rates, strict=True)))
+        assert observed.any(1).all()
+        np.testing.assert_allclose((~observed).mean(0), rates, atol=0.005)
+    # The odds of a modality do not depend on whether another one is there.
+    observed = draw("text=0.5,audio=0.5,vision=0.5")
+    shares = {
+        tuple(seen): n / len(ROWS) for seen, n in zip(*np.unique(observed, axis=0, return_counts=True), strict=True)
+    }
+    pairs = shares[True, True, False] * shares[True, False, True]
+    assert pairs / (shares[True, True, True] * shares[True, False, False]) == pytest.approx(1, abs=0.05)
     assert draw("text=1,audio=1,vision=0").tolist()[:2] == [[False, False, True]] * 2
 
 
@@ -75,7 +82,7 @@ def test_a_draw_depends_on_the_seed_the_rate_and_the_row_alone() -> None:
         ("nan", r"expected rates in 0…1"),
         ("entries:0.7", r"each sample keeps one of 3 modalities: at most 0\.667 \(papers call that 0\.7\)"),
         ("smell=0.3", r"got the modalities \['smell'\], expected some of \['text', 'audio', 'vision'\]"),
-        ("text=1,audio=1,vision=1", "each sample keeps at least one modality"),
+        ("text=1,audio=1,vision=0.1", "each sample keeps one of 3 modalities: rates that come to at most 2"),
     ],
 )
 def test_what_cannot_be_had(text: str, reason: str) -> None:

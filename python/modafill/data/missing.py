@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -24,7 +23,8 @@ class MissingRate:
         kind: ``"samples"``: this share of the samples lacks something, each incomplete set being as likely as any other
             (ADMC's Table 3, after TransM and TATE: "randomly drop one or two modalities"); ``"entries"``: this share of
             all (sample, modality) pairs is missing (CPM-Net, GCNet and what follows them); ``"modalities"``: each
-            modality has a rate of its own. Every sample keeps at least one.
+            modality has a rate of its own. Every sample keeps at least one; in the last two,
+            its modalities are hidden independently otherwise.
         rates: modality → rate for ``"modalities"``, else one rate under ``""``.
     """
 
@@ -71,8 +71,11 @@ class MissingRate:
                 f"missing: got {self}, but each sample keeps one of {len(names)} modalities: at most {most:.3f}"
                 + (" (papers call that 0.7)" if len(names) == 3 else "")
             )
-        if self.kind == "modalities" and math.prod(dict(self.rates).get(name, 0.0) for name in names) == 1:
-            raise ValueError(f"missing: got {self}, but each sample keeps at least one modality")
+        if self.kind == "modalities" and sum(rate for _, rate in self.rates) > len(names) - 1 + 1e-9:
+            raise ValueError(
+                f"missing: got {self}, but each sample keeps one of {len(names)} modalities: rates that come to at most "
+                f"{len(names) - 1}"
+            )
 
     def draw(self, row_id: Tensor, names: Sequence[str], seed: int) -> Tensor:
         """What stays observed, bool ``[B, M]``; a row's draw depends on the seed, the rate and the row alone.
@@ -89,25 +92,22 @@ class MissingRate:
         seed = derive_seed(seed, "missing", str(self))
         if self.kind == "samples":
             return random_available(row_id, len(names), seed=seed, draw=0, drop_rate=self.rates[0][1])
-        if self.kind == "modalities":
-            drop = np.array([dict(self.rates).get(name, 0.0) for name in names])
-        else:
-            drop = np.full(len(names), _probability(self.rates[0][1], len(names)))
+        rates = np.array([dict(self.rates).get(name if self.kind == "modalities" else "", 0.0) for name in names])
+        keep = _chances(rates)
         kept = (np.arange(1, 1 << len(names))[:, None] >> np.arange(len(names))) & 1 == 1
-        weight = np.where(kept, 1 - drop, drop).prod(1)
+        weight = np.where(kept, keep, 1 - keep).prod(1)
         if not weight.any():
-            # The most that can be hidden is the limit of rates below it: each modality alone, equally often.
-            weight = (kept.sum(1) == 1).astype(float)
+            # The most that can be hidden is the limit of rates below it: each modality alone.
+            weight = np.where(kept.sum(1) == 1, kept @ (1 - rates), 0.0)
         chosen = np.searchsorted(np.cumsum(weight / weight.sum()), uniform(row_id.cpu().numpy(), seed, 0), side="right")
         return torch.from_numpy(kept[np.minimum(chosen, len(kept) - 1)]).to(row_id.device)
 
 
-def _probability(rate: float, count: int) -> float:
-    """The chance of each entry to be hidden with which ``rate`` of them are, given that each row keeps one."""
+def _chances(rates: np.ndarray) -> np.ndarray:
+    """``[M]`` chances of independent entries to be kept, with which so many are hidden of rows that keep one."""
+    # Of the rows a share u keeps one, and of these a share 1 - rate keeps the entry.
     low, high = 0.0, 1.0
     for _ in range(60):
-        middle = (low + high) / 2
-        everything = middle**count
-        below = everything < 1 and (middle - everything) / (1 - everything) < rate
-        low, high = (middle, high) if below else (low, middle)
-    return high
+        u = (low + high) / 2
+        low, high = (low, u) if np.prod(1 - (1 - rates) * u) > 1 - u else (u, high)
+    return (1 - rates) * low
