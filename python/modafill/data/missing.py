@@ -73,8 +73,8 @@ class MissingRate:
             )
         if self.kind == "modalities" and sum(rate for _, rate in self.rates) > len(names) - 1 + 1e-9:
             raise ValueError(
-                f"missing: got {self}, but each sample keeps one of {len(names)} modalities: rates that come to at most "
-                f"{len(names) - 1}"
+                f"missing: got {self}, but each sample keeps one of {len(names)} modalities: rates that come to at "
+                f"most {len(names) - 1}"
             )
 
     def draw(self, row_id: Tensor, names: Sequence[str], seed: int) -> Tensor:
