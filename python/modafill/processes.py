@@ -94,6 +94,12 @@ def world_size() -> int:
     return int(size)
 
 
+def check_alone() -> None:
+    """Raise ValueError where torchrun or ``accelerate launch`` began several processes for what one does."""
+    if (world := world_size()) > 1:
+        raise ValueError(f"WORLD_SIZE: got {world} processes, expected one: this is not shared among them")
+
+
 def join_processes(cpu: bool) -> PartialState:
     """Make this process known to the others that torchrun or ``accelerate launch`` began.
 

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +19,12 @@ from sklearn.metrics import accuracy_score, f1_score, log_loss, recall_score
 import modafill
 from modafill.data import MissingRate, missing_patterns
 from modafill.evaluation.admc import RECOGNITION, draw_embeddings, evaluate_part
+from modafill.evaluation.curve import draw_curve
 from modafill.evaluation.metrics import nrmse
 from modafill.evaluation.parts import CALIBRATION, ERROR, FROZEN
 from modafill.evaluation.run import Protocol, evaluate_run
 from modafill.evaluation.tables import Table
-from modafill.files import read_tensors
+from modafill.files import read_tensors, write_tensors
 from modafill.models.admc import Fusion
 from modafill.training import Run
 from modafill.training.admc import RIVALS as RIVAL_KEYS
@@ -249,6 +251,23 @@ def test_stages_that_are_gone_are_not_trained_again(tiny, tmp_path):
     with pytest.raises(ValueError, match=r"stages/fusion-ridge-2\.safetensors is gone; remove fold0-seed0/model"):
         evaluate(tmp_path / "run")
     assert not (stages / "fusion-ridge-2.safetensors").exists()
+
+
+@pytest.mark.parametrize("lost", ["mean", "key"])
+def test_damaged_tokens_are_named(tiny, tmp_path, lost):
+    shutil.copytree(tiny.run, tmp_path / "run")
+    file = tmp_path / "run" / "fold0-seed0" / "stages" / "tokens.safetensors"
+    tensors, about = read_tensors(file)
+    write_tensors(file, {k: v for k, v in tensors.items() if k != lost}, {k: v for k, v in about.items() if k != lost})
+    with pytest.raises(ValueError, match=rf"tokens\.safetensors: {'made with' if lost == 'key' else 'damaged'}|format"):
+        evaluate(tmp_path / "run")
+
+
+def test_several_processes_are_refused(tiny, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for call in (evaluate_run, partial(draw_curve, steps=[2])):
+        with pytest.raises(ValueError, match="WORLD_SIZE: got 2 processes, expected one"):
+            call(tiny.run)
 
 
 def test_complete_test_samples_are_needed(tiny):

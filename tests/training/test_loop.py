@@ -211,7 +211,11 @@ def test_nan_keeps_the_last_checkpoint(tmp_path, accelerator, what, bad):
         return make_stage(loss=loss)
 
     train = partial(train_stage, accelerator=accelerator, seed=0, report=ignore, checkpoint_seconds=0)
-    with pytest.raises(TrainingError, match=f"s: the {what} of batch {bad[1]} of 4 in epoch {bad[0] + 1} is nan"):
+    with pytest.raises(TrainingError, match=f"the {what} of batch 1 of 4 in epoch 1 is nan; there is no checkpoint"):
+        train(stage((0, 1)), tmp_path)
+    assert not list(tmp_path.iterdir())
+    said = f"s: the {what} of batch {bad[1]} of 4 in epoch {bad[0] + 1} is nan; the last checkpoint is kept"
+    with pytest.raises(TrainingError, match=said):
         train(stage(bad), tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["s.resume.safetensors"]
     tensors, about = read_tensors(tmp_path / "s.resume.safetensors")

@@ -77,6 +77,13 @@ def test_other_settings_are_refused(run, changes, named):
     assert Run.load(run.folder) == run
 
 
+def test_an_encoder_of_no_modality_is_refused(run):
+    run = replace(run, config=replace(run.config, encoders={"smell": "mlp"}))
+    with pytest.raises(ValueError, match="encoders: got the modality 'smell', expected some of text"):
+        train(run, ignore)
+    assert not run.folder.exists()
+
+
 def test_folder_without_a_run(tmp_path):
     with pytest.raises(ValueError, match=r"no run\.json there, expected a folder written by `modafill train`"):
         Run.load(tmp_path)
@@ -96,6 +103,9 @@ def test_other_version_is_refused(run, change, named):
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(ValueError, match=rf"run\.json: {named}"):
         Run.load(run.folder)
+    if "format_version" in change:
+        with pytest.raises(ValueError, match=rf"run\.json: {named}"):
+            run.write()
 
 
 @pytest.mark.parametrize("change", [{"config": 3}, {"seeds": 3}, {"config": {"width": "8"}}, {"window": "x"}])
@@ -116,7 +126,7 @@ def test_damaged_run_is_named(run, change):
 def test_a_model_that_does_not_fit_the_memory_is_named(run):
     """Its first layer alone is larger than what a process can address."""
     run = replace(run, config=replace(run.config, mlp_hidden=1 << 42))
-    with pytest.raises(OutOfMemory, match=r"fold0-seed4: out of memory \(.*\); the last checkpoint is kept"):
+    with pytest.raises(OutOfMemory, match=r"fold0-seed4: out of memory \(.*\); what was saved is kept"):
         train(run, ignore)
 
 

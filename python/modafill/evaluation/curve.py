@@ -24,6 +24,7 @@ from modafill.evaluation.metrics import crps, nrmse, recognition
 from modafill.evaluation.parts import PARTS, complete_rows, shown_patterns, trained
 from modafill.files import derive_seed, replacing, write_json
 from modafill.models.admc import ADMCConfig
+from modafill.processes import check_alone
 from modafill.training import Run
 from modafill.training.admc import ADMCTrainer
 
@@ -77,8 +78,9 @@ def draw_curve(
         progress: called with the measurements done and their number.
 
     Raises:
-        ValueError: no finished ADMC run, or nothing to measure.
+        ValueError: no finished ADMC run, nothing to measure, or torchrun began several processes.
     """
+    check_alone()
     if part not in PARTS:
         raise ValueError(f"part: got {part!r}, expected {' or '.join(PARTS)}")
     if not steps or not solvers:

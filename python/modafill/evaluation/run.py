@@ -19,7 +19,7 @@ from modafill.evaluation import admc, cdtp
 from modafill.evaluation.metrics import figures_of
 from modafill.evaluation.parts import AVERAGED, BY_RATE, PARTS, shown_patterns, trained
 from modafill.evaluation.tables import FULL, Record, Table, make_tables, save_tables
-from modafill.processes import worker_pool
+from modafill.processes import check_alone, worker_pool
 from modafill.training import Run
 from modafill.training.admc import ADMCTrainer
 
@@ -116,8 +116,9 @@ def evaluate_run(
 
     Raises:
         ValueError: the folder is no run, a part of it is not trained yet, an option is of another model, or a run
-            beside it is not evaluated or has other data, folds or seeds.
+            beside it is not evaluated or has other data, folds or seeds; or torchrun began several processes.
     """
+    check_alone()
     protocol = protocol or Protocol()
     run = Run.load(folder)
     if protocol.start_steps and run.model != "admc":

@@ -20,7 +20,7 @@ from modafill.models.admc import ADMC, ADN, ADMCConfig, Fusion, ModalitySpec, Un
 from modafill.models.admc.config import CONDITIONINGS
 from modafill.models.baselines import MeanFill, RidgeFill, ZeroFill
 from modafill.ops.reference import SQRT_ALPHA_BAR, SQRT_ONE_MINUS_ALPHA_BAR
-from modafill.training.loop import Stage, check_key
+from modafill.training.loop import Stage, check_key, reading
 from modafill.training.part import PartTrainer, check_rows
 
 RIVALS = ("zero", "mean", "ridge")
@@ -53,10 +53,14 @@ class ADMCTrainer(PartTrainer):
 
     @classmethod
     def check(cls, store: FeatureStore, labels: Labels, config: ADMCConfig, variants: tuple[str, ...]) -> None:
-        """Raise ValueError for a label that is no class, or an encoder that does not fit its modality."""
+        """Raise ValueError for a label that is no class, or an encoder that does not fit its modality or has none."""
         if labels.regression:
             raise ValueError(f"{store.name}: label {labels.name!r} is a score, expected classes: ADMC does not regress")
-        for name, modality in modality_specs(store).items():
+        specs = modality_specs(store)
+        unknown = sorted(config.encoders.keys() - specs)
+        if unknown:
+            raise ValueError(f"encoders: got the modality {unknown[0]!r}, expected some of {', '.join(specs)}")
+        for name, modality in specs.items():
             encoder_kind(name, modality.sequence, config)
 
     def _config(self, conditioning: str) -> ADMCConfig:
@@ -134,9 +138,10 @@ class ADMCTrainer(PartTrainer):
         path = self.stages / "tokens.safetensors"
         if broadcast_object_list([path.is_file()])[0]:
             tensors, about = read_tensors(path)
-            check_key(path, about["key"], self.key)
-            self.model.scaler.load_state_dict({"mean": tensors["mean"], "std": tensors["std"]})
-            self.tokens = tensors["tokens"].to(self.device)
+            check_key(path, about.get("key"), self.key)
+            with reading(path):
+                self.model.scaler.load_state_dict({"mean": tensors["mean"], "std": tensors["std"]})
+                self.tokens = tensors["tokens"].to(self.device)
             return
         parts = []
         with torch.no_grad():

@@ -134,7 +134,7 @@ def train_stage(
     if finished:
         tensors, about = read_tensors(result)
         check_key(result, about.get("key"), key)
-        with _reading(result):
+        with reading(result):
             stage.model.load_state_dict(tensors)
         stage.model.eval()
         if accelerator.is_main_process:
@@ -148,7 +148,7 @@ def train_stage(
     if begun:
         tensors, about = read_tensors(resume)
         check_key(resume, about.get("key"), key)
-        with _reading(resume):
+        with reading(resume):
             state = {name: about["state"][name] for name in state}
             schedule.load_state_dict(about["schedule"])
             best = _take(tensors, "best.")
@@ -191,10 +191,9 @@ def train_stage(
         if wrong:
             batch, which = wrong[0]
             what, value = ("loss", "norm of the gradient")[which], float(numbers[batch, which])
-            raise TrainingError(
-                f"{stage.name}: the {what} of batch {batch + 1} of {len(numbers)} in epoch {epoch + 1} is {value}; "
-                "the last checkpoint is kept"
-            )
+            kept = "the last checkpoint is kept" if resume.is_file() else "there is no checkpoint yet"
+            where = f"batch {batch + 1} of {len(numbers)} in epoch {epoch + 1}"
+            raise TrainingError(f"{stage.name}: the {what} of {where} is {value}; {kept}")
         mean = float(numbers[:, 0].sum()) / len(numbers)
         scalars = {"loss": mean, "learning_rate": float(schedule.get_last_lr()[0])}
         schedule.step()
@@ -293,7 +292,7 @@ class _Average:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def reading(path: Path) -> Iterator[None]:
     """What PyTorch says of a checkpoint that lacks something, or has another shape, as an error that names it."""
     try:
         yield

@@ -106,9 +106,7 @@ class Run:
         values = read_json(file)
         if "format_version" not in values:
             raise ValueError(f"{file}: not a run, expected an object with a format_version")
-        version = values.pop("format_version")
-        if version != FORMAT_VERSION:
-            raise ValueError(f"{file}: format version {version}, this modafill reads version {FORMAT_VERSION}")
+        _check_version(file, values.pop("format_version"))
         if values.get("model") not in TRAINERS:
             raise ValueError(f"{file}: model {values.get('model')!r}, expected one of {', '.join(TRAINERS)}")
         expected = {f.name for f in fields(cls)} - {"folder"}
@@ -127,6 +125,7 @@ class Run:
         file = self.folder / RUN_FILE
         if file.is_file():
             found = read_json(file)
+            _check_version(file, found.get("format_version"))
             differing = [k for k, v in self.describe().items() if found.get(k) != v]
             if differing:
                 raise ValueError(f"{self.folder}: holds a run with other {', '.join(differing)}; choose another folder")
@@ -227,6 +226,11 @@ class Run:
                 check_key(self.part_folder(*part), found, {**found, "format": FORMAT, "data": digest})
 
 
+def _check_version(file: Path, version: Any) -> None:
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{file}: format version {version}, this modafill reads version {FORMAT_VERSION}")
+
+
 @contextmanager
 def _only_one(folder: Path) -> Iterator[None]:
     """Hold the folder's lock, which the system releases when the process dies; folders made for nothing go again."""
@@ -279,7 +283,7 @@ def train_part(run: Run, fold: int, seed: int, report: Report) -> None:
             raise
         reason = str(error).strip().partition("\n")[0]
         raise OutOfMemory(
-            f"{folder}: out of memory ({reason}); the last checkpoint is kept, and a smaller model or a smaller "
+            f"{folder}: out of memory ({reason}); what was saved is kept, and a smaller model or a smaller "
             "--set batch_size=... needs less"
         ) from error
     finally:
